@@ -1,0 +1,1 @@
+"""Structured sparse training of convolutional networks."""
