@@ -1,0 +1,548 @@
+"""Pure mask functions: a weight tensor in, a bool mask of the same shape out (True = kept).
+
+Each method of the paper is one function here, and so is each baseline. They share these rules:
+
+- **Count.** A float `amount` is the share of each locale's units that is zero afterwards,
+  `floor(amount * units + 0.5)` of them; an int is that many units of each locale. The amount is
+  absolute: what `mask` has already taken counts towards it.
+- **Ties.** Exactly that many units go. Of equal scores the lower index goes first, so that every
+  rank and device finds the same mask.
+- **Monotone.** What `mask` has taken stays taken; an amount below that changes nothing.
+
+Any memory format and floating dtype is taken; half precision is compared in float32, which is
+exact. Scores are magnitudes, so importance scores may be passed in place of the weight.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from starfire_prune.ranking import (
+    check_finite,
+    column_ranks,
+    float_bits,
+    magnitude_keys,
+    magnitudes,
+    sign_bits,
+    smallest,
+)
+
+__all__ = [
+    "ck_locale_size",
+    "ck_mask",
+    "count",
+    "fc_block_mask",
+    "fc_fine_mask",
+    "filter_mask",
+    "intra_mask",
+    "intra_shares",
+    "magnitude_mask",
+    "random_mask",
+    "window_mask",
+]
+
+SCOPES = ("channel", "layer")
+
+
+def count(amount: float, units: int, *, name: str = "amount") -> int:
+    """How many of `units` an `amount` stands for: `floor(amount * units + 0.5)`, or the int itself.
+
+    Args:
+        amount: a float in [0, 1], the share of the units; or an int in [0, units].
+        units: the size of the locale.
+        name: what the argument is called in errors.
+
+    Raises:
+        TypeError: if `amount` is not a real number (a bool is not one).
+        ValueError: if it is out of its range or NaN.
+
+    Example:
+        >>> count(0.6, 9)
+        5
+    """
+    value: object = amount
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"`{name}` (={value!r}) must be a float in [0, 1], the share of each locale to prune, "
+            f"or an int, the number of units; received {type(value).__name__}"
+        )
+    if isinstance(value, numbers.Integral):
+        if not 0 <= amount <= units:
+            raise ValueError(
+                f"`{name}` (={amount}) is an int, so it counts units and must be in [0, {units}], "
+                f"the units of a locale; a share is a float such as 0.6"
+            )
+        return int(amount)
+    if not 0.0 <= amount <= 1.0:  # NaN fails this too
+        raise ValueError(f"`{name}` (={amount}) is a share and must be in [0, 1]")
+    return math.floor(float(amount) * units + 0.5)
+
+
+def window_mask(
+    weight: Tensor,
+    amount: float,
+    *,
+    mask: Tensor | None = None,
+    max_nonzero: int | None = None,
+    spread: bool = False,
+) -> Tensor:
+    """Prune the smallest weights inside each kernel (the paper's Algorithm 3, Figure 2a).
+
+    The locale is one kernel `weight[k, c]` and each loses the same count, so that the sparsity
+    moves in steps of 1 / (R·S). With `spread` the layer is the locale: every kernel loses the
+    same count, and then as many kernels lose one more (the smallest next magnitude first) as the
+    layer's total asks for. A kernel that holds a weight keeps its largest under `spread`.
+
+    Args:
+        weight: shape `(K, C, *kernel)`, kernel of at least two weights.
+        amount: share in [0, 1] or number of weights of each kernel (of the layer with `spread`).
+        mask: the earlier mask, of `weight`'s shape.
+        max_nonzero: at most this many weights of each kernel stay, whatever the amount.
+        spread: reach the layer's count exactly.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+
+    Example:
+        >>> window_mask(torch.tensor([[[[4.0, 1.0], [3.0, 2.0]]]]), 0.5)
+        tensor([[[[ True, False],
+                  [ True, False]]]])
+    """
+    keys = magnitude_keys(weight, mask, min_dims=3)
+    size = _kernel_size(weight)
+    if size == 1:
+        raise ValueError(
+            f"window pruning needs kernels of at least two weights, and `weight` of shape "
+            f"{tuple(weight.shape)} has 1x1 kernels: prune it by ck (whole kernels)"
+        )
+    least = size - _at_most(max_nonzero, size)
+    total = count(amount, weight.numel() if spread else size)
+    if not weight.numel():
+        return _merge(torch.ones_like(weight, dtype=torch.bool), mask)
+    windows = _windows(keys)
+    check_finite(windows.amax(0), weight)
+    kept = _spread(windows, total, least) if spread else column_ranks(windows) >= max(total, least)
+    return _merge(_unwindows(kept, weight), mask)
+
+
+def ck_mask(
+    weight: Tensor,
+    amount: float,
+    *,
+    mask: Tensor | None = None,
+    groups: int = 1,
+    group: int = 1,
+    scope: str = "channel",
+    max_nonzero: int | None = None,
+) -> Tensor:
+    """Prune whole kernels by their largest magnitude (the paper's Algorithm 1, Figure 2b).
+
+    The locale is the K / groups kernels that read one input channel. All input kernels of an
+    output channel may go.
+
+    Args:
+        weight: shape `(K, C / groups, *kernel)`.
+        amount: share in [0, 1] or number of units of each locale.
+        mask: the earlier mask, of `weight`'s shape.
+        groups: the convolution's groups.
+        group: this many neighbouring output channels share one kernel mask, so that a unit is
+            `group` kernels; K / groups must be divisible by it.
+        scope: `"channel"` or `"layer"`, the locale; `"layer"` lets all kernels compete.
+        max_nonzero: at most this many units of each locale stay, whatever the amount.
+
+    Returns:
+        A bool mask of `weight`'s shape, constant over each kernel where `mask` is.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights; for a locale
+            of one unit, as in a depthwise convolution, unless `scope="layer"`.
+
+    Example:
+        >>> ck_mask(torch.tensor([[[[1.0]]], [[[-3.0]]], [[[2.0]]]]), 2).flatten()
+        tensor([False,  True, False])
+    """
+    kernels = _largest_of_kernels(magnitude_keys(weight, mask, min_dims=3))
+    check_finite(kernels, weight)
+    gone = _kernels_gone(kernels, amount, groups, group, scope, max_nonzero)
+    return _merge_kernels(~gone, weight, mask)
+
+
+def ck_locale_size(
+    out_channels: int, in_channels: int, *, groups: int = 1, group: int = 1, scope: str = "channel"
+) -> int:
+    """How many units compete in a locale of `ck_mask`.
+
+    Args:
+        out_channels: K.
+        in_channels: C / groups, as in the weight's shape.
+        groups, group, scope: as in `ck_mask`.
+
+    Raises:
+        ValueError: if they don't fit each other, or the locale would hold a single unit.
+
+    Example:
+        >>> ck_locale_size(64, 16, group=4)
+        16
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` (={scope!r}) must be one of {', '.join(map(repr, SCOPES))}")
+    for name, value in (("groups", groups), ("group", group)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` (={value!r}) must be an int of at least 1")
+    if out_channels % groups or (out_channels // groups) % group:
+        raise ValueError(
+            f"the {out_channels} output channels in `groups` (={groups}) must be divisible by "
+            f"`group` (={group}), the neighbouring output channels that share a kernel mask"
+        )
+    if scope == "layer":
+        return out_channels // group * in_channels
+    size = out_channels // groups // group
+    if size == 1:
+        raise ValueError(
+            f"each locale would hold a single unit (out_channels (={out_channels}) / groups "
+            f"(={groups}) / group (={group})): a depthwise convolution, or one output channel; "
+            f'use scope="layer" to let all kernels of the layer compete'
+        )
+    return size
+
+
+def intra_shares(amount: float, share: float) -> tuple[float, float]:
+    """Split a combined amount: `(s, c)`, the shares that window and CK pruning stand for.
+
+    `s = share * amount` of the weights go by window pruning and `c = (amount - s) / (1 - s)` of
+    the kernels by CK, so that together `1 - (1 - s)(1 - c) = amount`.
+
+    Raises:
+        ValueError: if `share` is not in [0, 1].
+    """
+    value: object = share
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`share` (={value!r}) must be a float in [0, 1]")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`share` (={share}) must be in [0, 1]: the window part of the amount")
+    windowed = share * amount
+    return windowed, (1.0 if windowed == 1.0 else (amount - windowed) / (1.0 - windowed))
+
+
+def intra_mask(
+    weight: Tensor,
+    amount: float,
+    *,
+    mask: Tensor | None = None,
+    share: float = 0.5,
+    groups: int = 1,
+    scope: str = "channel",
+) -> Tensor:
+    """Prune kernels, then the smallest weights of those that stay (the paper's Algorithm 4).
+
+    Kernels go by CK up to `intra_shares(amount, share)[1]`; the layer's remaining zeros are spread
+    over the surviving kernels as in `window_mask(..., spread=True)`. CK looks at the largest
+    weight of a kernel and window pruning takes that one last, so the paper's order, window first,
+    picks the same kernels; this one reaches a single total. 1x1 kernels are pruned by CK alone.
+    Falls short of the total only where each surviving kernel is down to one weight, and exceeds
+    it by less than numel / K under an amount that rises from call to call.
+
+    Args:
+        weight: shape `(K, C / groups, *kernel)`.
+        amount: share in [0, 1]; floats only.
+        mask: the earlier mask, of `weight`'s shape.
+        share: share in [0, 1] of the amount that goes by window pruning.
+        groups: the convolution's groups.
+        scope: `"channel"` or `"layer"`, the locale of CK.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: as `ck_mask`; and for an int amount.
+
+    Example:
+        >>> intra_mask(torch.rand(4, 2, 3, 3), 0.5).logical_not().sum()
+        tensor(36)
+    """
+    value: object = amount
+    if isinstance(value, numbers.Integral):
+        raise TypeError(f"`amount` (={value!r}) must be a float in [0, 1] for intra pruning")
+    total = count(amount, weight.numel())
+    _, kernel_amount = intra_shares(amount, share)
+    if _kernel_size(weight) == 1:
+        return ck_mask(weight, amount, mask=mask, groups=groups, scope=scope)
+    windows = _windows(magnitude_keys(weight, mask, min_dims=3))
+    kernels = windows.amax(0) if weight.numel() else windows.new_empty(windows.shape[1:])
+    check_finite(kernels, weight)
+    gone = _kernels_gone(kernels.view(weight.shape[:2]), kernel_amount, groups, 1, scope, None)
+    windows |= sign_bits(gone.flatten(), windows.dtype)
+    return _merge(_unwindows(_spread(windows, total, 0), weight), mask)
+
+
+def fc_block_mask(
+    weight: Tensor, amount: float, *, mask: Tensor | None = None, block_size: int = 4
+) -> Tensor:
+    """Prune square blocks of a linear weight by their sum of magnitudes (the paper's Figure 2d).
+
+    The locale is the layer. In each row of blocks the one with the highest sum is protected, so
+    that every output neuron keeps a weight: `min(count, blocks - protected)` blocks go. What is
+    left over at the right and lower edges forms smaller blocks of their own.
+
+    Args:
+        weight: shape `(out_features, in_features)`.
+        amount: share in [0, 1] or number of blocks.
+        mask: the earlier mask, of `weight`'s shape.
+        block_size: the side of a block, in weights; 2 to 4 in the paper.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+
+    Example:
+        >>> fc_block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), 0.5, block_size=2)
+        tensor([[False, False,  True,  True]])
+    """
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"`block_size` (={block_size!r}) must be an int of at least 1")
+    keys = _linear_keys(weight, mask)
+    check_finite(keys, weight)
+    gone = _smallest_but_protected(_block_keys(keys, block_size), amount)
+    gone = gone.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+    return _merge(~gone[: weight.shape[0], : weight.shape[1]], mask)
+
+
+def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
+    """Prune single weights of a linear weight (the paper's Figure 2c).
+
+    The locale is the layer. The largest kept weight of each output neuron is protected:
+    `min(count, weights - protected)` weights go.
+
+    Args:
+        weight: shape `(out_features, in_features)`.
+        amount: share in [0, 1] or number of weights.
+        mask: the earlier mask, of `weight`'s shape.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+
+    Example:
+        >>> fc_fine_mask(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), 1.0)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    keys = _linear_keys(weight, mask)
+    check_finite(keys, weight)
+    return _merge(~_smallest_but_protected(keys, amount), mask)
+
+
+def magnitude_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
+    """Prune the smallest weights of the layer, in no structure: the usual baseline.
+
+    Args:
+        weight: any shape.
+        amount: share in [0, 1] or number of weights.
+        mask: the earlier mask, of `weight`'s shape.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, dtype or non-finite weights.
+    """
+    keys = magnitude_keys(weight, mask, min_dims=0)
+    check_finite(keys, weight)
+    return _single_weights(keys, amount, mask)
+
+
+def random_mask(
+    weight: Tensor, amount: float, *, mask: Tensor | None = None, seed: int = 0
+) -> Tensor:
+    """Prune weights of the layer in a random order that `seed` and the size fix: a baseline.
+
+    Args:
+        weight: any shape; its values don't matter.
+        amount: share in [0, 1] or number of weights.
+        mask: the earlier mask, of `weight`'s shape.
+        seed: of the order; the same seed prunes the same weights first on every device.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount or dtype.
+    """
+    gone = magnitude_keys(weight, mask, min_dims=0) < 0
+    order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))
+    order = order.to(weight.device).view(weight.shape)
+    return _single_weights(order | sign_bits(gone, order.dtype), amount, mask)
+
+
+def filter_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
+    """Prune whole output channels by their L1 norm (Li et al., 2016): the coarse baseline.
+
+    Args:
+        weight: shape `(K, ...)`.
+        amount: share in [0, 1] or number of output channels.
+        mask: the earlier mask, of `weight`'s shape.
+
+    Returns:
+        A bool mask of `weight`'s shape.
+
+    Raises:
+        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+    """
+    keys = magnitude_keys(weight, mask, min_dims=2).flatten(1)
+    check_finite(keys, weight)
+    norms = float_bits(magnitudes(keys).sum(1, dtype=torch.float64))
+    norms |= sign_bits((keys < 0).all(1), norms.dtype)
+    gone = smallest(norms[None], count(amount, len(norms)))[0]
+    return _merge((~gone).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape), mask)
+
+
+def _linear_keys(weight: Tensor, mask: Tensor | None) -> Tensor:
+    if weight.ndim != 2:
+        raise ValueError(
+            f"`weight` of shape {tuple(weight.shape)} must have shape (out_features, in_features): "
+            f"fc methods are for linear layers"
+        )
+    return magnitude_keys(weight, mask, min_dims=2)
+
+
+def _kernel_size(weight: Tensor) -> int:
+    return math.prod(weight.shape[2:])
+
+
+def _largest_of_kernels(keys: Tensor) -> Tensor:
+    """The largest key of each kernel, shape `(K, C)`."""
+    if _kernel_size(keys) == 1:
+        return keys.flatten(2).squeeze(2)
+    if not keys.numel():
+        return keys.new_zeros(keys.shape[:2])
+    return keys.amax(tuple(range(2, keys.ndim)))
+
+
+def _windows(keys: Tensor) -> Tensor:
+    """Keys `(K, C, *kernel)` as `(R·S, K·C)`: a kernel is a column, which is fast to reduce."""
+    return keys.flatten(2).permute(2, 0, 1).reshape(-1, keys.shape[0] * keys.shape[1])
+
+
+def _unwindows(kept: Tensor, weight: Tensor) -> Tensor:
+    """The inverse of `_windows`, as a view."""
+    return kept.view(-1, *weight.shape[:2]).permute(1, 2, 0).view(weight.shape)
+
+
+def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:
+    gone = smallest(keys.reshape(1, -1), count(amount, keys.numel()))
+    return _merge((~gone).view(keys.shape), mask)
+
+
+def _smallest_but_protected(keys: Tensor, amount: float) -> Tensor:
+    """The smallest units of `(rows, columns)`, but for the largest living one of each row.
+
+    Of equal largest ones the last is protected, since of equals the lower index goes first.
+    """
+    number = count(amount, keys.numel())
+    if not keys.numel():
+        return torch.zeros_like(keys, dtype=torch.bool)
+    largest, index = keys.flip(1).max(1)
+    rows = (largest >= 0).nonzero().squeeze(1)
+    guarded = keys.contiguous().clone()
+    guarded[rows, keys.shape[1] - 1 - index[rows]] = torch.iinfo(keys.dtype).max
+    number = min(number, keys.numel() - len(rows))
+    return smallest(guarded.view(1, -1), number).view(keys.shape)
+
+
+def _kernels_gone(
+    kernels: Tensor,
+    amount: float,
+    groups: int,
+    group: int,
+    scope: str,
+    max_nonzero: int | None,
+) -> Tensor:
+    """Which kernels CK takes, bool `(K, C)`, given their keys of that shape."""
+    n_out, n_in = kernels.shape
+    size = ck_locale_size(n_out, n_in, groups=groups, group=group, scope=scope)
+    # A row of `locales` is a locale; a unit is ranked by the best of its `group` kernels.
+    units = kernels.view(n_out // group, group, n_in).amax(1) if group > 1 else kernels
+    if scope == "layer":
+        locales = units.reshape(1, -1)
+    else:
+        locales = (
+            units.view(groups, -1, n_in).transpose(1, 2).reshape(groups * n_in, -1).contiguous()
+        )
+    number = max(count(amount, size), size - _at_most(max_nonzero, size))
+    gone = smallest(locales, number)
+    if scope == "layer":
+        gone = gone.view(units.shape)
+    else:
+        gone = gone.view(groups, n_in, -1).transpose(1, 2).reshape(units.shape).contiguous()
+    return gone.repeat_interleave(group, 0) if group > 1 else gone
+
+
+def _at_most(max_nonzero: int | None, size: int) -> int:
+    if max_nonzero is None:
+        return size
+    if isinstance(max_nonzero, bool) or not isinstance(max_nonzero, int) or max_nonzero < 1:
+        raise ValueError(f"`max_nonzero` (={max_nonzero!r}) must be an int of at least 1")
+    return min(max_nonzero, size)
+
+
+def _spread(windows: Tensor, total: int, least: int) -> Tensor:
+    """Kept weights `(n, kernels)` such that the layer has `total` zeros, evenly over its kernels.
+
+    `windows` are keys; each kernel that still holds a weight loses at least `least`.
+    """
+    n, n_kernels = windows.shape
+    taken = (windows < 0).sum(0, dtype=torch.int16)
+    alive = taken < n
+    n_alive = int(alive.sum())
+    if not n_alive:
+        return torch.zeros_like(windows, dtype=torch.bool)
+    need = max(0, total - n * (n_kernels - n_alive))
+    base = max(min(need // n_alive, n - 1), least)
+    ranks = column_ranks(windows)
+    kept = (ranks >= base) & (windows >= 0)
+    rest = need - int((taken.clamp(min=base) * alive).sum())
+    if rest > 0 and base + 1 < n:
+        following = ranks == base
+        candidates = (following * windows).amax(0)
+        candidates.masked_fill_((taken > base) | ~alive, torch.iinfo(windows.dtype).max)
+        kept &= ~(following & smallest(candidates[None], rest))
+    return kept
+
+
+def _block_keys(keys: Tensor, size: int) -> Tensor:
+    """The keys of the blocks' sums of magnitudes in float64; a block is gone if all of it is.
+
+    Added weight by weight in row-major order, so that every device rounds alike.
+    """
+    rows, columns = (-(-length // size) for length in keys.shape)
+    padded = keys.new_full((rows * size, columns * size), torch.iinfo(keys.dtype).min)
+    padded[: keys.shape[0], : keys.shape[1]] = keys
+    sums = torch.zeros(rows, columns, dtype=torch.float64, device=keys.device)
+    gone = torch.ones(rows, columns, dtype=torch.bool, device=keys.device)
+    for i in range(size):
+        for j in range(size):
+            part = padded[i::size, j::size].contiguous()
+            sums += magnitudes(part)
+            gone &= part < 0
+    return float_bits(sums) | sign_bits(gone, torch.int64)
+
+
+def _merge(kept: Tensor, mask: Tensor | None) -> Tensor:
+    """`kept` without what `mask` had already taken, in memory of its own."""
+    kept = kept.contiguous()
+    return kept if mask is None else kept & mask.bool()
+
+
+def _merge_kernels(kept: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """`kept` `(K, C)` over all weights of the kernels."""
+    kept = kept.view(*kept.shape, *[1] * (weight.ndim - 2)).expand(weight.shape)
+    return kept.contiguous() if mask is None else kept & mask.bool()

@@ -1,0 +1,109 @@
+"""Models by their timm names, and ResNet-50 v1, which importing this module adds to timm's.
+
+timm's ``resnet50`` is version 1.5: the first block of a stage strides in its 3×3 convolution. In
+``resnet50_v1``, the network of He et al. (2015), it strides in the 1×1 convolution before.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+try:
+    import timm
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models.resnet import Bottleneck, ResNet
+except ModuleNotFoundError as error:
+    package = (error.name or "timm").partition(".")[0]
+    raise ModuleNotFoundError(
+        f"models need {package}: pip install 'starfire-prune[train]'", name=error.name
+    ) from error
+
+__all__ = ["create_model", "resnet50_v1"]
+
+# Read by register_model, which looks for this name
+default_cfgs = generate_default_cfgs(
+    {
+        "resnet50_v1": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "crop_pct": 0.875,
+            "interpolation": "bilinear",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        }
+    }
+)
+
+
+def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Create a model by its name in timm's registry, ``resnet50_v1`` included.
+
+    Args:
+        name: The name, with or without the tag of its pretrained weights.
+        num_classes: Outputs of the classifier; the model gives ``(N, num_classes)``.
+        **options: Passed to the model, such as ``drop_path_rate`` or ``pretrained``.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: If there is no model, or no tag, of this name.
+
+    Example:
+        >>> model = create_model("resnet18", num_classes=10)
+        >>> model.fc.out_features
+        10
+    """
+    names = timm.list_models(include_tags="." in name)
+    if name not in names:
+        near = difflib.get_close_matches(name, names)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() gives all"
+        raise ValueError(f"unknown model {name!r}: {hint}")
+    model: nn.Module = timm.create_model(name, num_classes=num_classes, **options)
+    return model
+
+
+def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
+    """Build ResNet-50 v1, whose weights have the names and shapes of timm's ``resnet50``.
+
+    Args:
+        pretrained: Must be False: there are no weights to load.
+        **options: Options of timm's ``ResNet``; ``output_stride`` other than 32 and ``aa_layer``
+            are refused, as both move the strides themselves.
+
+    Returns:
+        The model, randomly initialised as timm does.
+
+    Raises:
+        ValueError: If pretrained weights or an option that moves the strides is asked for.
+
+    Example:
+        >>> resnet50_v1(num_classes=10).layer2[0].conv1.stride
+        (2, 2)
+    """
+    if pretrained:
+        raise ValueError("resnet50_v1 has no pretrained weights: use pretrained=False")
+    return build_model_with_cfg(_build_resnet50_v1, "resnet50_v1", pretrained, **options)  # type: ignore[no-any-return]
+
+
+def _build_resnet50_v1(output_stride: int = 32, aa_layer: Any = None, **options: Any) -> nn.Module:
+    if output_stride != 32:
+        raise ValueError(f"output_stride (={output_stride}) of resnet50_v1 must be 32")
+    if aa_layer is not None:
+        raise ValueError(f"aa_layer (={aa_layer!r}) of resnet50_v1 must be None")
+    model: nn.Module = ResNet(block=Bottleneck, layers=(3, 4, 6, 3), **options)
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    return model
+
+
+# Called rather than used as a decorator, which would hide the function's types: timm has none
+register_model(resnet50_v1)

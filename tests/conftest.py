@@ -1,0 +1,42 @@
+"""Fixtures that several test modules share, and the settings of Hypothesis."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# The same examples at every run, however slow the machine
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images that STARFIRE_TEST_DATA names."""
+    folder = os.environ.get("STARFIRE_TEST_DATA")
+    if not folder:
+        pytest.skip("STARFIRE_TEST_DATA does not name a folder of real images")
+    if not (Path(folder) / "unpack.py").is_file():
+        pytest.skip(f"STARFIRE_TEST_DATA (={folder}) holds no unpack.py")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_imagenet(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 classes of Tiny-ImageNet: 500 training and 50 validation images each, 64×64."""
+    root = tmp_path_factory.mktemp("data") / "tiny-imagenet-200"
+    return _unpack(shared_data, "tiny-imagenet-200", root, "--classes", "20")
+
+
+@pytest.fixture(scope="session")
+def imagenette(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 classes of ImageNet: 100 training and 50 validation images each, 224×224."""
+    return _unpack(shared_data, "imagenette", tmp_path_factory.mktemp("data") / "imagenette")
+
+
+def _unpack(shared_data: Path, name: str, root: Path, *options: str) -> Path:
+    subprocess.run([sys.executable, shared_data / "unpack.py", name, root, *options], check=True)
+    return root

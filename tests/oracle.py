@@ -1,0 +1,231 @@
+"""What the mask functions must give: plain loops, straight from the algorithms.
+
+Clear rather than fast, and independent of the package. Every function takes the weight's values as
+float64, the amount, and `kept`, the earlier mask (True = kept); it returns the new mask.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weight = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Unit = list[tuple[int, int]]  # the (k, c) of the kernels that go together
+
+GONE = -1.0  # the score of what is pruned already: below every magnitude
+
+
+def share_count(amount: float, units: int) -> int:
+    """How many of `units` go: an int is the number itself, a float the share, rounded half up."""
+    return amount if isinstance(amount, int) else math.floor(amount * units + 0.5)
+
+
+def lowest(scores: Sequence[float], wanted: int) -> list[int]:
+    """The indices of the `wanted` lowest scores, the lower index first, and of all that is gone."""
+    gone = sum(score == GONE for score in scores)
+    order = sorted(range(len(scores)), key=lambda index: (scores[index], index))
+    return order[: max(wanted, gone)]
+
+
+def window(
+    weight: Weight,
+    amount: float,
+    kept: Mask,
+    *,
+    max_nonzero: int | None = None,
+    spread: bool = False,
+) -> Mask:
+    """Algorithm 3: in each kernel the smallest magnitudes go."""
+    if spread:
+        return spread_out(weight, kept, share_count(amount, weight.size), max_nonzero)
+    n = math.prod(weight.shape[2:])
+    wanted = share_count(amount, n)
+    if max_nonzero is not None:
+        wanted = max(wanted, n - max_nonzero)
+    result = kept.copy()
+    for k in range(weight.shape[0]):
+        for c in range(weight.shape[1]):
+            kernel, alive = weight[k, c].ravel(), kept[k, c].ravel()
+            scores = [abs(kernel[i]) if alive[i] else GONE for i in range(n)]
+            for i in lowest(scores, wanted):
+                result[k, c][np.unravel_index(i, weight.shape[2:])] = False
+    return result
+
+
+def spread_out(weight: Weight, kept: Mask, total: int, max_nonzero: int | None = None) -> Mask:
+    """Window sparsity that brings the layer to `total` zeros, evenly over its kernels."""
+    n = math.prod(weight.shape[2:])
+    channels = weight.shape[1]
+    values = weight.reshape(-1, n)  # kernel (k, c) is row k * channels + c
+    alive = kept.copy().reshape(-1, n)
+
+    def zeros(kernel: int) -> int:
+        return n - int(alive[kernel].sum())
+
+    def smallest(kernel: int) -> tuple[float, int]:
+        return min((abs(values[kernel, i]), i) for i in range(n) if alive[kernel, i])
+
+    def drop_smallest(kernel: int) -> None:
+        alive[kernel, smallest(kernel)[1]] = False
+
+    survivors = [kernel for kernel in range(weight.shape[0] * channels) if alive[kernel].any()]
+    need = total - n * (weight.shape[0] * channels - len(survivors))
+    if not survivors:
+        return kept.copy()
+    base = min(max(need, 0) // len(survivors), n - 1)
+    if max_nonzero is not None:
+        base = max(base, n - max_nonzero)
+    for kernel in survivors:
+        while zeros(kernel) < base:
+            drop_smallest(kernel)
+    rest = need - sum(zeros(kernel) for kernel in survivors)
+    while rest > 0 and base + 1 < n:
+        level = [kernel for kernel in survivors if zeros(kernel) == base]
+        level.sort(key=lambda kernel: (smallest(kernel)[0], kernel))
+        for kernel in level[:rest]:
+            drop_smallest(kernel)
+        rest -= len(level[:rest])
+        base += 1
+    return alive.reshape(weight.shape)
+
+
+def ck_locales(
+    shape: tuple[int, ...], *, groups: int = 1, group: int = 1, scope: str = "channel"
+) -> list[list[Unit]]:
+    """The units of each locale: `group` neighbouring output channels share one kernel mask."""
+    out_channels, in_channels = shape[:2]
+
+    def unit(first: int, c: int) -> Unit:
+        return [(k, c) for k in range(first, first + group)]
+
+    if scope == "layer":
+        firsts = range(0, out_channels, group)
+        return [[unit(first, c) for first in firsts for c in range(in_channels)]]
+    locales = []
+    each = out_channels // groups
+    for start in range(0, out_channels, each):
+        for c in range(in_channels):
+            locales.append([unit(first, c) for first in range(start, start + each, group)])
+    return locales
+
+
+def ck(
+    weight: Weight,
+    amount: float,
+    kept: Mask,
+    *,
+    groups: int = 1,
+    group: int = 1,
+    scope: str = "channel",
+    max_nonzero: int | None = None,
+) -> Mask:
+    """Algorithm 1: of the kernels that read one input channel, those with the lowest maxima go."""
+    result = kept.copy()
+    for units in ck_locales(weight.shape, groups=groups, group=group, scope=scope):
+        wanted = share_count(amount, len(units))
+        if max_nonzero is not None:
+            wanted = max(wanted, len(units) - max_nonzero)
+        scores = []
+        for unit in units:
+            score = GONE
+            for k, c in unit:
+                score = max([score, *np.abs(weight[k, c][kept[k, c]])])
+            scores.append(score)
+        for index in lowest(scores, wanted):
+            for k, c in units[index]:
+                result[k, c] = False
+    return result
+
+
+def intra(
+    weight: Weight,
+    amount: float,
+    kept: Mask,
+    *,
+    share: float = 0.5,
+    groups: int = 1,
+    scope: str = "channel",
+) -> Mask:
+    """Algorithm 4: kernels go up to a part of the amount, then windows up to the total."""
+    if math.prod(weight.shape[2:]) == 1:
+        return ck(weight, amount, kept, groups=groups, scope=scope)
+    s = share * amount
+    c = 1.0 if s == 1 else (amount - s) / (1 - s)
+    survivors = ck(weight, c, kept, groups=groups, scope=scope)
+    return spread_out(weight, survivors, share_count(amount, weight.size))
+
+
+def protect_best(scores: list[float], columns: int) -> int:
+    """Lift the best of each row of `columns` scores out of reach; returns how many were lifted."""
+    lifted = 0
+    for start in range(0, len(scores), columns):
+        best = max(range(start, start + columns), key=lambda index: (scores[index], index))
+        if scores[best] != GONE:
+            scores[best] = math.inf
+            lifted += 1
+    return lifted
+
+
+def fc_block(weight: Weight, amount: float, kept: Mask, *, block_size: int = 4) -> Mask:
+    """Figure 2d: the blocks with the lowest sums go, the best of each row of blocks never."""
+    rows = math.ceil(weight.shape[0] / block_size)
+    columns = math.ceil(weight.shape[1] / block_size)
+    scores = []
+    for row in range(rows):
+        for column in range(columns):
+            area = np.s_[
+                row * block_size : (row + 1) * block_size,
+                column * block_size : (column + 1) * block_size,
+            ]
+            total = 0.0
+            for value, alive in zip(weight[area].ravel(), kept[area].ravel(), strict=True):
+                total += abs(value) if alive else 0.0
+            scores.append(total if kept[area].any() else GONE)
+    most = len(scores)
+    wanted = share_count(amount, most)
+    wanted = min(wanted, most - protect_best(scores, columns))
+    result = kept.copy()
+    for index in lowest(scores, wanted):
+        top, left = index // columns * block_size, index % columns * block_size
+        result[top : top + block_size, left : left + block_size] = False
+    return result
+
+
+def fc_fine(weight: Weight, amount: float, kept: Mask) -> Mask:
+    """Figure 2c: the smallest weights of the layer go, the largest of each output neuron never."""
+    scores = [
+        abs(value) if alive else GONE
+        for value, alive in zip(weight.ravel(), kept.ravel(), strict=True)
+    ]
+    wanted = share_count(amount, len(scores))
+    wanted = min(wanted, len(scores) - protect_best(scores, weight.shape[1]))
+    result = kept.copy()
+    for index in lowest(scores, wanted):
+        result[np.unravel_index(index, weight.shape)] = False
+    return result
+
+
+def magnitude(weight: Weight, amount: float, kept: Mask) -> Mask:
+    """The smallest weights of the layer go, whatever is left of a channel."""
+    scores = [
+        abs(value) if alive else GONE
+        for value, alive in zip(weight.ravel(), kept.ravel(), strict=True)
+    ]
+    result = kept.copy()
+    for index in lowest(scores, share_count(amount, len(scores))):
+        result[np.unravel_index(index, weight.shape)] = False
+    return result
+
+
+def filters(weight: Weight, amount: float, kept: Mask) -> Mask:
+    """The output channels with the smallest L1 norms go."""
+    scores = []
+    for k in range(weight.shape[0]):
+        total = sum(abs(value) for value in weight[k][kept[k]])
+        scores.append(total if kept[k].any() else GONE)
+    result = kept.copy()
+    for k in lowest(scores, share_count(amount, len(scores))):
+        result[k] = False
+    return result
