@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
-__all__ = ["MaskMethod", "find_hook"]
+__all__ = ["MaskMethod", "find_hook", "make_permanent"]
 
 
 class MaskMethod(prune.BasePruningMethod):
@@ -68,34 +68,38 @@ class MaskMethod(prune.BasePruningMethod):
         """
         parameter = _parameter(module, name)
         _check_scores(importance_scores, parameter)
+        scores = parameter if importance_scores is None else importance_scores
         _, hook = find_hook(module, name)
         try:
-            if hook is None:
-                return cls._register(module, name, *args, scores=importance_scores, **options)
             method = cls(*args, **options)
-            hook = method.tighten(module, name, importance_scores)
+            if hook is None:
+                return method.register(module, name, method.compute_mask(scores, None))
+            hook = method.tighten(module, name, scores)
         except (TypeError, ValueError) as error:
             error.args = (f"{type(module).__name__}.{name}: {error}",)
             raise
         setattr(module, name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
         return hook
 
-    @classmethod
-    def _register(
-        cls, module: nn.Module, name: str, *args: Any, scores: Tensor | None, **options: Any
-    ) -> "MaskMethod":
+    def register(self, module: nn.Module, name: str, mask: Tensor | None = None) -> "MaskMethod":
+        """Put this method's hook and a mask, all ones by default, on a parameter that has none."""
+        for taken in (f"{name}_orig", f"{name}_mask"):
+            if hasattr(module, taken):
+                raise ValueError(f"the module has a `{taken}` already, which pruning `{name}` adds")
+        original: nn.Parameter = getattr(module, name)
+        buffer = torch.ones_like(original, dtype=torch.bool, requires_grad=False)  # its strides
+        if mask is not None:
+            buffer.copy_(mask)
+        masked = original * buffer  # what can fail has been done before the module changes
         order = list(module._parameters)
-        try:
-            method: MaskMethod = super().apply(  # type: ignore[no-untyped-call]
-                module, name, *args, importance_scores=scores, **options
-            )
-        finally:
-            _restore_order(module, order)
-        method._module = weakref.ref(module)
-        mask, original = getattr(module, f"{name}_mask"), getattr(module, f"{name}_orig")
-        if mask.stride() != original.stride():  # channels_last: let the two be walked alike
-            module._buffers[f"{name}_mask"] = _mask_like(original).copy_(mask)
-        return method
+        del module._parameters[name]
+        module.register_parameter(f"{name}_orig", original)
+        _restore_order(module, order, name)
+        module.register_buffer(f"{name}_mask", buffer)
+        self._tensor_name, self._module = name, weakref.ref(module)
+        setattr(module, name, masked)
+        module.register_forward_pre_hook(self)
+        return self
 
     def tighten(
         self, module: nn.Module, name: str, importance_scores: Tensor | None = None
@@ -112,14 +116,13 @@ class MaskMethod(prune.BasePruningMethod):
         """
         mask: Tensor = getattr(module, f"{name}_mask")
         scores = getattr(module, f"{name}_orig") if importance_scores is None else importance_scores
-        new_mask = self.compute_mask(scores, default_mask=mask)
+        mask.copy_(self.compute_mask(scores, default_mask=mask))
         self._tensor_name, self._module = name, weakref.ref(module)
         key, hook = find_hook(module, name)
         if type(hook) is type(self):
             hook.__dict__.update(self.__dict__)
         else:
             hook = module._forward_pre_hooks[key] = self._container_with(hook)
-        mask.copy_(new_mask)
         return hook
 
     def _container_with(self, hook: prune.BasePruningMethod | None) -> prune.PruningContainer:
@@ -136,8 +139,19 @@ class MaskMethod(prune.BasePruningMethod):
         return original * mask
 
     @abstractmethod
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """The mask of `t`, of its shape and bool, given the earlier one."""
+
+    @abstractmethod
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        """What the amount comes to for a weight of this shape: `(units that go, units)` pairs.
+
+        As long as none of these numbers rises, an earlier mask of this method stays the answer.
+        Where the two of a pair are equal, the whole weight goes.
+
+        Raises:
+            TypeError, ValueError: for an amount or options that don't fit the shape.
+        """
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, as `prune.remove` does, in the parameter's own memory."""
@@ -150,7 +164,7 @@ class MaskMethod(prune.BasePruningMethod):
         delattr(module, name)
         del module._parameters[f"{name}_orig"], module._buffers[f"{name}_mask"]
         setattr(module, name, original)
-        _restore_order(module, order)
+        _restore_order(module, order, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskMethod":
         # The module's stale weight is not a leaf, which deepcopy refuses. A module's hooks are
@@ -211,22 +225,34 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def _check_scores(importance_scores: Tensor | None, parameter: nn.Parameter) -> None:
-    if importance_scores is not None and importance_scores.shape != parameter.shape:
+    if importance_scores is None:
+        return
+    value: object = importance_scores
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`importance_scores` must be a tensor of the parameter's shape, "
+            f"{tuple(parameter.shape)}; received {type(value).__name__}"
+        )
+    if importance_scores.shape != parameter.shape:
         raise ValueError(
             f"`importance_scores` of shape {tuple(importance_scores.shape)} must have the shape "
             f"of the parameter, {tuple(parameter.shape)}"
         )
 
 
-def _mask_like(weight: Tensor) -> Tensor:
-    return torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
-
-
-def _restore_order(module: nn.Module, order: list[str]) -> None:
-    """Put the module's parameters back into an earlier order; pruned ones keep their place."""
-    place = {name.removesuffix("_orig"): index for index, name in enumerate(order)}
+def _restore_order(module: nn.Module, order: list[str], name: str) -> None:
+    """Put the module's parameters back into an earlier order, before `name` was renamed."""
+    renamed = {f"{name}_orig": name}
+    place = {renamed.get(key, key): index for index, key in enumerate(order)}
     ordered = sorted(
-        module._parameters.items(), key=lambda item: place[item[0].removesuffix("_orig")]
+        module._parameters.items(), key=lambda item: place[renamed.get(item[0], item[0])]
     )
     module._parameters.clear()
     module._parameters.update(ordered)
+
+
+def make_permanent(module: nn.Module, name: str) -> None:
+    """`prune.remove`, whatever method the hook is of, with the parameters' order kept."""
+    order = list(module._parameters)
+    prune.remove(module, name)  # type: ignore[no-untyped-call]
+    _restore_order(module, order, name)

@@ -5,10 +5,12 @@ A method is its mask function (`starfire_prune.masks`) and its options, on top o
 `prune.PruningContainer` work on it.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -49,10 +51,14 @@ class WindowStructured(MaskMethod):
         self.max_nonzero = max_nonzero
         self.spread = spread
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.window_mask(
             t, self.amount, mask=default_mask, max_nonzero=self.max_nonzero, spread=self.spread
         )
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        size = math.prod(shape if self.spread else shape[2:])
+        return ((masks.count(self.amount, size), size),)
 
 
 class CKStructured(MaskMethod):
@@ -73,7 +79,7 @@ class CKStructured(MaskMethod):
         self.scope = scope
         self.max_nonzero = max_nonzero
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.ck_mask(
             t,
             self.amount,
@@ -83,6 +89,12 @@ class CKStructured(MaskMethod):
             scope=self.scope,
             max_nonzero=self.max_nonzero,
         )
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        size = masks.ck_locale_size(
+            *shape[:2], groups=self.groups, group=self.group, scope=self.scope
+        )
+        return ((masks.count(self.amount, size), size),)
 
 
 class IntraStructured(MaskMethod):
@@ -101,7 +113,7 @@ class IntraStructured(MaskMethod):
         self.groups = groups
         self.scope = scope
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.intra_mask(
             t,
             self.amount,
@@ -111,6 +123,14 @@ class IntraStructured(MaskMethod):
             scope=self.scope,
         )
 
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        size = masks.ck_locale_size(*shape[:2], groups=self.groups, scope=self.scope)
+        if math.prod(shape[2:]) == 1:
+            return ((masks.count(self.amount, size), size),)
+        _, kernel_amount = masks.intra_shares(self.amount, self.share)
+        total = shape.numel()
+        return (masks.count(kernel_amount, size), size), (masks.count(self.amount, total), total)
+
 
 class FCBlock(MaskMethod):
     """Prune square blocks of a linear weight; see `masks.fc_block_mask`."""
@@ -119,22 +139,35 @@ class FCBlock(MaskMethod):
         super().__init__(amount)
         self.block_size = block_size
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.fc_block_mask(t, self.amount, mask=default_mask, block_size=self.block_size)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        rows, columns = (-(-length // self.block_size) for length in shape)
+        blocks = rows * columns
+        return ((min(masks.count(self.amount, blocks), blocks - rows), blocks),)
 
 
 class FCFine(MaskMethod):
     """Prune single weights of a linear weight; see `masks.fc_fine_mask`."""
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.fc_fine_mask(t, self.amount, mask=default_mask)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        total = shape.numel()
+        return ((min(masks.count(self.amount, total), total - shape[0]), total),)
 
 
 class MagnitudeUnstructured(MaskMethod):
     """Prune the smallest single weights of the layer; see `masks.magnitude_mask`."""
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.magnitude_mask(t, self.amount, mask=default_mask)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        total = shape.numel()
+        return ((masks.count(self.amount, total), total),)
 
 
 class RandomUnstructured(MaskMethod):
@@ -144,15 +177,22 @@ class RandomUnstructured(MaskMethod):
         super().__init__(amount)
         self.seed = seed
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.random_mask(t, self.amount, mask=default_mask, seed=self.seed)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        total = shape.numel()
+        return ((masks.count(self.amount, total), total),)
 
 
 class FilterStructured(MaskMethod):
     """Prune whole output channels by their L1 norm; see `masks.filter_mask`."""
 
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.filter_mask(t, self.amount, mask=default_mask)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        return ((masks.count(self.amount, shape[0]), shape[0]),)
 
 
 METHODS: Mapping[str, type[MaskMethod]] = MappingProxyType(

@@ -23,10 +23,8 @@ def share_count(amount: float, units: int) -> int:
 
 
 def lowest(scores: Sequence[float], wanted: int) -> list[int]:
-    """The indices of the `wanted` lowest scores, the lower index first, and of all that is gone."""
-    gone = sum(score == GONE for score in scores)
-    order = sorted(range(len(scores)), key=lambda index: (scores[index], index))
-    return order[: max(wanted, gone)]
+    """The indices of the `wanted` lowest scores, what is gone first; of equals the lower index."""
+    return sorted(range(len(scores)), key=lambda index: (scores[index], index))[:wanted]
 
 
 def window(

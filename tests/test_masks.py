@@ -59,6 +59,7 @@ SPREAD_8 = [[[0, 0, 1], [0, 0, 1]], [[0, 0, 1], [0, 0, 1]]]
 SPREAD_GONE = [[[0, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 1, 1]]]
 SPREAD_GONE_6 = [[[0, 0, 0], [0, 1, 1]], [[0, 1, 1], [0, 1, 1]]]
 SPREAD_AHEAD = [[[1, 0, 0], [1, 1, 1]], [[1, 1, 1], [1, 1, 1]]]
+SPREAD_AHEAD_5 = [[[1, 0, 0], [0, 1, 1]], [[0, 1, 1], [0, 1, 1]]]
 SPREAD_AHEAD_6 = [[[1, 0, 0], [0, 1, 1]], [[0, 0, 1], [0, 1, 1]]]
 SPREAD_TIED = [[[1, -1, 1], [1, 1, 1]], [[-1, 1, 1], [1, -1, 1]]]
 SPREAD_TIED_6 = [[[0, 0, 1], [0, 0, 1]], [[0, 1, 1], [0, 1, 1]]]
@@ -159,6 +160,7 @@ GOLDEN = [
     golden("spread: max_nonzero and rest", spread_mask, SPREAD, 6, SPREAD_6, max_nonzero=2),
     golden("spread: a kernel gone", spread_mask, SPREAD, 0.5, SPREAD_GONE_6, mask=SPREAD_GONE),
     golden("spread: a kernel ahead", spread_mask, SPREAD, 6, SPREAD_AHEAD_6, mask=SPREAD_AHEAD),
+    golden("spread: base for all", spread_mask, SPREAD, 4, SPREAD_AHEAD_5, mask=SPREAD_AHEAD),
     golden("spread: ties", spread_mask, SPREAD_TIED, 6, SPREAD_TIED_6),
     golden("ck", ck_mask, CK, 0.5, CK_2),
     golden("ck: ties", ck_mask, CK, 1, CK_1),
@@ -234,7 +236,7 @@ def test_filter_norms_do_not_overflow_half_precision():
 # ---------------------------------------------------------------------------------------------
 
 seeds = st.integers(0, 2**32 - 1)
-shares = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
+shares = st.sampled_from([step / 16 for step in range(17)]) | st.floats(0, 1)
 KINDS = ["continuous", "few", "zeros", "close", "equal"]
 
 
@@ -277,7 +279,7 @@ def earlier_masks(
     shape = tuple(weight.shape)
     rng = np.random.default_rng(draw(seeds))
     kind = draw(st.sampled_from(["none", "weights", "kernels", "own"]))
-    share = draw(st.sampled_from([0.1, 0.5, 0.9]))
+    share = draw(st.sampled_from([0.1, 0.3, 0.5, 0.8]))
     if kind == "none":
         return None
     if kind == "weights":

@@ -1,0 +1,471 @@
+"""The engine: brings a model through the dense phase, the pruning era and the fixed phase."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from starfire_prune.layers import (
+    PrunedLayer,
+    amount_at,
+    layer_weight,
+    prunable_layers,
+    select_layers,
+    unwrap,
+)
+from starfire_prune.mask_method import MaskMethod, find_hook, make_permanent
+from starfire_prune.report import Sparsity, measure_sparsity
+
+if TYPE_CHECKING:
+    from starfire_prune.recipe import Pruning
+
+__all__ = ["Phase", "Pruner"]
+
+Phase = Literal["dense", "era", "fixed"]
+
+_STATE_VERSION = 1
+
+
+class Pruner:
+    """Prunes a model while it trains: Algorithm 2 of the paper, with fixed masks after the era.
+
+    - `dense`, before the era: nothing is hooked and nothing is paid.
+    - `era`: the selected layers carry the hooks and `weight_mask` buffers of
+      `torch.nn.utils.prune`, and every `step()` brings them to the schedule's threshold.
+    - `fixed`, after it: the pruning is permanent. Pruned weights are exactly zero at every
+      forward pass, and training is as if they did not exist: their gradients are masked where
+      they arise, their optimizer state is zeroed, and `step()` masks the weights again.
+
+    The schedule counts the updates that happened. Era `[a, b]` runs from the first update of
+    epoch a (0-based) to the last of epoch b - 1; the u-th of its T updates has the threshold
+    `amount * schedule(u / T)`, and the last one is exact.
+
+    Args:
+        model: also wrapped by DDP or `torch.compile`. Build the optimizer from it first.
+        pruning: `recipe.pruning`, or a mapping of the same keys such as
+            `{"method": "ck", "amount": 0.6, "era": [2, 8]}`.
+        updates_per_epoch: optimizer steps an epoch, `ceil(batches / gradient accumulation)`.
+        optimizer: whose state of pruned weights is zeroed at the end of the era. Without it, old
+            momentum of pruned weights goes on to take part in norms (LAMB, clipping by state).
+
+    Raises:
+        RecipeError: for unknown keys or values in `pruning`.
+        ValueError: for patterns that match nothing, layers that can't be pruned as asked or would
+            lose all their weights, and FSDP-sharded parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Flatten(), nn.Linear(10, 10))
+        >>> settings = {"method": "ck", "amount": 0.6, "era": [0, 1]}
+        >>> pruner = Pruner(model, settings, updates_per_epoch=1)
+        >>> pruner.step()
+        >>> pruner.phase, pruner.sparsity().network
+        ('fixed', 0.6)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruning: Pruning | Mapping[str, object],
+        *,
+        updates_per_epoch: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        from starfire_prune.recipe import parse_pruning  # not before: it loads pydantic
+
+        if isinstance(updates_per_epoch, bool) or not isinstance(updates_per_epoch, int):
+            raise TypeError(f"`updates_per_epoch` (={updates_per_epoch!r}) must be an int")
+        if updates_per_epoch < 1:
+            raise ValueError(f"`updates_per_epoch` (={updates_per_epoch}) must be at least 1")
+        _refuse_sharded(model)
+        self.pruning = parse_pruning(pruning)
+        self.updates_per_epoch = updates_per_epoch
+        self.layers = {layer.name: layer for layer in select_layers(model, self.pruning)}
+        self._model = unwrap(model)
+        self._optimizer = optimizer
+        self._mirrors: list[dict[str, nn.Module]] = []
+        self._phase: Phase = "dense"
+        self._epoch = 0
+        self._epoch_updates = 0
+        self._era_updates = 0
+        self._applied: dict[str, float] = {}  # progress at which each layer's mask was worked out
+        self._masks: dict[str, Tensor] = {}  # of the fixed phase
+        self._gradient_hooks: list[RemovableHandle] = []
+        _keep_masks_from_ddp(model, [f"{name}.weight_mask" for name in self.layers])
+
+    def __repr__(self) -> str:
+        return (
+            f"Pruner({self.pruning.method}, {len(self.layers)} layers, phase={self.phase!r}, "
+            f"threshold={self.threshold:.4f})"
+        )
+
+    @property
+    def phase(self) -> Phase:
+        """`"dense"`, `"era"` or `"fixed"`."""
+        return self._phase
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way, 0-based."""
+        return self._epoch
+
+    @property
+    def threshold(self) -> float:
+        """The sparsity wanted at this step, in [0, 1]; overrides and `fc` have their own."""
+        if self._phase == "dense":
+            return 0.0
+        if self._phase == "fixed":
+            return self.pruning.amount
+        return amount_at(self.pruning, self._progress)
+
+    @property
+    def _era_length(self) -> int:
+        first, end = self.pruning.era
+        return (end - first) * self.updates_per_epoch
+
+    @property
+    def _progress(self) -> float:
+        return self._era_updates / self._era_length
+
+    def step(self, updated: bool = True) -> None:
+        """Call after each `optimizer.step()`, before the next forward pass.
+
+        Args:
+            updated: whether the weights really changed: false while gradients accumulate and
+                where a gradient scaler skipped the step. The schedule counts updates only.
+
+        Raises:
+            ValueError: for weights that are NaN or infinite, with the layer's name.
+            RuntimeError: if an epoch has more updates than `updates_per_epoch`; at the end of the
+                era, if the masks of distributed ranks differ.
+        """
+        if not updated:
+            return
+        if self._phase == "fixed":
+            self._mask_weights()
+            return
+        self._epoch_updates += 1
+        if self._epoch_updates > self.updates_per_epoch:
+            raise RuntimeError(
+                f"step() has counted {self._epoch_updates} updates in epoch {self._epoch}, and "
+                f"`updates_per_epoch` is {self.updates_per_epoch}: it must be ceil(batches / "
+                f"gradient accumulation), and end_epoch(epoch) must follow each epoch"
+            )
+        if self._epoch >= self.pruning.era[0]:
+            self._era_updates += 1
+            self._tighten(self._progress)
+            if self._era_updates == self._era_length:
+                self._fix()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Call at the end of each epoch, with its 0-based number.
+
+        The era's last epoch ends with the target, also where skipped steps left it short.
+
+        Raises:
+            ValueError: if `epoch` is not the one under way.
+        """
+        if epoch != self._epoch:
+            raise ValueError(
+                f"`epoch` (={epoch}) is not the one under way, {self._epoch}: call end_epoch once "
+                f"an epoch, and load_state_dict when resuming"
+            )
+        if self._phase != "fixed" and epoch == self.pruning.era[1] - 1:
+            self._tighten(1.0)
+            self._fix()
+        self._epoch += 1
+        self._epoch_updates = 0
+
+    def masks(self) -> dict[str, Tensor]:
+        """The present bool masks by parameter name (`layer1.0.conv1.weight`), True = kept.
+
+        Empty in the dense phase. The tensors are the live ones: clone them to keep them.
+        """
+        if self._phase == "era":
+            return {f"{name}.weight": _mask(layer.module) for name, layer in self._items()}
+        return {f"{name}.weight": mask for name, mask in self._masks.items()}
+
+    def sparsity(self) -> Sparsity:
+        """The zeros of each layer, over the pruned layers and over the whole network."""
+        return measure_sparsity(self._model, selected=self.layers)
+
+    def mask_hash(self) -> str:
+        """A SHA-256 of all masks, the same on every rank as long as the masks are."""
+        digest = hashlib.sha256()
+        for name, mask in sorted(self.masks().items()):
+            digest.update(name.encode())
+            digest.update(np.packbits(mask.contiguous().cpu().numpy()).tobytes())
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Verify that the pruning holds; call it before every save.
+
+        Raises:
+            RuntimeError: naming the layer and the count, if a pruned weight is not zero (here or
+                in a mirror), if a hook of the era is gone, or if the masks of ranks differ.
+        """
+        if self._phase == "era":
+            for name, layer in self._items():
+                if find_hook(layer.module, "weight")[1] is None:
+                    raise RuntimeError(f"layer {name} has lost its pruning hook within the era")
+        if self._phase == "fixed":
+            for modules in [self._modules(), *self._mirrors]:
+                _check_zeros(modules, self._masks)
+        self._compare_ranks()
+
+    def mirror(self, model: nn.Module) -> nn.Module:
+        """Let a copy of the model, such as a weight average, follow through all phases.
+
+        From now on `model` gets the same hooks, masks and removals, so that its state dict has
+        the keys and the order of the pruned model's. Make the copy, mirror it, and update it
+        after `step()`: `pruner.mirror(ema.module)`.
+
+        Returns:
+            `model`.
+
+        Raises:
+            ValueError: if it lacks a pruned layer, or has another shape there.
+        """
+        modules = prunable_layers(model)
+        for name, layer in self._items():
+            shape = layer_weight(layer.module).shape
+            if name not in modules or layer_weight(modules[name]).shape != shape:
+                raise ValueError(
+                    f"the mirrored model has no layer {name} with a weight of shape {tuple(shape)}"
+                )
+        mirror = {name: modules[name] for name in self.layers}
+        self._mirrors.append(mirror)
+        if self._phase != "dense":
+            self._follow(mirror)
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is not in the model, as plain numbers, strings and bool tensors."""
+        return {
+            "version": _STATE_VERSION,
+            "pruning": self.pruning.model_dump(mode="json"),
+            "updates_per_epoch": self.updates_per_epoch,
+            "phase": self._phase,
+            "epoch": self._epoch,
+            "epoch_updates": self._epoch_updates,
+            "era_updates": self._era_updates,
+            "applied": dict(self._applied),
+            "masks": {name: mask.clone() for name, mask in self.masks().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`'s result; then load the model's own state dict.
+
+        The hooks of the saved phase are put on here, so that the model has the saved names.
+
+        Raises:
+            ValueError: if the state is of other settings, another model or another version.
+        """
+        self._check_state(state)
+        self._to_dense()
+        self._phase = state["phase"]
+        self._epoch = state["epoch"]
+        self._epoch_updates = state["epoch_updates"]
+        self._era_updates = state["era_updates"]
+        self._applied = dict(state["applied"])
+        masks = {
+            name: state["masks"][f"{name}.weight"].to(layer_weight(layer.module).device)
+            for name, layer in self._items()
+            if self._phase != "dense"
+        }
+        if self._phase == "era":
+            for name, layer in self._items():
+                layer.method_at(0.0).register(layer.module, "weight", masks[name])
+        elif self._phase == "fixed":
+            self._enter_fixed({name: mask.bool() for name, mask in masks.items()})
+        for mirror in self._mirrors:
+            self._follow(mirror)
+
+    # --- the era ---------------------------------------------------------------------------------
+
+    def _tighten(self, progress: float) -> None:
+        """Bring every layer whose counts have risen enough to its amount at `progress`."""
+        self._phase = "era"
+        changed = [name for name, layer in self._items() if self._tighten_layer(layer, progress)]
+        for mirror in self._mirrors:
+            self._follow(mirror, changed)
+
+    def _tighten_layer(self, layer: PrunedLayer, progress: float) -> bool:
+        method = layer.method_at(progress)
+        if not self._is_due(layer, method, progress):
+            return False
+        try:
+            if find_hook(layer.module, "weight")[1] is None:
+                method.register(layer.module, "weight")
+            method.tighten(layer.module, "weight")
+        except ValueError as error:
+            raise ValueError(f"layer {layer.name}: {error}") from None
+        self._applied[layer.name] = progress
+        return True
+
+    def _is_due(self, layer: PrunedLayer, method: MaskMethod, progress: float) -> bool:
+        """Masks are monotone: between two rises of a count the present mask is still exact."""
+        if layer.name not in self._applied or progress == 1.0:
+            return True
+        applied = layer.method_at(self._applied[layer.name])
+        if type(method) is not type(applied):
+            return True
+        shape = layer_weight(layer.module).shape
+        risen = [
+            (now - then) / units
+            for (now, units), (then, _) in zip(
+                method.counts(shape), applied.counts(shape), strict=True
+            )
+        ]
+        return max(risen) > 0 and max(risen) >= self.pruning.resolution
+
+    def _fix(self) -> None:
+        self._compare_ranks()
+        masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
+        for name, mask in masks.items():
+            if not bool(mask.any()):
+                raise RuntimeError(f"layer {name} has lost all its weights: lower its amount")
+        for modules in [self._modules(), *self._mirrors]:
+            for module in modules.values():
+                make_permanent(module, "weight")
+        self._phase = "fixed"
+        self._enter_fixed(masks)
+
+    # --- the fixed phase ----------------------------------------------------------------------
+
+    def _enter_fixed(self, masks: dict[str, Tensor]) -> None:
+        self._masks = masks
+        self._mask_weights()
+        for name, layer in self._items():
+            weight = layer_weight(layer.module)
+            self._mask_optimizer_state(weight, masks[name])
+            if weight.requires_grad:
+                mask = masks[name]
+                hook = weight.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient, mask=mask: gradient * mask
+                )
+                self._gradient_hooks.append(hook)
+
+    @torch.no_grad()
+    def _mask_optimizer_state(self, weight: Tensor, mask: Tensor) -> None:
+        if self._optimizer is not None:
+            for value in self._optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.mul_(mask)
+
+    @torch.no_grad()
+    def _mask_weights(self) -> None:
+        weights: list[Tensor] = [layer_weight(layer.module) for _, layer in self._items()]
+        masks: list[Tensor] = list(self._masks.values())
+        torch._foreach_mul_(weights, masks)
+
+    # --- mirrors, ranks, state ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _follow(self, mirror: Mapping[str, nn.Module], names: list[str] | None = None) -> None:
+        """Bring a mirror's layers to the masks of the model's."""
+        masks = self.masks()
+        for name in self.layers if names is None else names:
+            module, mask = mirror[name], masks[f"{name}.weight"]
+            _, hook = find_hook(module, "weight")
+            if self._phase == "fixed":
+                if hook is not None:
+                    make_permanent(module, "weight")
+                layer_weight(module).mul_(mask.to(layer_weight(module).device))
+            elif hook is None:
+                method = self.layers[name].method_at(0.0)
+                method.register(module, "weight", mask.to(layer_weight(module).device))
+            else:
+                _mask(module).copy_(mask)
+
+    def _compare_ranks(self) -> None:
+        if not distributed.is_available() or not distributed.is_initialized():
+            return
+        device = layer_weight(next(iter(self.layers.values())).module).device
+        own = torch.tensor(list(bytes.fromhex(self.mask_hash())), dtype=torch.uint8, device=device)
+        hashes = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(hashes, own)
+        differing = [rank for rank, other in enumerate(hashes) if not torch.equal(other, hashes[0])]
+        if differing:
+            raise RuntimeError(
+                f"the pruning masks of rank(s) {', '.join(map(str, differing))} differ from those "
+                f"of rank 0: the ranks' weights have drifted apart"
+            )
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the pruner's state has version {state.get('version')!r}, this package reads "
+                f"{_STATE_VERSION}"
+            )
+        saved, own = state["pruning"], self.pruning.model_dump(mode="json")
+        differing = [key for key in own if saved.get(key) != own[key]]
+        if state["updates_per_epoch"] != self.updates_per_epoch:
+            differing.append("updates_per_epoch")
+        if differing:
+            raise ValueError(
+                f"the pruner's state was saved under other settings of {', '.join(differing)}: "
+                f"resume with the recipe, data and batch size of the run that saved it"
+            )
+        for name, layer in self._items():
+            mask = state["masks"].get(f"{name}.weight")
+            shape = layer_weight(layer.module).shape
+            if state["phase"] != "dense" and (mask is None or mask.shape != shape):
+                raise ValueError(f"the pruner's state has no mask of layer {name}: another model")
+
+    def _to_dense(self) -> None:
+        """Take off all hooks and masks; the weights stay as they are."""
+        for handle in self._gradient_hooks:
+            handle.remove()
+        self._gradient_hooks, self._masks = [], {}
+        for modules in [self._modules(), *self._mirrors]:
+            for module in modules.values():
+                if find_hook(module, "weight")[1] is not None:
+                    make_permanent(module, "weight")
+
+    def _items(self) -> Iterator[tuple[str, PrunedLayer]]:
+        return iter(self.layers.items())
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: layer.module for name, layer in self._items()}
+
+
+def _mask(module: nn.Module) -> Tensor:
+    mask: Tensor = module.get_buffer("weight_mask")
+    return mask
+
+
+def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
+    for name, module in modules.items():
+        weight = layer_weight(module).detach()
+        alive = int(((weight != 0) & ~masks[name].to(weight.device)).sum())
+        if alive:
+            raise RuntimeError(
+                f"layer {name}: {alive} pruned weights are not zero; "
+                f"step() must follow each optimizer step, and nothing else may write to them"
+            )
+
+
+def _keep_masks_from_ddp(model: nn.Module, names: list[str]) -> None:
+    """DDP broadcasts all buffers each forward; masks follow from weights that are the same."""
+    names = [*names, *(f"_orig_mod.{name}" for name in names)]
+    module = unwrap(model)
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
+    if isinstance(model, DistributedDataParallel):
+        model.parameters_to_ignore.update(names)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    if sharded or any(hasattr(weight, "_local_tensor") for weight in model.parameters()):
+        raise ValueError(
+            "the model's parameters are sharded (FSDP): a rank sees a part of each weight and "
+            "can't rank it; train it under DistributedDataParallel"
+        )

@@ -1,0 +1,304 @@
+"""Which layers of a model are pruned, and how: a recipe's settings applied to its modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from starfire_prune.mask_method import MaskMethod
+from starfire_prune.masks import intra_shares
+from starfire_prune.methods import METHODS, CKStructured, WindowStructured
+from starfire_prune.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from starfire_prune.recipe import Override, Pruning
+
+__all__ = [
+    "PrunedLayer",
+    "amount_at",
+    "clean_name",
+    "layer_weight",
+    "prunable_layers",
+    "select_layers",
+    "unwrap",
+]
+
+# The keywords that each method's class takes from the settings of the same names.
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "window": ("spread",),
+    "ck": ("group", "scope"),
+    "intra": ("share", "scope"),
+    "block": ("block_size",),
+}
+
+_CONV_METHODS = ("window", "ck", "intra", "inter", "magnitude", "random", "filter")
+_LINEAR_METHODS = ("fine", "block", "magnitude", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedLayer:
+    """A layer that is pruned, and the settings that hold for it.
+
+    Attributes:
+        name: of the module, without prefixes of DDP and `torch.compile`.
+        module: the convolution or linear layer; its parameter `weight` is pruned.
+        method: a key of `METHODS`, or `"inter"`.
+        amount: the target share in (0, 1].
+        schedule: a key of `SCHEDULES`.
+        split: the share of the era that `"inter"` spends on CK.
+        share: the share of the amount that `"inter"` leaves to window pruning.
+        options: keywords of the method's class.
+        max_nonzero: applied with the target, for the methods that have it.
+    """
+
+    name: str
+    module: nn.Module
+    method: str
+    amount: float
+    schedule: str = "linear"
+    split: float = 0.5
+    share: float = 0.5
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_nonzero: int | None = None
+
+    def method_at(self, progress: float) -> MaskMethod:
+        """The pruning method, with its amount, at a progress of the era in [0, 1]."""
+        amount = amount_at(self, progress)
+        if self.method == "inter":
+            if progress > self.split:
+                return WindowStructured(amount, spread=True)
+            return CKStructured(amount, **self.options)
+        options = dict(self.options)
+        if progress == 1.0 and self.max_nonzero is not None:
+            options["max_nonzero"] = self.max_nonzero
+        return METHODS[self.method](amount, **options)
+
+    def check(self) -> None:
+        """Raise ValueError if the settings don't fit the layer, or would take all its weights."""
+        shape = layer_weight(self.module).shape
+        fitting = _LINEAR_METHODS if isinstance(self.module, nn.Linear) else _CONV_METHODS
+        if self.method not in fitting:
+            raise ValueError(
+                f"layer {self.name} ({type(self.module).__name__}) can't be pruned by "
+                f"{self.method}: give it one of {', '.join(fitting)}"
+            )
+        try:
+            steps = [self.method_at(progress) for progress in (self.split, 1.0)]
+            emptied = any(gone == units for step in steps for gone, units in step.counts(shape))
+        except ValueError as error:
+            raise ValueError(
+                f"layer {self.name} of shape {tuple(shape)} can't be pruned by {self.method}: "
+                f"{error}; or leave it out by `exclude`"
+            ) from None
+        if emptied:
+            raise ValueError(
+                f"layer {self.name} of shape {tuple(shape)} would lose all its weights by "
+                f"{self.method} at amount {self.amount}: lower its amount by an override, or leave "
+                f"it out by `exclude`"
+            )
+
+
+class _Schedule(Protocol):
+    """What a layer's settings and the whole network's have in common."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def amount(self) -> float: ...
+    @property
+    def schedule(self) -> str: ...
+    @property
+    def split(self) -> float: ...
+    @property
+    def share(self) -> float: ...
+
+
+def amount_at(settings: _Schedule, progress: float) -> float:
+    """The amount in [0, 1] that a layer, or `pruning` as a whole, stands at in the era.
+
+    `inter` (appendix 7.1) is CK up to the kernel amount of intra during the first `split` of the
+    era, then window pruning spread over the surviving kernels up to the total.
+    """
+    rise = SCHEDULES[settings.schedule]
+    if settings.method != "inter":
+        return settings.amount * rise(progress)
+    _, kernel_amount = intra_shares(settings.amount, settings.share)
+    if progress <= settings.split:
+        return kernel_amount * rise(progress / settings.split)
+    if progress == 1.0:
+        return settings.amount
+    rest = rise((progress - settings.split) / (1.0 - settings.split))
+    return kernel_amount + (settings.amount - kernel_amount) * rest
+
+
+def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
+    """The layers of `model` that `pruning` selects, in the model's order.
+
+    All convolutions and linear layers that match `include` and not `exclude`; depthwise
+    convolutions only where an `include` other than `*` matches them, and then with the layer as
+    the locale of kernels. An override applies to the selected layers it matches; where several
+    match, the last one does.
+
+    Raises:
+        ValueError: for a pattern that matches no layer, an override of layers that are not
+            selected, a selected layer that its method can't prune or would empty, transposed
+            convolutions named by `include`, two selected layers that share their weight, and a
+            selection of no layer at all.
+    """
+    candidates = prunable_layers(model)
+    for key in ("include", "exclude"):
+        _check_patterns(f"pruning.{key}", getattr(pruning, key), candidates)
+    named = [pattern for pattern in pruning.include if pattern != "*"]
+    selected = {
+        name: module
+        for name, module in candidates.items()
+        if _matches(name, pruning.include)
+        and not _matches(name, pruning.exclude)
+        and not (isinstance(module, nn.Linear) and pruning.fc == "none")
+        and (not _is_depthwise(module) or _matches(name, named))
+    }
+    for index, override in enumerate(pruning.overrides):
+        key = f"pruning.overrides.{index}.layers"
+        _check_patterns(key, override.layers, candidates)
+        _check_selected(key, override.layers, selected)
+    layers = [
+        layer
+        for name, module in selected.items()
+        if (layer := _planned(name, module, pruning, _override_of(name, pruning))) is not None
+    ]
+    if not layers:
+        raise ValueError(
+            "pruning selects no layer: the model has no convolution or linear layer that "
+            "`include` matches and `exclude`, `pointwise` and `fc` leave"
+        )
+    _check_distinct(layers)
+    for layer in layers:
+        layer.check()
+    return layers
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All convolutions (but transposed ones) and linear layers of a model by their clean names."""
+    return {
+        clean_name(name): module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd)
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and `torch.compile` wrappers."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def layer_weight(module: nn.Module) -> nn.Parameter:
+    """The parameter behind a layer's weight, under whichever name pruning has given it."""
+    parameters = module._parameters
+    weight = parameters.get("weight_orig", parameters.get("weight"))
+    if weight is None:
+        raise ValueError(f"{type(module).__name__} has no parameter `weight` to prune")
+    return weight
+
+
+def clean_name(name: str) -> str:
+    """A module's name without what `torch.compile` of a part of the model adds to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _planned(
+    name: str, module: nn.Module, pruning: Pruning, override: Override | None
+) -> PrunedLayer | None:
+    """The layer's settings, or None where `pointwise: none` leaves it dense."""
+    own = override.model_dump(exclude_none=True) if override is not None else {}
+    settings = {**pruning.model_dump(exclude={"fc", "overrides"}), **own}
+    if isinstance(module, nn.Linear):
+        fc = {} if pruning.fc == "none" else pruning.fc.model_dump(exclude_none=True)
+        settings |= {**fc, **own}
+    method = settings["method"]
+    if isinstance(module, _ConvNd):
+        pointwise = layer_weight(module)[0, 0].numel() == 1
+        if method == "window" and pointwise:
+            method = settings["pointwise"]
+            settings["max_nonzero"] = None  # counts the weights of a kernel
+        elif method == "inter" and pointwise:
+            method = "ck"
+        if method == "none":
+            return None
+        if _is_depthwise(module):
+            settings["scope"] = "layer"
+    options = {key: settings[key] for key in _OPTIONS.get(method, ())}
+    if method in ("ck", "intra", "inter") and isinstance(module, _ConvNd):
+        options["groups"] = module.groups
+    if method == "inter":
+        options["scope"] = settings["scope"]
+    if method == "random":  # an order of its own for each layer
+        options["seed"] = settings["seed"] ^ zlib.crc32(name.encode())
+    return PrunedLayer(
+        name=name,
+        module=module,
+        method=method,
+        amount=settings["amount"],
+        schedule=settings["schedule"],
+        split=settings["split"],
+        share=settings["share"],
+        options=options,
+        max_nonzero=settings["max_nonzero"] if method in ("window", "ck") else None,
+    )
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _override_of(name: str, pruning: Pruning) -> Override | None:
+    matching = [override for override in pruning.overrides if _matches(name, override.layers)]
+    return matching[-1] if matching else None
+
+
+def _check_patterns(key: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    names = list(names)
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise ValueError(
+                f"{key}: the pattern {pattern!r} matches no convolution or linear layer of the "
+                f"model; nearest: {', '.join(nearest) or 'it has none'}"
+            )
+
+
+def _check_selected(key: str, patterns: Sequence[str], selected: Mapping[str, nn.Module]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in selected):
+            raise ValueError(
+                f"{key}: the pattern {pattern!r} matches only layers that are not selected "
+                f"(`exclude`, `fc: none`, or depthwise): select them by `include`, or drop it"
+            )
+
+
+def _check_distinct(layers: Sequence[PrunedLayer]) -> None:
+    seen: dict[int, str] = {}
+    for layer in layers:
+        first = seen.setdefault(id(layer_weight(layer.module)), layer.name)
+        if first != layer.name:
+            raise ValueError(
+                f"layers {first} and {layer.name} share one weight, which can have one mask only: "
+                f"leave one out by `exclude`"
+            )

@@ -1,0 +1,148 @@
+"""Sparsity of a model, measured on the weights themselves, and its table.
+
+Counters of other packages see a pruned module's stale `weight`, or its zeros not at all; these
+read what a forward pass would use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from starfire_prune.layers import layer_weight, prunable_layers
+
+__all__ = ["LayerSparsity", "Sparsity", "effective_weight", "format_table", "measure_sparsity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """The zeros of a layer's weight.
+
+    Attributes:
+        name: of the module.
+        kind: `"conv"` or `"linear"`.
+        shape: `(K, C / groups, *kernel)` or `(out_features, in_features)`.
+        zeros: weights that are zero.
+        total: weights.
+        kernels_gone: kernels of nothing but zeros; 0 for a linear layer.
+        dead_outputs: output channels or neurons of nothing but zeros.
+        selected: whether it is among the layers that are pruned.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    zeros: int
+    total: int
+    kernels_gone: int
+    dead_outputs: int
+    selected: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, in [0, 1]."""
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """The sparsity of a model, a `LayerSparsity` a layer."""
+
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def selected(self) -> float:
+        """Share of zeros over the layers that are pruned, in [0, 1]."""
+        return _share(layer for layer in self.layers if layer.selected)
+
+    @property
+    def network(self) -> float:
+        """Share of zeros over all convolutions and linear layers, in [0, 1]."""
+        return _share(self.layers)
+
+    def __getitem__(self, name: str) -> LayerSparsity:
+        return next(layer for layer in self.layers if layer.name == name)
+
+
+def measure_sparsity(model: nn.Module, selected: Iterable[str] | None = None) -> Sparsity:
+    """Count the zeros of a model's convolutions and linear layers.
+
+    Args:
+        model: pruned by hooks, permanently, or not at all; DDP and compiled models too.
+        selected: names of the layers that are pruned; all by default.
+
+    Example:
+        >>> measure_sparsity(nn.Sequential(nn.Linear(4, 2))).network
+        0.0
+    """
+    names = None if selected is None else set(selected)
+    layers = prunable_layers(model).items()
+    return Sparsity(
+        tuple(_measured(name, module, names is None or name in names) for name, module in layers)
+    )
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that a forward pass uses: masked, and never stale."""
+    mask = module._buffers.get("weight_mask")
+    weight = layer_weight(module).detach()
+    return weight if mask is None else weight * mask
+
+
+def format_table(sparsity: Sparsity) -> str:
+    """The table of layers: kind, shape, zeros, kernels gone, dead channels; totals at the end."""
+    header = ("layer", "kind", "shape", "zeros", "sparsity", "kernels gone", "dead outputs")
+    rows = [
+        (
+            layer.name + ("" if layer.selected else " (dense)"),
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            f"{layer.zeros:,} / {layer.total:,}",
+            f"{layer.sparsity:.2%}",
+            f"{layer.kernels_gone:,} / {math.prod(layer.shape[:2]):,}"
+            if layer.kind == "conv"
+            else "",
+            f"{layer.dead_outputs} / {layer.shape[0]}",
+        )
+        for layer in sparsity.layers
+    ]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, tuple("-" * width for width in widths), *rows]
+    ]
+    lines.append(
+        f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
+        f"{sparsity.network:.2%} of all convolution and linear weights"
+    )
+    return "\n".join(lines)
+
+
+def _measured(name: str, module: nn.Module, selected: bool) -> LayerSparsity:
+    kept = effective_weight(module) != 0
+    is_conv = kept.ndim > 2
+    kernels = kept.flatten(2).any(2) if is_conv else kept
+    return LayerSparsity(
+        name=name,
+        kind="conv" if is_conv else "linear",
+        shape=tuple(kept.shape),
+        zeros=kept.numel() - int(kept.sum()),
+        total=kept.numel(),
+        kernels_gone=kernels.numel() - int(kernels.sum()) if is_conv else 0,
+        dead_outputs=len(kernels) - int(kernels.any(1).sum()),
+        selected=selected,
+    )
+
+
+def _share(layers: Iterable[LayerSparsity]) -> float:
+    counted = [(layer.zeros, layer.total) for layer in layers]
+    total = sum(total for _, total in counted)
+    return sum(zeros for zeros, _ in counted) / total if total else 0.0
