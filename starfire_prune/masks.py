@@ -191,9 +191,8 @@ def ck_locale_size(
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` (={scope!r}) must be one of {', '.join(map(repr, SCOPES))}")
-    for name, value in (("groups", groups), ("group", group)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` (={value!r}) must be an int of at least 1")
+    _check_positive("groups", groups)
+    _check_positive("group", group)
     if out_channels % groups or (out_channels // groups) % group:
         raise ValueError(
             f"the {out_channels} output channels in `groups` (={groups}) must be divisible by "
@@ -244,8 +243,9 @@ def intra_mask(
     over the surviving kernels as in `window_mask(..., spread=True)`. CK looks at the largest
     weight of a kernel and window pruning takes that one last, so the paper's order, window first,
     picks the same kernels; this one reaches a single total. 1x1 kernels are pruned by CK alone.
-    Falls short of the total only where each surviving kernel is down to one weight, and exceeds
-    it by less than numel / K under an amount that rises from call to call.
+    Falls short of the total only where each surviving kernel is down to one weight. Under an
+    amount that rises from call to call it may exceed it a little, by less than numel / K as a
+    rule, since a kernel that leaves takes its earlier zeros along.
 
     Args:
         weight: shape `(K, C / groups, *kernel)`.
@@ -305,8 +305,7 @@ def fc_block_mask(
         >>> fc_block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), 0.5, block_size=2)
         tensor([[False, False,  True,  True]])
     """
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"`block_size` (={block_size!r}) must be an int of at least 1")
+    _check_positive("block_size", block_size)
     keys = _linear_keys(weight, mask)
     check_finite(keys, weight)
     gone = _smallest_but_protected(_block_keys(keys, block_size), amount)
@@ -489,9 +488,17 @@ def _kernels_gone(
 def _at_most(max_nonzero: int | None, size: int) -> int:
     if max_nonzero is None:
         return size
-    if isinstance(max_nonzero, bool) or not isinstance(max_nonzero, int) or max_nonzero < 1:
-        raise ValueError(f"`max_nonzero` (={max_nonzero!r}) must be an int of at least 1")
+    _check_positive("max_nonzero", max_nonzero)
     return min(max_nonzero, size)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"`{name}` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
+        )
+    if value < 1:
+        raise ValueError(f"`{name}` (={value}) must be an int of at least 1")
 
 
 def _spread(windows: Tensor, total: int, least: int) -> Tensor:

@@ -254,6 +254,9 @@ class Training(_Section):
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, above 0")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, in [0, 1)")
     channels_last: bool = Field(False, description="true: channels_last weights and images")
+    threads: Count | None = Field(
+        None, description="CPU threads of a process; default: as launched (accelerate launch: 1)"
+    )
 
 
 class Fc(_Section):

@@ -1,0 +1,48 @@
+"""Train a recipe: accelerate launch tools/train.py recipes/quickstart.yaml."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Parse the command line and train; errors of users are one sentence and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path, help="YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key, such as pruning.amount=0.7 (repeatable)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of the run; default: runs/<name of the recipe>"
+    )
+    parser.add_argument("--resume", action="store_true", help="refuse to start from nothing")
+    arguments = parser.parse_args()
+    try:
+        from starfire_prune.checkpoint import CheckpointError
+        from starfire_prune.data import DataError, error_sentence
+        from starfire_prune.recipe import RecipeError, load_recipe
+        from starfire_prune.training import RunError, train
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: pip install 'starfire-prune[train]'")
+    folder = arguments.output or Path("runs") / arguments.recipe.stem
+    try:
+        train(load_recipe(arguments.recipe, arguments.overrides), folder, resume=arguments.resume)
+    except DataError as error:
+        return _fail(error_sentence(error))
+    except (RecipeError, RunError, CheckpointError, ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"train.py: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
