@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from starfire_prune.files import replaced_file, replaced_folder
-from starfire_prune.layers import prunable_layers, unwrap
+from starfire_prune.layers import clean_name, prunable_layers, unwrap
 from starfire_prune.report import effective_weight
 
 if TYPE_CHECKING:
@@ -39,10 +41,22 @@ __all__ = [
 
 _KEPT_CHECKPOINTS = 2
 _METADATA_KEY = "starfire_prune"
+# What json, safetensors, torch and optimizers raise for files that are damaged or of another model
+_DAMAGE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing a part or does not fit."""
+    """A checkpoint that can't be read or written, or does not fit."""
 
 
 def save_checkpoint(
@@ -55,6 +69,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/epoch-NNNN` and remove all but the last two checkpoints.
 
+    Call it on every rank: the ranks' masks are compared, and rank 0 writes.
+
     Args:
         folder: of all checkpoints of the run.
         epoch: number of epochs that are done.
@@ -65,15 +81,18 @@ def save_checkpoint(
 
     Raises:
         RuntimeError: from `pruner.check()`: nothing is written then.
-        OSError: if the disk is full; the checkpoints that were there stay whole.
+        CheckpointError: if the disk is full; the checkpoints that were there stay whole.
     """
     if pruner is not None:
         pruner.check()
     path = folder / f"epoch-{epoch:04d}"
+    if not _is_writer():
+        return path
     state: dict[str, Any] = {"epoch": epoch, "extra": dict(extra or {}), "pruner": None}
-    with replaced_folder(path) as temporary:
+    with _writing(path), replaced_folder(path) as temporary:
         save_model(unwrap(model), str(temporary / "model.safetensors"))
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        with (temporary / "optimizer.pt").open("wb") as file:
+            torch.save(optimizer.state_dict(), file)
         if pruner is not None:
             state["pruner"] = pruner.state_dict()
             masks = state["pruner"].pop("masks")
@@ -82,8 +101,7 @@ def save_checkpoint(
                 str(temporary / "masks.safetensors"),
             )
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for old in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
-        _remove(old)
+    _remove_old(folder)
     return path
 
 
@@ -95,19 +113,22 @@ def load_checkpoint(
     Raises:
         CheckpointError: if a file is missing or damaged, or belongs to another model or settings.
     """
-    try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if (state["pruner"] is None) != (pruner is None):
-            raise ValueError("one of the checkpoint and the recipe prunes, the other does not")
-        if pruner is not None:
-            masks = load_file(str(path / "masks.safetensors"))
-            pruner.load_state_dict({**state["pruner"], "masks": masks})
-        load_model(unwrap(model), str(path / "model.safetensors"))
-        optimizer.load_state_dict(
-            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the checkpoint can't be loaded: {error}") from error
+    with _reading(path / "state.json") as file:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        saved, _, _ = state["pruner"], state["epoch"], state["extra"]
+    with _reading(path / "optimizer.pt") as file:
+        optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
+    if (saved is None) != (pruner is None):
+        raise CheckpointError(f"{path}: one of the checkpoint and the recipe prunes, not both")
+    if pruner is not None:
+        with _reading(path / "masks.safetensors") as file:
+            masks = load_file(file)
+        with _reading(path / "state.json"):
+            _restore_pruner(pruner, {**saved, "masks": masks}, path)
+    with _reading(path / "model.safetensors") as file:
+        load_model(unwrap(model), file)
+    with _reading(path / "optimizer.pt"):
+        optimizer.load_state_dict(optimizer_state)
     return state
 
 
@@ -129,9 +150,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for module in names
         if "weight_orig" in module._parameters
     }
+    own = {clean_name(name): value for name, value in model.state_dict().items()}
     state = {
         name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name: value
-        for name, value in model.state_dict().items()
+        for name, value in own.items()
         if name.removesuffix("_mask") not in pruned
     }
     weights = {f"{name}.weight" for name in names.values()}
@@ -145,15 +167,19 @@ def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -
     """Write a safetensors file with plain keys, that a fresh timm model loads strictly.
 
     Its metadata holds, as JSON under `starfire_prune`, the method, amount and era, and for each
-    pruned weight the method, the target, the zeros and the size.
+    pruned weight the method, the target, the zeros and the size. Call it on every rank: the ranks'
+    masks are compared, and rank 0 writes.
 
     Raises:
         RuntimeError: if a pruned weight is not zero.
+        CheckpointError: if the disk is full.
     """
     if pruner is not None:
         pruner.check()
+    if not _is_writer():
+        return
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner))}
-    with replaced_file(path) as temporary:
+    with _writing(path), replaced_file(path) as temporary:
         save_file(plain_state_dict(model), str(temporary), metadata=metadata)
 
 
@@ -190,10 +216,63 @@ def _metadata(model: nn.Module, pruner: Pruner | None) -> dict[str, Any]:
 def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", path.name))
+    found = [path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
 
 
-def _remove(path: Path) -> None:
-    hidden = path.with_name(f".{path.name}.old")
-    path.rename(hidden)  # at once out of sight: a checkpoint is never half there
-    shutil.rmtree(hidden)
+def _remove_old(folder: Path) -> None:
+    """Keep the last two checkpoints, and nothing that a kill has left half written or removed."""
+    for path in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
+        hidden = path.with_name(f".{path.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)  # at once out of sight: a checkpoint is never half there
+    for hidden in folder.glob(".epoch-*"):
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> None:
+    try:
+        pruner.load_state_dict(state)
+    except ValueError as error:  # of other settings or another model: it says what to do
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _is_writer() -> bool:
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return not is_distributed or distributed.get_rank() == 0
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """Turn what goes wrong with a file of a checkpoint into a sentence that names it."""
+    try:
+        yield file
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{file} can't be loaded: {_reason(error)}; to go on from the checkpoint before it, "
+            f"delete the folder {file.parent}"
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn a failed write into a sentence; what stood at `path` or beside it is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch tells a full disk as a mismatch of positions, within the real error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path} can't be written: {_reason(cause)}; what was saved before is whole: make "
+            f"room and run the same command again"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnpicklingError):  # torch would advise to execute what the file holds
+        return "it is damaged, or holds more than tensors and plain values"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return textwrap.shorten(str(error), 300) or type(error).__name__

@@ -97,7 +97,7 @@ class Pruner:
         self._applied: dict[str, float] = {}  # progress at which each layer's mask was worked out
         self._masks: dict[str, Tensor] = {}  # of the fixed phase
         self._gradient_hooks: list[RemovableHandle] = []
-        _keep_masks_from_ddp(model, [f"{name}.weight_mask" for name in self.layers])
+        _keep_masks_from_ddp(model, list(self._modules().values()))
 
     def __repr__(self) -> str:
         return (
@@ -188,8 +188,8 @@ class Pruner:
         Empty in the dense phase. The tensors are the live ones: clone them to keep them.
         """
         if self._phase == "era":
-            return {f"{name}.weight": _mask(layer.module) for name, layer in self._items()}
-        return {f"{name}.weight": mask for name, mask in self._masks.items()}
+            return {_key(name): _mask(layer.module).bool() for name, layer in self._items()}
+        return {_key(name): mask for name, mask in self._masks.items()}
 
     def sparsity(self) -> Sparsity:
         """The zeros of each layer, over the pruned layers and over the whole network."""
@@ -214,10 +214,10 @@ class Pruner:
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
                     raise RuntimeError(f"layer {name} has lost its pruning hook within the era")
+        self._compare_ranks()  # first: a rank that raised alone would leave the others waiting
         if self._phase == "fixed":
             for modules in [self._modules(), *self._mirrors]:
                 _check_zeros(modules, self._masks)
-        self._compare_ranks()
 
     def mirror(self, model: nn.Module) -> nn.Module:
         """Let a copy of the model, such as a weight average, follow through all phases.
@@ -230,7 +230,8 @@ class Pruner:
             `model`.
 
         Raises:
-            ValueError: if it lacks a pruned layer, or has another shape there.
+            ValueError: if it lacks a pruned layer or has another shape there, and if it is the
+                pruned model itself or mirrored already.
         """
         modules = prunable_layers(model)
         for name, layer in self._items():
@@ -240,6 +241,11 @@ class Pruner:
                     f"the mirrored model has no layer {name} with a weight of shape {tuple(shape)}"
                 )
         mirror = {name: modules[name] for name in self.layers}
+        known = [module for own in [self._modules(), *self._mirrors] for module in own.values()]
+        if any(module is other for module in mirror.values() for other in known):
+            raise ValueError(
+                "the model is the pruned one itself, or mirrored already: mirror a copy, once"
+            )
         self._mirrors.append(mirror)
         if self._phase != "dense":
             self._follow(mirror)
@@ -275,7 +281,7 @@ class Pruner:
         self._era_updates = state["era_updates"]
         self._applied = dict(state["applied"])
         masks = {
-            name: state["masks"][f"{name}.weight"].to(layer_weight(layer.module).device)
+            name: state["masks"][_key(name)].to(layer_weight(layer.module).device)
             for name, layer in self._items()
             if self._phase != "dense"
         }
@@ -284,8 +290,9 @@ class Pruner:
                 layer.method_at(0.0).register(layer.module, "weight", masks[name])
         elif self._phase == "fixed":
             self._enter_fixed({name: mask.bool() for name, mask in masks.items()})
-        for mirror in self._mirrors:
-            self._follow(mirror)
+        if self._phase != "dense":
+            for mirror in self._mirrors:
+                self._follow(mirror)
 
     # --- the era ---------------------------------------------------------------------------------
 
@@ -303,7 +310,8 @@ class Pruner:
         try:
             if find_hook(layer.module, "weight")[1] is None:
                 method.register(layer.module, "weight")
-            method.tighten(layer.module, "weight")
+            for stage in layer.methods_between(self._applied.get(layer.name, 0.0), progress):
+                stage.tighten(layer.module, "weight")
         except ValueError as error:
             raise ValueError(f"layer {layer.name}: {error}") from None
         self._applied[layer.name] = progress
@@ -372,7 +380,7 @@ class Pruner:
         """Bring a mirror's layers to the masks of the model's."""
         masks = self.masks()
         for name in self.layers if names is None else names:
-            module, mask = mirror[name], masks[f"{name}.weight"]
+            module, mask = mirror[name], masks[_key(name)]
             _, hook = find_hook(module, "weight")
             if self._phase == "fixed":
                 if hook is not None:
@@ -413,14 +421,25 @@ class Pruner:
                 f"the pruner's state was saved under other settings of {', '.join(differing)}: "
                 f"resume with the recipe, data and batch size of the run that saved it"
             )
+        if state["phase"] == "dense":
+            return
         for name, layer in self._items():
-            mask = state["masks"].get(f"{name}.weight")
-            shape = layer_weight(layer.module).shape
-            if state["phase"] != "dense" and (mask is None or mask.shape != shape):
-                raise ValueError(f"the pruner's state has no mask of layer {name}: another model")
+            mask = state["masks"].get(_key(name))
+            shape = tuple(layer_weight(layer.module).shape)
+            if mask is None or mask.shape != shape:
+                raise ValueError(
+                    f"the pruner's state has no mask of shape {shape} for layer {name}: it is of "
+                    f"another model"
+                )
+        unknown = sorted(set(state["masks"]) - {_key(name) for name in self.layers})
+        if unknown:
+            raise ValueError(
+                f"the pruner's state has a mask for {unknown[0]}, which this pruner does not "
+                f"prune: it is of another model"
+            )
 
     def _to_dense(self) -> None:
-        """Take off all hooks and masks; the weights stay as they are."""
+        """Take off all hooks and masks; weights that were pruned are left zero."""
         for handle in self._gradient_hooks:
             handle.remove()
         self._gradient_hooks, self._masks = [], {}
@@ -434,6 +453,11 @@ class Pruner:
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: layer.module for name, layer in self._items()}
+
+
+def _key(name: str) -> str:
+    """The name of a layer's weight; the layer may be the model itself."""
+    return f"{name}.weight" if name else "weight"
 
 
 def _mask(module: nn.Module) -> Tensor:
@@ -452,10 +476,19 @@ def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) 
             )
 
 
-def _keep_masks_from_ddp(model: nn.Module, names: list[str]) -> None:
-    """DDP broadcasts all buffers each forward; masks follow from weights that are the same."""
-    names = [*names, *(f"_orig_mod.{name}" for name in names)]
+def _keep_masks_from_ddp(model: nn.Module, layers: list[nn.Module]) -> None:
+    """DDP broadcasts all buffers each forward; masks follow from weights that are the same.
+
+    It knows them by the names of the module that it wraps, which may be a compiled one.
+    """
     module = unwrap(model)
+    pruned = {id(layer) for layer in layers}
+    names = [
+        f"{prefix}{_key(name)}_mask"
+        for name, part in module.named_modules()
+        if id(part) in pruned
+        for prefix in ("", "_orig_mod.")
+    ]
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
     module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
     if isinstance(model, DistributedDataParallel):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from starfire_prune.mask_method import MaskMethod
 from starfire_prune.masks import intra_shares
@@ -80,6 +81,17 @@ class PrunedLayer:
             options["max_nonzero"] = self.max_nonzero
         return METHODS[self.method](amount, **options)
 
+    def methods_between(self, applied: float, progress: float) -> list[MaskMethod]:
+        """The methods that bring a mask from one progress of the era to a later one.
+
+        `inter` completes its first half, CK, before it goes on with window pruning, wherever the
+        updates fall.
+        """
+        method = self.method_at(progress)
+        if self.method == "inter" and applied < self.split < progress:
+            return [self.method_at(self.split), method]
+        return [method]
+
     def check(self) -> None:
         """Raise ValueError if the settings don't fit the layer, or would take all its weights."""
         shape = layer_weight(self.module).shape
@@ -88,6 +100,12 @@ class PrunedLayer:
             raise ValueError(
                 f"layer {self.name} ({type(self.module).__name__}) can't be pruned by "
                 f"{self.method}: give it one of {', '.join(fitting)}"
+            )
+        if isinstance(self.module, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"layer {self.name} is the output projection of nn.MultiheadAttention, which uses "
+                f"its weight without calling it, so that no hook can mask it: leave it out by "
+                f"`exclude`"
             )
         try:
             steps = [self.method_at(progress) for progress in (self.split, 1.0)]
@@ -147,10 +165,10 @@ def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
     match, the last one does.
 
     Raises:
-        ValueError: for a pattern that matches no layer, an override of layers that are not
-            selected, a selected layer that its method can't prune or would empty, transposed
-            convolutions named by `include`, two selected layers that share their weight, and a
-            selection of no layer at all.
+        ValueError: for a pattern that matches no layer (transposed convolutions are none here),
+            an override of layers that are not selected, a selected layer that its method can't
+            prune or would empty, one that shares its weight with another module or has none of
+            its own, and a selection of no layer at all.
     """
     candidates = prunable_layers(model)
     for key in ("include", "exclude"):
@@ -164,10 +182,12 @@ def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
         and not (isinstance(module, nn.Linear) and pruning.fc == "none")
         and (not _is_depthwise(module) or _matches(name, named))
     }
+    for name, module in selected.items():
+        _check_weight(name, module)
     for index, override in enumerate(pruning.overrides):
         key = f"pruning.overrides.{index}.layers"
         _check_patterns(key, override.layers, candidates)
-        _check_selected(key, override.layers, selected)
+        _check_selected(key, override.layers, _overridable(selected, pruning, override))
     layers = [
         layer
         for name, module in selected.items()
@@ -178,7 +198,7 @@ def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
             "pruning selects no layer: the model has no convolution or linear layer that "
             "`include` matches and `exclude`, `pointwise` and `fc` leave"
         )
-    _check_distinct(layers)
+    _check_unshared(model, layers)
     for layer in layers:
         layer.check()
     return layers
@@ -229,6 +249,8 @@ def _planned(
         fc = {} if pruning.fc == "none" else pruning.fc.model_dump(exclude_none=True)
         settings |= {**fc, **own}
     method = settings["method"]
+    if method != pruning.method and "max_nonzero" not in own:
+        settings["max_nonzero"] = None  # window counts weights of a kernel by it, ck kernels
     if isinstance(module, _ConvNd):
         pointwise = layer_weight(module)[0, 0].numel() == 1
         if method == "window" and pointwise:
@@ -240,7 +262,8 @@ def _planned(
             return None
         if _is_depthwise(module):
             settings["scope"] = "layer"
-    options = {key: settings[key] for key in _OPTIONS.get(method, ())}
+    # A convolution has no block_size; `PrunedLayer.check` refuses its block method.
+    options = {key: settings[key] for key in _OPTIONS.get(method, ()) if key in settings}
     if method in ("ck", "intra", "inter") and isinstance(module, _ConvNd):
         options["groups"] = module.groups
     if method == "inter":
@@ -279,9 +302,21 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Iterable[str]) -> 
         if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(
-                f"{key}: the pattern {pattern!r} matches no convolution or linear layer of the "
-                f"model; nearest: {', '.join(nearest) or 'it has none'}"
+                f"{key}: the pattern {pattern!r} matches no convolution (transposed ones can't be "
+                f"pruned) or linear layer of the model; nearest: "
+                f"{', '.join(nearest) or 'it has none'}"
             )
+
+
+def _overridable(
+    selected: Mapping[str, nn.Module], pruning: Pruning, override: Override
+) -> dict[str, nn.Module]:
+    """The selected layers but for those that stay dense under the override, unasked by it."""
+    return {
+        name: module
+        for name, module in selected.items()
+        if override.pointwise == "none" or _planned(name, module, pruning, override) is not None
+    }
 
 
 def _check_selected(key: str, patterns: Sequence[str], selected: Mapping[str, nn.Module]) -> None:
@@ -289,16 +324,30 @@ def _check_selected(key: str, patterns: Sequence[str], selected: Mapping[str, nn
         if not any(fnmatch.fnmatchcase(name, pattern) for name in selected):
             raise ValueError(
                 f"{key}: the pattern {pattern!r} matches only layers that are not selected "
-                f"(`exclude`, `fc: none`, or depthwise): select them by `include`, or drop it"
+                f"(`exclude`, `fc: none`, `pointwise: none`, or depthwise): select them by "
+                f"`include`, or drop it"
             )
 
 
-def _check_distinct(layers: Sequence[PrunedLayer]) -> None:
-    seen: dict[int, str] = {}
+def _check_weight(name: str, module: nn.Module) -> None:
+    try:
+        weight = layer_weight(module)
+    except ValueError as error:  # it is computed, as by weight_norm
+        raise ValueError(f"layer {name}: {error}; leave it out by `exclude`") from None
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"layer {name} has no values yet: run a forward pass first")
+
+
+def _check_unshared(model: nn.Module, layers: Sequence[PrunedLayer]) -> None:
+    """A mask on one of two modules would not hold in the other."""
+    users: dict[int, list[str]] = {}
+    for name, module in unwrap(model).named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(clean_name(name))
     for layer in layers:
-        first = seen.setdefault(id(layer_weight(layer.module)), layer.name)
-        if first != layer.name:
+        others = [name for name in users[id(layer_weight(layer.module))] if name != layer.name]
+        if others:
             raise ValueError(
-                f"layers {first} and {layer.name} share one weight, which can have one mask only: "
-                f"leave one out by `exclude`"
+                f"layer {layer.name} shares its weight with {', '.join(others)}, where its mask "
+                f"would not hold: leave them out by `exclude`"
             )

@@ -127,7 +127,7 @@ class MaskMethod(prune.BasePruningMethod):
 
     def _container_with(self, hook: prune.BasePruningMethod | None) -> prune.PruningContainer:
         if not isinstance(hook, prune.PruningContainer):
-            hook = prune.PruningContainer(hook)
+            hook = MaskContainer(hook)
         others = tuple(method for method in hook if type(method) is not type(self))
         hook._pruning_methods = (*others, self)
         return hook
@@ -187,6 +187,13 @@ class MaskMethod(prune.BasePruningMethod):
         module = state.pop("_module")
         self.__dict__.update(state)
         self._module = None if module is None else weakref.ref(module)
+
+
+class MaskContainer(prune.PruningContainer):
+    """The container that this package makes: it applies and removes masks as `MaskMethod` does."""
+
+    apply_mask = MaskMethod.apply_mask
+    remove = MaskMethod.remove
 
 
 def find_hook(module: nn.Module, name: str) -> tuple[int, prune.BasePruningMethod | None]:

@@ -1,12 +1,16 @@
-"""Pictures of a run."""
+"""Pictures of a run. They need matplotlib: `pip install 'starfire-prune[plots]'`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
 from starfire_prune.files import replaced_file
 
-__all__ = ["plot_training"]
+__all__ = ["plot_masks", "plot_training"]
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -16,12 +20,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str =
         metrics: the objects of a run's `metrics.jsonl`, an epoch each.
         path: of the PNG file.
         title: of the picture.
-
-    Raises:
-        ModuleNotFoundError: without matplotlib (`pip install 'starfire-prune[plots]'`).
     """
-    from matplotlib.figure import Figure
-
     epochs = [row["epoch"] + 1 for row in metrics]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     accuracy = figure.subplots()
@@ -41,3 +40,37 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str =
     accuracy.set_title(title)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: int = 12) -> None:
+    """Draw masks side by side, kernels as tiles, as in the paper's Figure 2.
+
+    Args:
+        masks: bool masks, `(K, C, R, S)` or `(out_features, in_features)`, by panel title.
+        path: of the PNG file.
+        n_out: output channels to show, from the first; of a linear layer three times as many.
+        n_in: input channels to show, likewise.
+    """
+    figure = Figure(figsize=(3.2 * len(masks), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(masks), squeeze=False)[0]
+    for panel, (title, mask) in zip(panels, masks.items(), strict=True):
+        kernels = mask.bool().cpu()
+        if kernels.ndim == 2:
+            kernels = kernels[: 3 * n_out, : 3 * n_in, None, None]
+        panel.imshow(_tiled(kernels[:n_out, :n_in] if mask.ndim > 2 else kernels), cmap="Blues")
+        panel.set_title(f"{title}\n{1 - mask.float().mean():.0%} zero", fontsize=10)
+        panel.set_xlabel("input channel" if mask.ndim > 2 else "input feature")
+        panel.set_ylabel("output channel" if mask.ndim > 2 else "output neuron")
+        panel.set_xticks([])
+        panel.set_yticks([])
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _tiled(kernels: Tensor) -> Tensor:
+    """`(K, C, R, S)` as one image: kept 1, pruned 0.12, and gaps of 0 between the kernels."""
+    n_out, n_in, height, width = kernels.shape
+    gap = int(height * width > 1)
+    image = torch.zeros(n_out, height + gap, n_in, width + gap)
+    image[:, :height, :, :width] = torch.where(kernels, 1.0, 0.12).permute(0, 2, 1, 3)
+    return image.reshape(n_out * (height + gap), n_in * (width + gap))

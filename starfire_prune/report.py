@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,11 @@ class Sparsity:
         return _share(self.layers)
 
     def __getitem__(self, name: str) -> LayerSparsity:
-        return next(layer for layer in self.layers if layer.name == name)
+        """The layer of that name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no convolution or linear layer {name!r}")
 
 
 def measure_sparsity(model: nn.Module, selected: Iterable[str] | None = None) -> Sparsity:
@@ -90,8 +95,9 @@ def measure_sparsity(model: nn.Module, selected: Iterable[str] | None = None) ->
 def effective_weight(module: nn.Module) -> Tensor:
     """The weight that a forward pass uses: masked, and never stale."""
     mask = module._buffers.get("weight_mask")
-    weight = layer_weight(module).detach()
-    return weight if mask is None else weight * mask
+    if mask is not None:
+        return layer_weight(module).detach() * mask
+    return cast(Tensor, module.weight).detach()  # a parameter, or computed as by weight_norm
 
 
 def format_table(sparsity: Sparsity) -> str:

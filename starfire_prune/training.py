@@ -39,6 +39,7 @@ from starfire_prune.models import create_model
 from starfire_prune.plots import plot_training
 from starfire_prune.recipe import (
     LrSchedule,
+    Model,
     Optimizer,
     Recipe,
     differing_keys,
@@ -95,6 +96,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     Raises:
         RunError: if the folder holds another recipe's run or a finished one, there is nothing to
             resume, or the environment would not reproduce the run.
+        CheckpointError: if the checkpoint to resume from is damaged, or the disk is full.
         DataError, ValueError: for data, layers and settings that don't fit.
     """
     accelerator = _accelerator(recipe)
@@ -108,12 +110,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         _begin_folder(run, first_epoch)
     accelerator.wait_for_everyone()
     for epoch in range(first_epoch, recipe.epochs):
-        metrics = _epoch(run, epoch)
-        if accelerator.is_main_process:
-            _record(run, metrics)
+        _record(run, _epoch(run, epoch))
         accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(run)
+    _finish(run)
     accelerator.end_training()
 
 
@@ -153,13 +152,14 @@ def evaluate(
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=recipe.training.mixed_precision,
         gradient_accumulation_steps=recipe.training.gradient_accumulation,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
     )
+    if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
+        torch.set_num_threads(recipe.training.threads)
+    return accelerator
 
 
 def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator) -> _Run:
@@ -172,7 +172,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator) -> _Run:
         crop_pct=recipe.data.crop_pct,
     )
     _check_classes(recipe, datasets)
-    model = create_model(recipe.model.name, recipe.model.num_classes, **recipe.model.options)
+    model = _model(recipe.model)
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(recipe.optimizer, model)
@@ -201,6 +201,13 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator) -> _Run:
     )
 
 
+def _model(settings: Model) -> nn.Module:
+    try:
+        return create_model(settings.name, settings.num_classes, **settings.options)
+    except (AssertionError, TypeError) as error:
+        raise RunError(f"model.options: {settings.name} refuses them: {error}") from error
+
+
 def _optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     known = timm.optim.list_optimizers()
     if settings.name not in known:
@@ -219,7 +226,7 @@ def _optimizer(settings: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
             filter_bias_and_bn=settings.filter_bias_and_bn,
             **settings.options,
         )
-    except (TypeError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError) as error:  # assertions: packages that it needs
         raise RunError(f"optimizer: {settings.name} refuses its options: {error}") from error
     return optimizer
 
@@ -244,7 +251,8 @@ def _epoch(run: _Run, epoch: int) -> dict[str, Any]:
     run.train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
     factor = learning_rate_factor(recipe.lr_schedule, epoch)
     for group in run.optimizer.param_groups:
-        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        initial = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial * factor * group.get("lr_scale", 1.0)  # timm's layer_decay
     start = time.perf_counter()
     train_loss, images = _train_epoch(run, epoch)
     seconds = time.perf_counter() - start
@@ -336,7 +344,12 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool) -> Path | 
     if resume and checkpoint is None:
         raise RunError(f"{folder} holds no checkpoint to resume from")
     if not saved.is_file():
-        return checkpoint
+        if checkpoint is not None:
+            raise RunError(
+                f"{folder} holds checkpoints but not the {saved.name} they belong to: restore it, "
+                f"choose another --output, or delete the folder"
+            )
+        return None
     differing = differing_keys(load_recipe(saved), recipe)
     if differing:
         listed = "; ".join(
@@ -354,13 +367,7 @@ def _checkpoint_to_resume(recipe: Recipe, folder: Path, resume: bool) -> Path | 
 
 
 def _restore(run: _Run, checkpoint: Path) -> int:
-    environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
-    for key, value in _reproducing(run).items():
-        if environment[key] != value:
-            raise RunError(
-                f"{run.folder} was trained with {key} = {environment[key]}, and now it is {value}: "
-                f"a resumed run would not repeat what the unbroken one had done"
-            )
+    _check_environment(run)
     state = load_checkpoint(checkpoint, run.model, run.optimizer, run.pruner)
     scaler = run.accelerator.scaler
     if scaler is not None:
@@ -368,48 +375,87 @@ def _restore(run: _Run, checkpoint: Path) -> int:
     return int(state["epoch"])
 
 
+def _check_environment(run: _Run) -> None:
+    path = run.folder / "environment.json"
+    own = _reproducing(run)
+    try:
+        environment = json.loads(path.read_text(encoding="utf-8"))
+        saved = {key: environment[key] for key in own}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(
+            f"{path} of the run can't be read: restore it, or delete {run.folder} to train anew"
+        ) from error
+    ways = {"processes": "accelerate launch --num_processes {}", "threads": "OMP_NUM_THREADS={}"}
+    for key, value in own.items():
+        if saved[key] != value:
+            raise RunError(
+                f"{run.folder} was trained with {key} = {saved[key]}, and now it is {value}: a "
+                f"resumed run would not repeat what the unbroken one had done; start it as then: "
+                f"{ways[key].format(saved[key])}"
+            )
+
+
 def _begin_folder(run: _Run, first_epoch: int) -> None:
     if first_epoch == 0:
-        write_text(run.folder / "recipe.yaml", dump_recipe(run.recipe))
+        if not (run.folder / "recipe.yaml").is_file():  # else an equal one, perhaps of the user's
+            write_text(run.folder / "recipe.yaml", dump_recipe(run.recipe))
         write_text(run.folder / "environment.json", json.dumps(_environment(run), indent=1) + "\n")
     done = [row for row in _read_metrics(run.metrics_file) if row["epoch"] < first_epoch]
     write_text(run.metrics_file, "".join(json.dumps(row) + "\n" for row in done))
 
 
 def _record(run: _Run, metrics: dict[str, Any]) -> None:
-    with run.metrics_file.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+    show = run.accelerator.is_main_process
+    if show:
+        _append_metrics(run.metrics_file, metrics)
     scaler = run.accelerator.scaler
     extra = {"scaler": scaler.state_dict()} if scaler is not None else {}
     save_checkpoint(
         run.checkpoints, metrics["epoch"] + 1, run.model, run.optimizer, run.pruner, extra
     )
-    tqdm.write(
-        f"epoch {metrics['epoch'] + 1}/{run.recipe.epochs}  loss {metrics['train_loss']:.4f}  "
-        f"top-1 {metrics['top1']:.2%}  phase {metrics['phase']}  "
-        f"threshold {metrics['threshold']:.2%}  sparsity {metrics['sparsity']:.2%}  "
-        f"{metrics['images_per_s']:.0f} images/s"
-    )
+    if show:
+        tqdm.write(
+            f"epoch {metrics['epoch'] + 1}/{run.recipe.epochs}  loss {metrics['train_loss']:.4f}  "
+            f"top-1 {metrics['top1']:.2%}  phase {metrics['phase']}  "
+            f"threshold {metrics['threshold']:.2%}  sparsity {metrics['sparsity']:.2%}  "
+            f"{metrics['images_per_s']:.0f} images/s"
+        )
 
 
 def _finish(run: _Run) -> None:
     show = run.accelerator.print
+    picture, exported = run.folder / "training.png", run.folder / "export" / "model.safetensors"
     rows = _read_metrics(run.metrics_file)
-    plot_training(rows, run.folder / "training.png", title=run.folder.name)
+    if run.accelerator.is_main_process:
+        plot_training(rows, picture, title=run.folder.name)
     selected = run.pruner.layers if run.pruner is not None else None
     show(format_table(measure_sparsity(run.model, selected)))
-    last = rows[-1]
-    show(f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {len(rows)} epochs")
-    exported = run.folder / "export" / "model.safetensors"
-    export_weights(exported, run.model, run.pruner)
-    show(f"weights: {exported}\npicture: {run.folder / 'training.png'}")
+    if rows:
+        last = rows[-1]
+        show(f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {last['epoch'] + 1} epochs")
+    export_weights(exported, run.model, run.pruner)  # last: it marks the run as finished
+    show(f"weights: {exported}\npicture: {picture}")
+
+
+def _append_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in metrics.items()
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts a line short
+    try:  # a kill cuts the last line short
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): mend or delete it") from error
 
 
 def _reproducing(run: _Run) -> dict[str, int]:
@@ -439,7 +485,9 @@ def _environment(run: _Run) -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the package's source tree, where it is run from one."""
     command = ["git", "rev-parse", "HEAD"]
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists():  # installed, perhaps within another project's repository
+        return None
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -22,26 +22,32 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start from nothing")
     arguments = parser.parse_args()
+    folder = arguments.output or Path("runs") / arguments.recipe.stem
     try:
-        from starfire_prune.checkpoint import CheckpointError
-        from starfire_prune.data import DataError, error_sentence
         from starfire_prune.recipe import RecipeError, load_recipe
+
+        recipe = load_recipe(arguments.recipe, arguments.overrides)  # before the slow imports
+
+        from starfire_prune.data import DataError, error_sentence
         from starfire_prune.training import RunError, train
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'starfire-prune[train]'")
-    folder = arguments.output or Path("runs") / arguments.recipe.stem
+    except RecipeError as error:
+        return _fail(str(error))
     try:
-        train(load_recipe(arguments.recipe, arguments.overrides), folder, resume=arguments.resume)
+        train(recipe, folder, resume=arguments.resume)
     except DataError as error:
         return _fail(error_sentence(error))
-    except (RecipeError, RunError, CheckpointError, ValueError, OSError) as error:
+    except (RunError, ValueError, OSError, ModuleNotFoundError) as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", status=130)
     return 0
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"train.py: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -1,0 +1,566 @@
+"""Training runs: what they leave behind, what they refuse, and that a kill changes nothing."""
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from starfire_prune import checkpoint, training
+from starfire_prune.checkpoint import CheckpointError, read_metadata
+from starfire_prune.recipe import LrSchedule, Recipe, differing_keys, load_recipe
+from starfire_prune.training import RunError, evaluate, learning_rate_factor, train
+from tests.runs import (
+    Moment,
+    files_of,
+    make_photographs,
+    metrics_of,
+    new_process,
+    small_recipe,
+    small_runs,
+    train_killed,
+    train_on,
+    write_recipe,
+)
+
+ROOT = Path(__file__).parent.parent
+EPOCHS = 4
+MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "within the epoch"]
+METRICS = [
+    "epoch",
+    "train_loss",
+    "top1",
+    "top5",
+    "val_loss",
+    "lr",
+    "phase",
+    "threshold",
+    "sparsity",
+    "sparsity_network",
+    "images_per_s",
+]
+
+# Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
+forks = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def runs() -> Iterator[pytest.MonkeyPatch]:
+    """Runs of a second; a patch of what a test wants else."""
+    with small_runs() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended, with `recipe.yaml` beside it as `small.yaml`."""
+    folder = tmp_path_factory.mktemp("finished")
+    with small_runs(plot=True):
+        train(small_recipe(folder), folder / "run")
+    return folder / "run"
+
+
+def exported(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if weight.ndim == 4}
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(
+    ("epoch", "factor"), [(0, 1.0), (29, 1.0), (30, 0.1), (59, 0.1), (60, 0.01), (99, 0.01)]
+)
+def test_the_learning_rate_falls_at_the_start_of_each_milestone(epoch, factor):
+    schedule = LrSchedule(milestones=(30, 60), gamma=0.1)
+    assert learning_rate_factor(schedule, epoch) == pytest.approx(factor)
+
+
+def test_without_milestones_the_learning_rate_is_constant():
+    assert [learning_rate_factor(LrSchedule(), epoch) for epoch in (0, 7, 500)] == [1.0] * 3
+
+
+def test_the_learning_rate_rises_linearly_to_its_value_after_the_warmup():
+    schedule = LrSchedule(warmup_epochs=3)
+    assert [learning_rate_factor(schedule, epoch) for epoch in range(5)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
+
+
+def test_a_milestone_within_the_warmup_counts_after_it():
+    schedule = LrSchedule(milestones=(1,), gamma=0.5, warmup_epochs=2)
+    assert learning_rate_factor(schedule, 1) == pytest.approx(2 / 3)
+    assert learning_rate_factor(schedule, 2) == 0.5
+
+
+def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
+    rates: list[float] = []
+
+    def note(run: Any, epoch: int) -> tuple[float, int]:
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        return 0.0, 1
+
+    runs.setattr(training, "_train_epoch", note)
+    train(
+        small_recipe(tmp_path, "lr_schedule={milestones: [2, 3], warmup_epochs: 1}"),
+        tmp_path / "run",
+    )
+    assert rates == pytest.approx([0.025, 0.05, 0.005, 0.0005])
+    assert [row["lr"] for row in metrics_of(tmp_path / "run")] == pytest.approx(rates)
+
+
+def test_layer_wise_rates_of_timm_hold(runs, tmp_path):
+    rates: list[list[float]] = []
+
+    def note(run: Any, epoch: int) -> tuple[float, int]:
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+        return 0.0, 1
+
+    runs.setattr(training, "_train_epoch", note)
+    overrides = ("optimizer.options={layer_decay: 0.5}", "lr_schedule={milestones: [2]}")
+    train(small_recipe(tmp_path, *overrides), tmp_path / "run")
+    assert max(rates[0]) == 0.05
+    assert min(rates[0]) < 0.01
+    assert rates[3] == pytest.approx([rate / 10 for rate in rates[0]])
+
+
+# Evaluation
+
+
+def test_evaluation_equals_a_plain_computation_over_uneven_batches(runs):
+    torch.manual_seed(0)
+    images, labels = torch.randn(23, 12), torch.randint(0, 7, (23,))
+    model = nn.Sequential(nn.Linear(12, 7), nn.Dropout(0.5))
+    loader: Any = DataLoader(TensorDataset(images, labels), batch_size=5)
+    accelerator = Accelerator(cpu=True)
+    result = evaluate(
+        model.train(), accelerator.prepare(loader), accelerator, nn.CrossEntropyLoss()
+    )
+    logits = model[0](images)
+    ranks = [int((row > row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
+    assert result == {
+        "top1": pytest.approx(sum(rank < 1 for rank in ranks) / 23),
+        "top5": pytest.approx(sum(rank < 5 for rank in ranks) / 23),
+        "val_loss": pytest.approx(float(functional.cross_entropy(logits, labels))),
+    }
+
+
+def test_with_fewer_than_five_classes_top5_is_top_of_all(runs):
+    loader: Any = DataLoader(TensorDataset(torch.randn(6, 4), torch.zeros(6, dtype=torch.long)), 4)
+    result = evaluate(nn.Linear(4, 3), loader, Accelerator(cpu=True), nn.CrossEntropyLoss())
+    assert result["top5"] == 1.0
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_what_train_says(finished):
+    names = sorted(str(path.relative_to(finished)) for path in finished.rglob("*"))
+    files = ["masks.safetensors", "model.safetensors", "optimizer.pt", "state.json"]
+    assert names == sorted(
+        [
+            "recipe.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "training.png",
+            "checkpoints",
+            *(f"checkpoints/epoch-{epoch:04d}" for epoch in (3, 4)),
+            *(f"checkpoints/epoch-{epoch:04d}/{file}" for epoch in (3, 4) for file in files),
+            "export",
+            "export/model.safetensors",
+        ]
+    )
+
+
+def test_the_recipe_of_a_run_loads_to_the_recipe_it_trained(finished):
+    saved = load_recipe(finished / "recipe.yaml")
+    assert differing_keys(saved, load_recipe(finished.parent / "small.yaml")) == {}
+    assert "momentum: 0.9" in (finished / "recipe.yaml").read_text()  # defaults written out
+
+
+def test_the_metrics_hold_an_object_an_epoch(finished):
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [METRICS] * EPOCHS
+    assert [row["epoch"] for row in rows] == list(range(EPOCHS))
+    assert all(row["images_per_s"] > 0 for row in rows)
+
+
+def test_the_metrics_follow_the_phases(finished):
+    rows = metrics_of(finished)
+    assert [row["phase"] for row in rows] == ["dense", "era", "era", "fixed"]
+    assert [row["threshold"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6])
+    assert [row["sparsity"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6], abs=0.03)
+
+
+def test_the_metrics_are_those_of_the_exported_model(finished):
+    recipe = load_recipe(finished / "recipe.yaml")
+    model = fresh_model(recipe)
+    model.load_state_dict(exported(finished))
+    with small_runs():
+        data = training.load_datasets("digits", image_size=recipe.data.image_size)
+        result = evaluate(
+            model, DataLoader(data.val, 5), Accelerator(cpu=True), nn.CrossEntropyLoss()
+        )
+    last = metrics_of(finished)[-1]
+    assert {key: last[key] for key in result} == pytest.approx(result, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "optimizer.lr=1e30", "pruning=none", "epochs=3")
+    train(recipe, tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_the_environment_tells_what_the_run_depends_on(finished):
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert {name: environment[name] for name in ("seed", "processes", "threads")} == {
+        "seed": 3,
+        "processes": 1,
+        "threads": 1,
+    }
+    assert {"command", "python", "commit", "device", "cpus"} <= environment.keys()
+
+
+def test_the_commit_is_that_of_the_packages_own_repository(finished, monkeypatch, tmp_path):
+    environment = json.loads((finished / "environment.json").read_text())
+    if (ROOT / ".git").exists():
+        command = ["git", "rev-parse", "HEAD"]
+        head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert environment["commit"] == head.stdout.strip()
+    # installed within another project's repository
+    package = ROOT / ".installed" / "site-packages" / "starfire_prune" / "training.py"
+    monkeypatch.setattr(training, "__file__", str(package))
+    assert training._commit() is None
+
+
+def test_the_picture_of_a_run_is_a_png(finished):
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_files_of_a_run_can_be_read_by_whoever_reads_its_folder(finished):
+    plain = (finished / "recipe.yaml").stat().st_mode
+    assert (finished / "export" / "model.safetensors").stat().st_mode == plain
+
+
+# The export
+
+
+def fresh_model(recipe: Recipe) -> nn.Module:
+    model: nn.Module = timm.create_model(
+        recipe.model.name, num_classes=recipe.model.num_classes, **recipe.model.options
+    )
+    return model
+
+
+def test_the_export_loads_strictly_into_a_fresh_model(finished):
+    model = fresh_model(load_recipe(finished / "recipe.yaml"))
+    assert list(exported(finished)) == sorted(model.state_dict())
+    model.load_state_dict(exported(finished), strict=True)
+
+
+def test_the_exported_weights_are_those_that_were_trained(finished):
+    trained = load_file(finished / "checkpoints" / "epoch-0004" / "model.safetensors")
+    weights = exported(finished)
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(weights[name], trained[name]) for name in weights)
+
+
+def test_every_locale_of_the_export_is_as_sparse_as_asked(finished):
+    for name, weight in convolutions(exported(finished)).items():
+        out_channels, in_channels = weight.shape[:2]
+        gone = ~weight.flatten(2).any(2)
+        asked = math.floor(0.6 * out_channels + 0.5)
+        assert gone.sum(0).tolist() == [asked] * in_channels, name
+
+
+def test_the_classifier_of_the_export_is_as_sparse_as_asked(finished):
+    weight = exported(finished)["fc.weight"]
+    assert int((weight == 0).sum()) == math.floor(0.6 * weight.numel() + 0.5)
+
+
+def test_pruned_weights_of_the_export_are_positive_zeros(finished):
+    for name, weight in exported(finished).items():
+        if weight.is_floating_point():
+            assert not torch.signbit(weight[weight == 0]).any(), name
+
+
+def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
+    metadata = read_metadata(finished / "export" / "model.safetensors")
+    weights = exported(finished)
+    assert {key: metadata[key] for key in ("format_version", "method", "amount", "era")} == {
+        "format_version": 1,
+        "method": "ck",
+        "amount": 0.6,
+        "era": [1, 3],
+    }
+    assert metadata["phase"] == "fixed"
+    assert metadata["weights"] == {
+        name: {
+            "method": "fine" if name == "fc.weight" else "ck",
+            "amount": 0.6,
+            "zeros": int((weights[name] == 0).sum()),
+            "total": weights[name].numel(),
+        }
+        for name in [*convolutions(weights), "fc.weight"]
+    }
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pruning.method=window", "pruning.spread=true"],
+        ["pruning.method=intra", "pruning.fc={method: block, block_size: 2}"],
+        ["pruning.method=inter"],
+        ["pruning.era=[0, 4]", "pruning.schedule=cubic", "pruning.fc=none"],
+        ["optimizer={name: adamw, lr: 0.01, filter_bias_and_bn: true}"],
+        ["training.clip_grad_norm=0.01", "training.label_smoothing=0.1"],
+        ["training.channels_last=true", "training.gradient_accumulation=3"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_run_ends_as_sparse_as_asked_with(overrides, runs, tmp_path):
+    recipe = small_recipe(tmp_path, *overrides)
+    train(recipe, tmp_path / "run")
+    weights = exported(tmp_path / "run")
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    for name, entry in metadata["weights"].items():
+        assert entry["zeros"] == int((weights[name] == 0).sum())
+    zeros = sum(entry["zeros"] for entry in metadata["weights"].values())
+    total = sum(entry["total"] for entry in metadata["weights"].values())
+    assert zeros / total == pytest.approx(0.6, abs=0.02)
+    assert metrics_of(tmp_path / "run")[-1]["sparsity"] == zeros / total
+
+
+def test_dense_training_prunes_nothing(runs, tmp_path):
+    train(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
+    rows = metrics_of(tmp_path / "run")
+    assert [row["phase"] for row in rows] == ["dense"] * EPOCHS
+    assert {row["threshold"] for row in rows} == {0.0}
+    assert {row["sparsity"] for row in rows} == {0.0}
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert (metadata["method"], metadata["weights"]) == (None, {})
+
+
+def test_before_the_era_a_run_is_the_dense_run(runs, tmp_path):
+    for name, pruning in (("dense", "none"), ("pruned", "{method: ck, amount: 0.6, era: [1, 3]}")):
+        train_on(small_recipe(tmp_path, f"pruning={pruning}", "epochs=4"), tmp_path / name)
+    dense, pruned = metrics_of(tmp_path / "dense"), metrics_of(tmp_path / "pruned")
+    assert dense[0] == pruned[0]
+    assert dense[1]["train_loss"] != pruned[1]["train_loss"]
+
+
+def test_the_seed_decides_the_run(runs, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train_on(
+            small_recipe(tmp_path, f"seed={seed}", "epochs=2", "pruning=none", "lr_schedule={}"),
+            tmp_path / name,
+        )
+    first, same, other = (exported(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+def test_bf16_on_the_cpu_trains_float32_weights(runs, tmp_path):
+    types: set[torch.dtype] = set()
+    recipe = small_recipe(tmp_path, "training.mixed_precision=bf16")
+    forward = nn.Conv2d.forward
+
+    def note(module: nn.Conv2d, images: Tensor) -> Tensor:
+        outputs = forward(module, images)
+        types.add(outputs.dtype)
+        return outputs
+
+    runs.setattr(nn.Conv2d, "forward", note)
+    train(recipe, tmp_path / "run")
+    assert types == {torch.bfloat16}
+    assert exported(tmp_path / "run")["conv1.weight"].dtype == torch.float32
+    assert metrics_of(tmp_path / "run")[-1]["sparsity"] == pytest.approx(0.6, abs=0.02)
+
+
+def first_loss_and_step(tmp_path: Path, *overrides: str) -> tuple[float, float]:
+    """The first epoch's mean loss, and how far one epoch of one update moves the weights."""
+    recipe = small_recipe(
+        tmp_path,
+        "epochs=1",
+        "lr_schedule={}",
+        "pruning=none",
+        "data.batch_size=56",
+        "optimizer={name: sgd, lr: 1.0, momentum: 0.0}",
+        *overrides,
+    )
+    moved: list[Tensor] = []
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    new_process()
+    with pytest.MonkeyPatch.context() as patch:
+        build = training.create_model
+
+        def create(*args: Any, **options: Any) -> nn.Module:
+            model = build(*args, **options)
+            moved.extend(parameter.detach().clone() for parameter in model.parameters())
+            return model
+
+        patch.setattr(training, "create_model", create)
+        train(recipe, folder)
+    model = fresh_model(recipe)
+    model.load_state_dict(exported(folder))
+    difference = [after - before for after, before in zip(model.parameters(), moved, strict=True)]
+    norm = float(torch.cat([tensor.flatten() for tensor in difference]).norm())
+    return metrics_of(folder)[0]["train_loss"], norm
+
+
+def test_the_gradient_norm_is_clipped_over_all_weights(runs, tmp_path):
+    _, free = first_loss_and_step(tmp_path)
+    _, clipped = first_loss_and_step(tmp_path, "training.clip_grad_norm=0.01")
+    assert free > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_label_smoothing_is_part_of_the_loss(runs, tmp_path):
+    plain, _ = first_loss_and_step(tmp_path)
+    smoothed, _ = first_loss_and_step(tmp_path, "training.label_smoothing=0.5")
+    assert smoothed != pytest.approx(plain, rel=1e-3)
+
+
+def test_gradients_of_two_batches_make_the_update_of_one_of_twice_the_size(runs, tmp_path):
+    # equal but for the batch normalisation, whose statistics are those of each batch
+    runs.setattr(nn.BatchNorm2d, "forward", lambda module, images: images)
+    _, whole = first_loss_and_step(tmp_path, "optimizer.lr=1e-3")
+    _, halves = first_loss_and_step(
+        tmp_path, "optimizer.lr=1e-3", "data.batch_size=28", "training.gradient_accumulation=2"
+    )
+    assert halves == pytest.approx(whole, rel=1e-3)
+
+
+def test_channels_last_reaches_model_and_images(runs, tmp_path):
+    formats: set[tuple[bool, bool]] = set()
+    forward = nn.Conv2d.forward
+
+    def note(module: nn.Conv2d, images: Tensor) -> Tensor:
+        if module.training and module.in_channels == 3:
+            formats.add(
+                tuple(
+                    tensor.is_contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+                    for tensor in (images, module.weight)
+                )
+            )
+        return forward(module, images)
+
+    runs.setattr(nn.Conv2d, "forward", note)
+    recipe = small_recipe(tmp_path, "training.channels_last=true")
+    train(recipe, tmp_path / "run")
+    assert formats == {(True, True)}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.num_classes=12",
+            "model.num_classes (=12) must be the number of classes in the data, 10: "
+            "--set model.num_classes=10",
+        ),
+        ("model.name=resnet19", "unknown model 'resnet19': did you mean resnet18"),
+        (
+            "model.options={depth: 3}",
+            "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
+            "argument 'depth'",
+        ),
+        ("optimizer.name=sdg", "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd"),
+        (
+            "optimizer.options={nesterof: true}",
+            "optimizer: sgd refuses its options: SGD.__init__() got an unexpected keyword argument "
+            "'nesterof'",
+        ),
+        (
+            "optimizer={name: adam, lr: 0.1, options: {betas: [2.0, 0.9]}}",
+            "optimizer: adam refuses its options: Invalid beta parameter at index 0: 2.0",
+        ),
+        (
+            "pruning.exclude=[layer9.*]",
+            "pruning.exclude: the pattern 'layer9.*' matches no convolution or linear layer",
+        ),
+        ("training.mixed_precision=fp16", "fp16 mixed precision requires a GPU"),
+    ],
+    ids=lambda value: value.partition("=")[0] if "=" in value else None,
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(override, message, runs, tmp_path):
+    with pytest.raises((RunError, ValueError)) as caught:
+        train(small_recipe(tmp_path, override), tmp_path / "run")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_optimizer_without_its_package_is_refused_in_a_sentence(runs, tmp_path):
+    with pytest.raises(RunError, match=r"^optimizer: fusedsgd refuses its options: .*required"):
+        train(small_recipe(tmp_path, "optimizer.name=fusedsgd"), tmp_path / "run")
+
+
+def test_a_refused_run_makes_no_folder(runs, tmp_path):
+    with pytest.raises(RunError):
+        train(small_recipe(tmp_path, "model.num_classes=12"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Killed and resumed
+
+DIGITS = ("data.name=digits",)
+PHOTOGRAPHS = (
+    "data={name: folder, root: photographs, image_size: 16, batch_size: 8, workers: 2}",
+    "model.num_classes=2",
+    "optimizer={name: adam, lr: 0.01}",
+    "training={threads: 1, gradient_accumulation: 2}",
+)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photographs(tmp_path_factory.mktemp("data") / "photographs")
+
+
+def resumable(folder: Path, photographs: Path, overrides: tuple[str, ...]) -> Recipe:
+    named = (override.replace("photographs", str(photographs)) for override in overrides)
+    return small_recipe(folder, *named)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[Any, Path]:
+    """Runs that nothing has killed, with the checkpoints of all epochs."""
+    folders = {}
+    for overrides in (DIGITS, PHOTOGRAPHS):
+        folders[overrides] = folder = tmp_path_factory.mktemp("unbroken")
+        with small_runs() as patch:
+            patch.setattr(checkpoint, "_KEPT_CHECKPOINTS", EPOCHS)
+            if overrides is PHOTOGRAPHS:
+                patch.undo()
+            train(resumable(folder, photographs, overrides), folder / "run")
+    return {overrides: folder / "run" for overrides, folder in folders.items()}
