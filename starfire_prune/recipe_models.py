@@ -1,0 +1,424 @@
+"""The settings of a recipe: frozen models that refuse what they don't know.
+
+Each model is a section of the YAML file; its fields' descriptions are also the schema's. Checks
+between keys run on plain data, so that they still run where a model was refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+__all__ = [
+    "Data",
+    "Fc",
+    "KeyPath",
+    "LrSchedule",
+    "Model",
+    "Optimizer",
+    "Override",
+    "Problem",
+    "Pruning",
+    "Recipe",
+    "Settings",
+    "SettingsT",
+    "Training",
+    "cross_problems",
+    "got",
+    "plain",
+]
+
+ConvMethod = Literal["window", "ck", "intra", "inter", "magnitude", "random", "filter"]
+FcMethod = Literal["fine", "block", "magnitude", "random"]
+# Not inter: its two halves of the era are the whole network's.
+OverrideMethod = Literal["window", "ck", "intra", "magnitude", "random", "filter", "fine", "block"]
+_METHODS: Final = (*get_args(ConvMethod), *get_args(FcMethod))
+
+# The methods that read an option; giving it to any other is an error.
+OPTION_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
+    "spread": ("window",),
+    "max_nonzero": ("window", "ck"),
+    "pointwise": ("window",),
+    "scope": ("ck", "intra", "inter", "window"),
+    "group": ("ck", "window"),
+    "share": ("intra", "inter"),
+    "split": ("inter",),
+    "seed": ("random",),
+    "block_size": ("block",),
+}
+_POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 kernels alone
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+_AMOUNT: Final = "share of the weights or kernels that goes, a float in (0, 1]"
+_SPREAD: Final = "true: layers reach their amount exactly, not in steps of 1/(R·S) (window)"
+_MAX_NONZERO: Final = "most weights left in a kernel (window), or kernels in a locale (ck); from 1"
+_POINTWISE: Final = "how 1x1 kernels are pruned; none leaves them dense (window)"
+_SCOPE: Final = "where kernels compete (ck, intra, inter, window's 1x1 kernels)"
+_GROUP: Final = "output channels that share a kernel mask, from 1 (ck, window's 1x1 kernels)"
+_SHARE: Final = "part of the amount that is window's, in [0, 1] (intra, inter)"
+_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block)"
+
+KeyPath = tuple[str | int, ...]
+Problem = tuple[KeyPath, str]
+
+
+# Values that pydantic's own types don't describe.
+
+
+def got(value: object, *, typed: bool = False) -> str:
+    """`(got 60)` or `(got 60, an int)`."""
+    if value is None:
+        return "(got nothing)"
+    name = {"dict": "mapping", "tuple": "list"}.get(type(value).__name__, type(value).__name__)
+    shown = _SHORT.repr(list(value) if isinstance(value, tuple) else value)
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"(got {shown}, {article} {name})" if typed else f"(got {shown})"
+
+
+def _refusal(text: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+def _amount(value: object) -> object:
+    if isinstance(value, float) and 0 < value <= 1:
+        return float(value)
+    way_out = "60 % is 0.6"
+    if isinstance(value, (int, float)) and 1 < value <= 100:
+        way_out = f"{value:g} % is {value / 100:g}"
+    elif type(value) is int and value == 1:
+        way_out = "100 % is 1.0, 1 % is 0.01"
+    elif value == 0:
+        way_out = "exclude leaves layers dense, pruning: none all of them"
+    raise _refusal(f"must be a float above 0 and at most 1 {got(value, typed=True)}; {way_out}")
+
+
+def _is_era(value: Any) -> bool:
+    two = isinstance(value, (list, tuple)) and [type(item) for item in value] == [int, int]
+    return two and 0 <= value[0] < value[1]
+
+
+def _era(value: object) -> object:
+    if _is_era(value):
+        return value
+    raise _refusal(
+        f"must be two epochs [first, end] with 0 <= first < end {got(value)}; "
+        "[40, 60] prunes in the epochs 40 to 59"
+    )
+
+
+def _rising(milestones: tuple[int, ...]) -> tuple[int, ...]:
+    if all(a < b for a, b in itertools.pairwise(milestones)):
+        return milestones
+    raise _refusal(f"must rise {got(milestones)}; in order: {sorted(set(milestones))}")
+
+
+def _expanded(root: str) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        if value := os.environ.get(match[1]):
+            return value
+        raise _refusal(
+            f"the environment variable {match[1]} is not set {got(root)}; "
+            f"export {match[1]}=/path/to/the/data, or name the folder itself"
+        )
+
+    path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", value_of, root))
+    if "${" in path:
+        raise _refusal(f"has a ${{ without a name and }} {got(path)}; write ${{NAME}}")
+    return path
+
+
+def _kind(value: object) -> str:
+    return "<none>" if isinstance(value, str) and value == "none" else "<mapping>"
+
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+OrNone = Annotated[
+    Annotated[SettingsT, Tag("<mapping>")] | Annotated[Literal["none"], Tag("<none>")],
+    Discriminator(_kind),
+]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[
+    tuple[Name, ...],
+    BeforeValidator(
+        lambda value: [value] if isinstance(value, str) else value,
+        json_schema_input_type=Name | list[Name],
+    ),
+    Field(strict=False),
+]
+Options = dict[str, JsonValue]
+Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
+Epoch = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pointwise = Literal["ck", "none"]
+Scope = Literal["channel", "layer"]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _cross_checked(self: SettingsT) -> SettingsT:
+        problems = [
+            InitErrorDetails(type=_refusal(text), loc=path, input=None)
+            for path, text in cross_problems(type(self), plain(self))
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+
+class Model(Settings):
+    """The network: a model of timm's registry, this package's variants among them."""
+
+    name: Name = Field(description="name in timm's registry, such as resnet50")
+    num_classes: Count = Field(description="number of classes, from 1")
+    options: Options = Field({}, description="keyword arguments for timm.create_model")
+
+
+class Data(Settings):
+    """The data set, and how its images are read. Batch sizes are per process."""
+
+    name: Literal["digits", "folder", "tiny_imagenet"] = Field(description="kind of data set")
+    root: Annotated[str, AfterValidator(_expanded)] | None = Field(
+        None, description="folder of the images; ~ and ${NAME} are expanded; not for digits"
+    )
+    image_size: int = Field(224, ge=8, description="height and width in pixels, from 8")
+    batch_size: Count = Field(description="images per training step and process, from 1")
+    eval_batch_size: Count | None = Field(None, description="in evaluation; default: batch_size")
+    workers: int = Field(4, ge=0, description="loader processes per process; 0: none")
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="for resizing")
+    crop_pct: float = Field(
+        0.875, gt=0, le=1, description="share of the resized side that evaluation keeps, (0, 1]"
+    )
+
+
+class Optimizer(Settings):
+    """The optimizer, as timm.optim.create_optimizer_v2 makes it."""
+
+    name: Name = Field(description="name of one of timm's optimizers, such as sgd")
+    lr: float = Field(gt=0, description="learning rate, above 0")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum, in [0, 1)")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, from 0")
+    filter_bias_and_bn: bool = Field(
+        False, description="true: no weight decay for biases and normalisation layers"
+    )
+    options: Options = Field({}, description="keyword arguments for create_optimizer_v2")
+
+
+class LrSchedule(Settings):
+    """The learning rate over the epochs: constant without milestones."""
+
+    milestones: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = Field(
+        (), description="epochs, 0-based and rising, that begin with the rate times gamma"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone, in (0, 1]")
+    warmup_epochs: Epoch = Field(0, description="epochs over which the rate rises to lr")
+
+
+class Training(Settings):
+    """How the steps are taken."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="autocast's type")
+    gradient_accumulation: Count = Field(1, description="batches per update, from 1")
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, above 0")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, in [0, 1)")
+    channels_last: bool = Field(False, description="true: channels_last weights and images")
+    threads: Count | None = Field(
+        None, description="CPU threads of a process; default: as launched (accelerate launch: 1)"
+    )
+
+
+class Fc(Settings):
+    """How linear layers are pruned."""
+
+    method: FcMethod = Field("fine", description="method for linear layers")
+    amount: Amount | None = Field(None, description=f"{_AMOUNT}; default: pruning.amount")
+    block_size: Count = Field(4, description=_BLOCK_SIZE)
+
+
+class Override(Settings):
+    """Other settings for some layers: what is not given is as in pruning, the last match wins."""
+
+    layers: Names = Field(min_length=1, description="module names or globs: one, or a list")
+    method: OverrideMethod | None = Field(None, description="method for these layers")
+    amount: Amount | None = Field(None, description=_AMOUNT)
+    spread: bool | None = Field(None, description=_SPREAD)
+    max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
+    pointwise: Pointwise | None = Field(None, description=_POINTWISE)
+    scope: Scope | None = Field(None, description=_SCOPE)
+    group: Count | None = Field(None, description=_GROUP)
+    share: Share | None = Field(None, description=_SHARE)
+    block_size: Count | None = Field(None, description=_BLOCK_SIZE)
+
+
+class Pruning(Settings):
+    """What is pruned, how far, and when."""
+
+    method: ConvMethod = Field(description="method for convolutions")
+    amount: Amount = Field(description=_AMOUNT)
+    era: Annotated[tuple[Epoch, Epoch], BeforeValidator(_era), Field(strict=False)] = Field(
+        description="[first, end]: prunes from epoch first to epoch end - 1, 0-based"
+    )
+    schedule: Literal["linear", "cubic", "cosine"] = Field("linear", description="over the era")
+    resolution: float = Field(
+        0.0025, ge=0, lt=1, description="rise of a layer's sparsity worth a new mask, in [0, 1)"
+    )
+    spread: bool = Field(False, description=_SPREAD)
+    max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
+    pointwise: Pointwise = Field("ck", description=_POINTWISE)
+    scope: Scope = Field("channel", description=_SCOPE)
+    group: Count = Field(1, description=_GROUP)
+    share: Share = Field(0.5, description=_SHARE)
+    split: float = Field(0.5, gt=0, lt=1, description="part of the era for ck, in (0, 1) (inter)")
+    seed: int = Field(0, ge=0, description="seed of random masks, from 0 (random)")
+    include: Names = Field(("*",), min_length=1, description="layers to prune: one glob, or a list")
+    exclude: Names = Field((), description="layers of these to leave dense: one glob, or a list")
+    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
+        (), description="other settings for some layers"
+    )
+    fc: OrNone[Fc] = Field(default_factory=Fc, description="linear layers; none leaves them dense")
+
+
+class Recipe(Settings):
+    """A training run."""
+
+    model: Model = Field(description="the network")
+    data: Data = Field(description="the data set")
+    optimizer: Optimizer = Field(description="the optimizer")
+    lr_schedule: LrSchedule = Field(
+        default_factory=LrSchedule, description="the learning rate over the epochs"
+    )
+    epochs: Count = Field(description="epochs to train, from 1")
+    seed: int = Field(0, ge=0, description="seed of the run, from 0")
+    training: Training = Field(default_factory=Training, description="how the steps are taken")
+    pruning: OrNone[Pruning] = Field(description="how to prune; none for dense training")
+
+
+# Checks between keys: on plain data, so that they also run where a model was refused.
+
+
+def plain(value: Any) -> Any:
+    """Mappings and models (what was set in them) as dicts, sequences as lists."""
+    if isinstance(value, BaseModel):
+        value = {key: item for key, item in value if key in value.model_fields_set}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def cross_problems(root: type[Settings], tree: Any, *, deep: bool = False) -> Iterator[Problem]:
+    """The problems between the keys of a section; `deep` adds those within its parts."""
+    if not isinstance(tree, dict):
+        return
+    if root is Data:
+        yield from _data_problems(tree)
+    elif root is Pruning:
+        yield from _pruning_problems(tree)
+    elif root is Recipe:
+        yield from _recipe_problems(tree)
+        for name, part in (("data", Data), ("pruning", Pruning)) if deep else ():
+            for path, text in cross_problems(part, tree.get(name)):
+                yield (name, *path), text
+
+
+def _data_problems(data: dict[str, Any]) -> Iterator[Problem]:
+    kind, root = data.get("name"), data.get("root")
+    if kind == "digits" and root is not None:
+        yield ("root",), f"has no effect with data digits {got(root)}; remove it"
+    if kind in ("folder", "tiny_imagenet") and root is None:
+        yield ("root",), f"is required with data {kind} (the folder of the images)"
+
+
+def _recipe_problems(recipe: dict[str, Any]) -> Iterator[Problem]:
+    def at(section: str, key: str) -> Any:
+        return recipe[section].get(key) if isinstance(recipe.get(section), dict) else None
+
+    epochs, era = recipe.get("epochs"), at("pruning", "era")
+    if type(epochs) is not int or epochs < 1:
+        return
+    if _is_era(era) and era[1] > epochs:
+        text = f"ends after the run {got(era)}; its end is at most epochs = {epochs}"
+        yield ("pruning", "era"), text
+    milestones = at("lr_schedule", "milestones")
+    for index, epoch in enumerate(milestones if isinstance(milestones, list) else ()):
+        if type(epoch) is int and epoch >= epochs:
+            text = f"must be below epochs = {epochs} {got(epoch)}"
+            yield ("lr_schedule", "milestones", index), text
+    warmup = at("lr_schedule", "warmup_epochs")
+    if type(warmup) is int and warmup >= epochs:
+        yield (
+            ("lr_schedule", "warmup_epochs"),
+            f"must be below epochs = {epochs} {got(warmup)}",
+        )
+
+
+class _Place(NamedTuple):
+    """A place where options are given, and the methods of the layers it speaks of."""
+
+    path: KeyPath
+    given: dict[str, Any]
+    methods: tuple[Any, ...]
+    pointwise: object
+
+    def uses(self, option: str) -> bool:
+        if any(method not in _METHODS for method in self.methods):
+            return True  # the method is refused already
+        methods = set(OPTION_METHODS[option]).intersection(self.methods)
+        if option in _POINTWISE_OPTIONS and self.pointwise == "none":
+            methods.discard("window")
+        return bool(methods)
+
+
+def _places(pruning: dict[str, Any]) -> Iterator[_Place]:
+    method, pointwise, fc = (pruning.get(key) for key in ("method", "pointwise", "fc"))
+    yield _Place((), pruning, (method,), pointwise)
+    settings = fc if isinstance(fc, dict) else {}
+    fc_methods = () if fc == "none" else (settings.get("method", "fine"),)
+    yield _Place(("fc",), settings, fc_methods, pointwise)
+    overrides = pruning.get("overrides")
+    for index, given in enumerate(overrides if isinstance(overrides, list) else ()):
+        if isinstance(given, dict):
+            own = given.get("method")
+            methods = (method, *fc_methods) if own is None else (own,)
+            yield _Place(("overrides", index), given, methods, given.get("pointwise") or pointwise)
+
+
+def _pruning_problems(pruning: dict[str, Any]) -> Iterator[Problem]:
+    places = list(_places(pruning))
+    for index, place in enumerate(places):
+        given = [key for key, value in place.given.items() if value is not None]
+        if index >= 2 and given == ["layers"]:
+            yield place.path, "changes nothing; give it a method, an amount or an option"
+        for option in OPTION_METHODS:
+            # What pruning and fc say holds for the overrides that don't say otherwise.
+            heirs = [p for p in places[index + 1 :] if index < 2 and p.given.get(option) is None]
+            if option in given and not any(p.uses(option) for p in (place, *heirs)):
+                yield (*place.path, option), _no_effect(option, place)
+
+
+def _no_effect(option: str, place: _Place) -> str:
+    methods = " or ".join(dict.fromkeys(place.methods))
+    if "window" in place.methods and option in _POINTWISE_OPTIONS:
+        methods += " and pointwise none"
+    return f"has no effect with method {methods} (used by {', '.join(OPTION_METHODS[option])})"
