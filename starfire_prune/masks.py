@@ -21,7 +21,6 @@ from torch import Tensor
 
 from starfire_prune.ranking import (
     check_finite,
-    column_ranks,
     float_bits,
     magnitude_keys,
     magnitudes,
@@ -126,7 +125,7 @@ def window_mask(
         return _merge(torch.ones_like(weight, dtype=torch.bool), mask)
     windows = _windows(keys)
     check_finite(windows.amax(0), weight)
-    kept = _spread(windows, total, least) if spread else column_ranks(windows) >= max(total, least)
+    kept = _spread(windows, total, least) if spread else ~smallest(windows, max(total, least))
     return _merge(_unwindows(kept, weight), mask)
 
 
@@ -400,7 +399,7 @@ def filter_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) ->
     check_finite(keys, weight)
     norms = float_bits(magnitudes(keys).sum(1, dtype=torch.float64))
     norms |= sign_bits((keys < 0).all(1), norms.dtype)
-    gone = smallest(norms[None], count(amount, len(norms)))[0]
+    gone = smallest(norms[:, None], count(amount, len(norms)))[:, 0]
     return _merge((~gone).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape), mask)
 
 
@@ -437,7 +436,7 @@ def _unwindows(kept: Tensor, weight: Tensor) -> Tensor:
 
 
 def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:
-    gone = smallest(keys.reshape(1, -1), count(amount, keys.numel()))
+    gone = smallest(keys.reshape(-1, 1), count(amount, keys.numel()))
     return _merge((~gone).view(keys.shape), mask)
 
 
@@ -454,7 +453,7 @@ def _smallest_but_protected(keys: Tensor, amount: float) -> Tensor:
     guarded = keys.contiguous().clone()
     guarded[rows, keys.shape[1] - 1 - index[rows]] = torch.iinfo(keys.dtype).max
     number = min(number, keys.numel() - len(rows))
-    return smallest(guarded.view(1, -1), number).view(keys.shape)
+    return smallest(guarded.view(-1, 1), number).view(keys.shape)
 
 
 def _kernels_gone(
@@ -468,20 +467,16 @@ def _kernels_gone(
     """Which kernels CK takes, bool `(K, C)`, given their keys of that shape."""
     n_out, n_in = kernels.shape
     size = ck_locale_size(n_out, n_in, groups=groups, group=group, scope=scope)
-    # A row of `locales` is a locale; a unit is ranked by the best of its `group` kernels.
+    # A column of `locales` is a locale; a unit is ranked by the best of its `group` kernels.
     units = kernels.view(n_out // group, group, n_in).amax(1) if group > 1 else kernels
     if scope == "layer":
-        locales = units.reshape(1, -1)
+        locales = units.reshape(-1, 1)
     else:
-        locales = (
-            units.view(groups, -1, n_in).transpose(1, 2).reshape(groups * n_in, -1).contiguous()
-        )
-    number = max(count(amount, size), size - _at_most(max_nonzero, size))
-    gone = smallest(locales, number)
-    if scope == "layer":
-        gone = gone.view(units.shape)
-    else:
-        gone = gone.view(groups, n_in, -1).transpose(1, 2).reshape(units.shape).contiguous()
+        locales = units.reshape(groups, size, n_in).transpose(0, 1).reshape(size, -1)
+    gone = smallest(locales, max(count(amount, size), size - _at_most(max_nonzero, size)))
+    if scope != "layer":
+        gone = gone.view(size, groups, n_in).transpose(0, 1)
+    gone = gone.reshape(units.shape)
     return gone.repeat_interleave(group, 0) if group > 1 else gone
 
 
@@ -514,15 +509,14 @@ def _spread(windows: Tensor, total: int, least: int) -> Tensor:
         return torch.zeros_like(windows, dtype=torch.bool)
     need = max(0, total - n * (n_kernels - n_alive))
     base = max(min(need // n_alive, n - 1), least)
-    ranks = column_ranks(windows)
-    kept = (ranks >= base) & (windows >= 0)
+    gone = smallest(windows, base) | (windows < 0)
     rest = need - int((taken.clamp(min=base) * alive).sum())
     if rest > 0 and base + 1 < n:
-        following = ranks == base
+        following = smallest(windows, base + 1) & ~gone
         candidates = (following * windows).amax(0)
         candidates.masked_fill_((taken > base) | ~alive, torch.iinfo(windows.dtype).max)
-        kept &= ~(following & smallest(candidates[None], rest))
-    return kept
+        gone |= following & smallest(candidates[:, None], rest)[:, 0]
+    return ~gone
 
 
 def _block_keys(keys: Tensor, size: int) -> Tensor:

@@ -5,15 +5,12 @@ is the bits of its magnitude, with the sign bit set where an earlier mask has ta
 gone comes first in every order, and integers are compared, selected and merged faster than floats.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "check_finite",
-    "column_ranks",
     "float_bits",
     "magnitude_keys",
     "magnitudes",
@@ -21,11 +18,8 @@ __all__ = [
     "smallest",
 ]
 
-# Up to this many weights a kernel, counting the smaller ones pairwise beats sorting by far.
-_PAIRWISE_RANK_LIMIT = 64
-
-# From this many keys on, the selection is worth the start of threads.
-_THREADED_SELECTION = 1 << 17
+# Up to this many more units a locale, taking them one by one beats selection.
+_FEW = 40
 
 
 def sign_bits(where: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,52 +69,60 @@ def check_finite(keys: Tensor, weight: Tensor) -> None:
 
 
 def smallest(keys: Tensor, number: int) -> Tensor:
-    """Exactly `number` smallest of each row of `keys` `(rows, units)`, as a bool tensor."""
-    if number <= 0 or number >= keys.shape[1]:
+    """The `number` smallest units of each locale, exactly; ties go by the lower index.
+
+    Args:
+        keys: shape `(units, locales)`.
+        number: of units; where more are gone already, all of those are chosen.
+
+    Returns:
+        A bool tensor of the same shape.
+    """
+    if number <= 0 or number >= len(keys):
         return torch.full_like(keys, number > 0, dtype=torch.bool)
-    cutoff, tied_rows = _kth_smallest(keys, number)
-    chosen = keys <= cutoff
-    if len(tied_rows):  # more keys equal the cutoff than may go: the last of them stay
-        tied = keys[tied_rows] == cutoff[tied_rows]
-        allowed = number - (keys[tied_rows] < cutoff[tied_rows]).sum(1, keepdim=True)
-        chosen[tied_rows] &= ~tied | (tied.cumsum(1) <= allowed)
+    taken = -(keys >> (8 * keys.itemsize - 1)).sum(0, dtype=keys.dtype)  # shifted: -1 if gone
+    more = number - int(taken.min())
+    if more > _FEW:
+        return _smallest_by_selection(keys, number)
+    chosen = keys <= _cutoff_after(keys, taken, number, more)
+    surplus = chosen.sum(0, dtype=keys.dtype) != taken.clamp(min=number)
+    tied = surplus.nonzero().squeeze(1)
+    if len(tied):
+        chosen[:, tied] = _smallest_by_selection(keys[:, tied], number)
     return chosen
 
 
-def _kth_smallest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th smallest (1-based) of each row, `(rows, 1)`, and the rows where a later one ties."""
-    if keys.device.type != "cpu":
-        cutoff = torch.kthvalue(keys, k, dim=1, keepdim=True).values
-        return cutoff, ((keys <= cutoff).sum(1) > k).nonzero().squeeze(1)
+def _cutoff_after(keys: Tensor, taken: Tensor, number: int, steps: int) -> Tensor:
+    """The key that the `number`-th smallest of each locale has if no two are the same.
 
-    def select(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        parted = np.partition(rows, k - 1, axis=1)  # with AVX where there is: faster than torch
-        return parted[:, k - 1].copy(), parted[:, k:].min(axis=1)
-
-    parts = np.array_split(keys.numpy(), _n_threads(keys))
-    if len(parts) == 1:
-        selected = [select(parts[0])]
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:  # NumPy lets go of the interpreter's lock
-            selected = list(pool.map(select, parts))
-    cutoff, following = (
-        torch.from_numpy(np.concatenate(part)) for part in zip(*selected, strict=True)
-    )
-    return cutoff[:, None], (cutoff == following).nonzero().squeeze(1)
+    Between two updates a locale loses a few units only. The next smallest key, one after the
+    other, is found without moving anything: the difference to the present cutoff, read as an
+    unsigned integer, is least for it, since keys at or below the cutoff wrap around.
+    """
+    lowest = torch.iinfo(keys.dtype).min
+    unsigned = keys ^ lowest  # signed integers in the order of the unsigned ones
+    cutoff = torch.full_like(taken, -1)
+    for step in range(steps):
+        above = (unsigned - (cutoff + 1)).amin(0) ^ lowest
+        cutoff = torch.where(taken + step < number, cutoff + 1 + above, cutoff)
+    return cutoff
 
 
-def _n_threads(keys: Tensor) -> int:
-    return min(torch.get_num_threads(), len(keys)) if keys.numel() >= _THREADED_SELECTION else 1
+def _smallest_by_selection(keys: Tensor, number: int) -> Tensor:
+    rows = keys.t().contiguous()
+    cutoff = _kth_smallest(rows, number)
+    chosen = rows <= cutoff
+    tied_rows = (chosen.sum(1, dtype=torch.int32) > number).nonzero().squeeze(1)
+    if len(tied_rows):  # more keys equal the cutoff than may go: the last of them stay
+        tied = rows[tied_rows] == cutoff[tied_rows]
+        allowed = number - (rows[tied_rows] < cutoff[tied_rows]).sum(1, keepdim=True)
+        chosen[tied_rows] &= ~tied | (tied.cumsum(1) <= allowed)
+    return (chosen | (rows < 0)).t()
 
 
-def column_ranks(windows: Tensor) -> Tensor:
-    """The rank (0 = smallest, ties by index) of each score in its column of `(n, columns)`."""
-    n = len(windows)
-    if n > _PAIRWISE_RANK_LIMIT:
-        return windows.argsort(dim=0, stable=True).argsort(dim=0)
-    ranks = torch.zeros(windows.shape, dtype=torch.uint8, device=windows.device)
-    for j in range(1, n):
-        smaller = windows[j] < windows[:j]
-        ranks[:j] += smaller
-        ranks[j] += j - smaller.sum(0, dtype=torch.uint8)
-    return ranks
+def _kth_smallest(rows: Tensor, k: int) -> Tensor:
+    """The k-th smallest key (1-based) of each row, shape `(rows, 1)`."""
+    if rows.device.type != "cpu":
+        return torch.kthvalue(rows, k, dim=1, keepdim=True).values
+    # NumPy selects with AVX where there is one, faster than torch on all cores.
+    return torch.from_numpy(np.partition(rows.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())

@@ -157,6 +157,10 @@ def _accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=recipe.training.gradient_accumulation,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
     )
+    if recipe.training.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError(  # Accelerate would train in float32
+            "training.mixed_precision (=fp16) needs a GPU: on a CPU, set bf16 or no"
+        )
     if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
         torch.set_num_threads(recipe.training.threads)
     return accelerator

@@ -150,7 +150,8 @@ def test_masks_lag_by_less_than_the_resolution_and_end_exact(settings, resolutio
     assert excess or pruner.mask_hash() == reference.mask_hash()
 
 
-def test_a_layer_whose_count_has_not_risen_is_skipped(monkeypatch):
+@pytest.mark.parametrize("resolution", [0.0, 0.0025])
+def test_a_layer_whose_count_has_not_risen_is_skipped(monkeypatch, resolution):
     model = nn.Sequential(nn.Conv2d(4, 8, 3))
     calls = []
     compute_mask = CKStructured.compute_mask
@@ -160,7 +161,7 @@ def test_a_layer_whose_count_has_not_risen_is_skipped(monkeypatch):
         return compute_mask(self, t, default_mask)
 
     monkeypatch.setattr(CKStructured, "compute_mask", counted)
-    pruner = Pruner(model, {"method": "ck", "amount": 0.5, "era": [0, 1]}, updates_per_epoch=100)
+    pruner = one_epoch(model, 100, method="ck", amount=0.5, resolution=resolution)
     for _ in range(100):
         pruner.step()
     # The first update, where 1, 2, 3 and 4 of 8 kernels round up to be gone, and the last
@@ -177,8 +178,7 @@ def test_the_resolution_spares_masks(monkeypatch):
 
     monkeypatch.setattr(WindowStructured, "compute_mask", counted)
     model = nn.Sequential(nn.Conv2d(10, 10, (10, 1)))
-    settings = {"method": "window", "spread": True, "amount": 0.5, "resolution": 0.05}
-    pruner = Pruner(model, {**settings, "era": [0, 1]}, updates_per_epoch=500)
+    pruner = one_epoch(model, 500, method="window", spread=True, amount=0.5, resolution=0.05)
     for _ in range(500):
         pruner.step()
     assert len(calls) == 11

@@ -80,6 +80,17 @@ def exported(run: Path) -> dict[str, Tensor]:
     return load_file(run / "export" / "model.safetensors")
 
 
+def same_exports(one: Path, other: Path) -> bool:
+    """Whether weights and metadata are equal; safetensors gives metadata in any order."""
+    first, second = exported(one), exported(other)
+    files = [run / "export" / "model.safetensors" for run in (one, other)]
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first)
+        and read_metadata(files[0]) == read_metadata(files[1])
+    )
+
+
 def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if weight.ndim == 4}
 
@@ -159,7 +170,8 @@ def test_evaluation_equals_a_plain_computation_over_uneven_batches(runs):
     result = evaluate(
         model.train(), accelerator.prepare(loader), accelerator, nn.CrossEntropyLoss()
     )
-    logits = model[0](images)
+    with torch.no_grad():
+        logits = model[0](images)
     ranks = [int((row > row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
     assert result == {
         "top1": pytest.approx(sum(rank < 1 for rank in ranks) / 23),
@@ -229,7 +241,7 @@ def test_the_metrics_are_those_of_the_exported_model(finished):
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
-    recipe = small_recipe(tmp_path, "optimizer.lr=1e30", "pruning=none", "epochs=3")
+    recipe = small_recipe(tmp_path, "optimizer.lr=1.0e+30", "pruning=none", "epochs=3")
     train(recipe, tmp_path / "run")
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
@@ -239,7 +251,7 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
 
 def test_the_environment_tells_what_the_run_depends_on(finished):
     environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["timm"] == timm.__version__
     assert {name: environment[name] for name in ("seed", "processes", "threads")} == {
         "seed": 3,
         "processes": 1,
@@ -281,7 +293,7 @@ def fresh_model(recipe: Recipe) -> nn.Module:
 
 def test_the_export_loads_strictly_into_a_fresh_model(finished):
     model = fresh_model(load_recipe(finished / "recipe.yaml"))
-    assert list(exported(finished)) == sorted(model.state_dict())
+    assert set(exported(finished)) == set(model.state_dict())
     model.load_state_dict(exported(finished), strict=True)
 
 
@@ -415,7 +427,7 @@ def first_loss_and_step(tmp_path: Path, *overrides: str) -> tuple[float, float]:
         "lr_schedule={}",
         "pruning=none",
         "data.batch_size=56",
-        "optimizer={name: sgd, lr: 1.0, momentum: 0.0}",
+        "optimizer={name: momentum, lr: 1.0, momentum: 0.0}",
         *overrides,
     )
     moved: list[Tensor] = []
@@ -433,7 +445,8 @@ def first_loss_and_step(tmp_path: Path, *overrides: str) -> tuple[float, float]:
         train(recipe, folder)
     model = fresh_model(recipe)
     model.load_state_dict(exported(folder))
-    difference = [after - before for after, before in zip(model.parameters(), moved, strict=True)]
+    trained = (parameter.detach() for parameter in model.parameters())
+    difference = [after - before for after, before in zip(trained, moved, strict=True)]
     norm = float(torch.cat([tensor.flatten() for tensor in difference]).norm())
     return metrics_of(folder)[0]["train_loss"], norm
 
@@ -495,7 +508,10 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
             "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
             "argument 'depth'",
         ),
-        ("optimizer.name=sdg", "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd"),
+        (
+            "optimizer.name=sdg",
+            "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd",
+        ),
         (
             "optimizer.options={nesterof: true}",
             "optimizer: sgd refuses its options: SGD.__init__() got an unexpected keyword argument "
@@ -507,9 +523,12 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
         ),
         (
             "pruning.exclude=[layer9.*]",
-            "pruning.exclude: the pattern 'layer9.*' matches no convolution or linear layer",
+            "pruning.exclude: the pattern 'layer9.*' matches no convolution",
         ),
-        ("training.mixed_precision=fp16", "fp16 mixed precision requires a GPU"),
+        (
+            "training.mixed_precision=fp16",
+            "training.mixed_precision (=fp16) needs a GPU: on a CPU, set",
+        ),
     ],
     ids=lambda value: value.partition("=")[0] if "=" in value else None,
 )
@@ -533,34 +552,346 @@ def test_a_refused_run_makes_no_folder(runs, tmp_path):
 
 # Killed and resumed
 
-DIGITS = ("data.name=digits",)
-PHOTOGRAPHS = (
-    "data={name: folder, root: photographs, image_size: 16, batch_size: 8, workers: 2}",
-    "model.num_classes=2",
-    "optimizer={name: adam, lr: 0.01}",
-    "training={threads: 1, gradient_accumulation: 2}",
+
+@pytest.fixture(
+    scope="module", params=["sgd on digits", pytest.param("adam on photographs", marks=forks)]
 )
+def unbroken(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    """A recipe, and the folder of its run that nothing has killed, with all checkpoints."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = small_recipe(folder)
+    if request.param == "adam on photographs":
+        root = make_photographs(folder / "photographs")
+        recipe = small_recipe(
+            folder,
+            f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
+            "model.num_classes=2",
+            "optimizer={name: adam, lr: 0.01}",
+            "training={threads: 1, gradient_accumulation: 2}",
+        )
+    with small_runs() as patch:
+        patch.setattr(checkpoint, "_KEPT_CHECKPOINTS", EPOCHS)
+        train(recipe, folder / "run")
+    return recipe, folder / "run"
 
 
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photographs(tmp_path_factory.mktemp("data") / "photographs")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
+    moment, unbroken, runs, tmp_path
+):
+    recipe, whole = unbroken
+    broken = tmp_path / "run"
+    for epoch in range(EPOCHS):
+        train_killed(recipe, broken, epoch, moment)
+        last = f"checkpoints/epoch-{epoch + (moment == 'after the checkpoint'):04d}"
+        assert files_of(broken / last) == files_of(whole / last)
+    train_on(recipe, broken)
+    assert metrics_of(broken) == metrics_of(whole)
+    assert files_of(broken / "checkpoints" / "epoch-0004") == files_of(
+        whole / "checkpoints" / "epoch-0004"
+    )
+    assert same_exports(broken, whole)
 
 
-def resumable(folder: Path, photographs: Path, overrides: tuple[str, ...]) -> Recipe:
-    named = (override.replace("photographs", str(photographs)) for override in overrides)
-    return small_recipe(folder, *named)
+@pytest.fixture
+def broken(runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a run that was killed in its third epoch."""
+    train_killed(small_recipe(tmp_path), tmp_path / "run", 2, "within the epoch")
+    return tmp_path / "run"
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[Any, Path]:
-    """Runs that nothing has killed, with the checkpoints of all epochs."""
-    folders = {}
-    for overrides in (DIGITS, PHOTOGRAPHS):
-        folders[overrides] = folder = tmp_path_factory.mktemp("unbroken")
-        with small_runs() as patch:
-            patch.setattr(checkpoint, "_KEPT_CHECKPOINTS", EPOCHS)
-            if overrides is PHOTOGRAPHS:
-                patch.undo()
-            train(resumable(folder, photographs, overrides), folder / "run")
-    return {overrides: folder / "run" for overrides, folder in folders.items()}
+def test_a_kill_before_the_first_checkpoint_starts_anew(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "epochs=3")
+    train_killed(recipe, tmp_path / "run", 0, "before the checkpoint")
+    assert len(metrics_of(tmp_path / "run")) == 1
+    train_on(recipe, tmp_path / "run")
+    assert [row["epoch"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_dropped(broken):
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_l')
+    train_on(small_recipe(broken.parent), broken)
+    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
+
+
+def test_resume_goes_on_after_the_epochs_that_are_done(broken, capsys):
+    new_process()
+    train(small_recipe(broken.parent), broken, resume=True)
+    assert capsys.readouterr().out.startswith(f"resumed {broken} after 2 of 4 epochs\nepoch 3/4 ")
+
+
+def test_only_the_last_two_checkpoints_are_kept(broken):
+    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == [
+        "epoch-0001",
+        "epoch-0002",
+    ]
+
+
+def test_resume_with_nothing_to_resume_is_refused(runs, tmp_path):
+    with pytest.raises(RunError, match=r"run holds no checkpoint to resume from$"):
+        train(small_recipe(tmp_path), tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_another_recipe_is_refused_with_the_keys_that_differ(broken):
+    before = files_of(broken)
+    other = small_recipe(broken.parent, "pruning.amount=0.7", "data.batch_size=8")
+    with pytest.raises(RunError) as caught:
+        train_on(other, broken)
+    assert str(caught.value) == (
+        f"{broken} holds the run of another recipe (data.batch_size: 16 there, 8 now; "
+        f"pruning.amount: 0.6 there, 0.7 now): choose another --output, or delete the folder"
+    )
+    assert files_of(broken) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_run_is_refused_and_stays_as_it_is(resume, finished):
+    before = files_of(finished)
+    with small_runs(), pytest.raises(RunError, match="holds a finished run of this recipe: choose"):
+        train(small_recipe(finished.parent), finished, resume=resume)
+    assert files_of(finished) == before
+
+
+def test_a_run_killed_before_its_export_is_finished(broken, runs):
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = small_recipe(broken.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "export_weights", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_on(recipe, broken)
+    train_on(recipe, broken)
+    assert exported(broken)
+    assert len(metrics_of(broken)) == EPOCHS
+
+
+def test_another_number_of_threads_is_refused_with_the_way_to_launch(runs, tmp_path):
+    torch.set_num_threads(1)
+    recipe = small_recipe(tmp_path, "training={}")
+    train_killed(recipe, tmp_path / "run", 1, "within the epoch")
+    torch.set_num_threads(2)
+    with pytest.raises(
+        RunError,
+        match=r"was trained with threads = 1, and now it is 2: .*: OMP_NUM_THREADS=1$",
+    ):
+        train_on(recipe, tmp_path / "run")
+
+
+def test_the_threads_of_the_recipe_count_whatever_the_launch(broken):
+    torch.set_num_threads(2)
+    train_on(small_recipe(broken.parent), broken)
+    assert torch.get_num_threads() == 1
+
+
+def test_checkpoints_without_their_recipe_are_refused(broken):
+    (broken / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match=r"run holds checkpoints but not the recipe\.yaml they"):
+        train_on(small_recipe(broken.parent, "pruning.amount=0.7"), broken)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"seed": 3}'])
+def test_an_environment_that_cannot_be_read_is_refused(content, broken):
+    (broken / "environment.json").unlink()
+    if content is not None:
+        (broken / "environment.json").write_text(content)
+    with pytest.raises(RunError, match=r"environment\.json of the run can't be read: restore it"):
+        train_on(small_recipe(broken.parent), broken)
+
+
+def test_damaged_metrics_are_refused_with_their_file(broken):
+    (broken / "metrics.jsonl").write_text("not JSON\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): mend or delete it$"):
+        train_on(small_recipe(broken.parent), broken)
+
+
+def test_lost_metrics_do_not_keep_a_run_from_its_end(runs, tmp_path):
+    recipe = small_recipe(tmp_path)
+    train_killed(recipe, tmp_path / "run", 3, "after the checkpoint")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train_on(recipe, tmp_path / "run")
+    assert exported(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(broken):
+    recipe, last = small_recipe(broken.parent), broken / "checkpoints" / "epoch-0002"
+    (last / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.pt can't be loaded: .*delete the folder"
+    ):
+        train_on(recipe, broken)
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    train_on(recipe, broken)
+    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
+
+
+def test_a_checkpoint_of_other_data_is_refused(runs, tmp_path):
+    root = make_photographs(tmp_path / "photographs")
+    data = f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 0}}"
+    recipe = small_recipe(tmp_path, data, "model.num_classes=2")
+    train_killed(recipe, tmp_path / "run", 2, "within the epoch")
+    for index in range(10, 14):
+        (root / "train" / "ant" / f"{index}.png").unlink()
+        (root / "train" / "bee" / f"{index}.png").unlink()
+    with pytest.raises(CheckpointError, match="other settings of updates_per_epoch: resume with"):
+        train_on(recipe, tmp_path / "run")
+
+
+def test_a_full_disk_costs_the_epoch_that_was_under_way(unbroken, runs, tmp_path):
+    recipe, whole = unbroken
+    run, save = tmp_path / "run", torch.save
+
+    def fill(state: Any, file: Any) -> None:
+        if "epoch-0003" in str(file.name):
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(CheckpointError) as caught:
+            train_on(recipe, run)
+    assert str(caught.value) == (
+        f"{run}/checkpoints/epoch-0003 can't be written: No space left on device; what was saved "
+        f"before is whole: make room and run the same command again"
+    )
+    assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
+    train_on(recipe, run)
+    assert same_exports(run, whole)
+    assert metrics_of(run) == metrics_of(whole)
+
+
+def test_a_recipe_kept_in_the_folder_of_its_run_is_left_as_it_is(runs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    written = write_recipe(run).rename(run / "recipe.yaml")
+    text = "# mine\n" + written.read_text()
+    written.write_text(text)
+    train(load_recipe(written), run)
+    assert written.read_text() == text
+
+
+# With processes of their own
+
+
+def launch(*arguments: object, command: tuple[object, ...] = (sys.executable,), **options: Any):
+    return subprocess.Popen(
+        [*command, ROOT / "tools" / "train.py", *arguments],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_a_signal_at_any_time_ends_with_the_same_bits(tmp_path):
+    root = make_photographs(tmp_path / "photographs", train=200)
+    small_recipe(
+        tmp_path,
+    )
+    arguments = [
+        tmp_path / "small.yaml",
+        f"--set=data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
+        "--set=model.num_classes=2",
+    ]
+    output_of(launch(*arguments, "--output", tmp_path / "whole"))
+    broken, times = tmp_path / "broken", random.Random(0)
+    for lines in (0, 1, 2, 3):
+        process = launch(*arguments, "--output", broken)
+        while not has_lines(broken / "metrics.jsonl", lines):
+            assert process.poll() is None, output_of(process)
+            time.sleep(0.01)
+        time.sleep(times.uniform(0.0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    if not (broken / "export").exists():
+        output_of(launch(*arguments, "--output", broken, "--resume"))
+    assert metrics_of(broken) == metrics_of(tmp_path / "whole")
+    assert same_exports(broken, tmp_path / "whole")
+    assert files_of(broken / "checkpoints") == files_of(tmp_path / "whole" / "checkpoints")
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.is_file() and path.read_text().count("\n") >= count
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_as_one_run(tmp_path):
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = "0"
+    arguments = [write_recipe(tmp_path), "--set=data.batch_size=200"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    output_of(launch(*arguments, "--output", whole, command=command, env=environment))
+    process = launch(*arguments, "--output", broken, command=command, env=environment)
+    while not (broken / "checkpoints" / "epoch-0002").exists():
+        assert process.poll() is None, output_of(process)
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    if not (broken / "export").exists():
+        output_of(launch(*arguments, "--output", broken, command=command, env=environment))
+    assert json.loads((whole / "environment.json").read_text())["processes"] == 2
+    images = [row["top1"] * 360 for row in metrics_of(whole)]  # each is evaluated once
+    assert images == pytest.approx([round(count) for count in images], abs=1e-6)
+    assert metrics_of(broken) == metrics_of(whole)
+    assert same_exports(broken, whole)
+
+
+# Shipped recipes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_resnet", "resnet50_v1"])
+def test_an_epoch_of_the_tiny_imagenet_recipe_ends_as_sparse_as_asked(
+    model, tiny_imagenet, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TINY_IMAGENET", str(tiny_imagenet))
+    arguments = (
+        ROOT / "recipes" / "tiny_imagenet_resnet50.yaml",
+        f"--set=model={{name: {model}, num_classes: 20}}",
+        "--set=data.image_size=32",
+        "--set=data.workers=2",
+        "--set=lr_schedule.milestones=[]",
+        "--set=epochs=1",
+        "--set=pruning.era=[0, 1]",
+        "--set=training.threads=2",
+    )
+    output_of(launch(*arguments, "--output", tmp_path / "run"))
+    weights = exported(tmp_path / "run")
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert len(metadata["weights"]) == len(convolutions(weights)) + 1
+    for name, weight in convolutions(weights).items():
+        asked = math.floor(0.6 * weight.shape[0] + 0.5)
+        gone = ~weight.flatten(2).any(2)
+        assert gone.sum(0).tolist() == [asked] * weight.shape[1], name
+    assert metrics_of(tmp_path / "run")[0]["sparsity"] == pytest.approx(0.6, abs=0.005)
+
+
+@pytest.mark.slow
+def test_the_quickstart_prunes_at_a_cost_of_at_most_a_percent(tmp_path):
+    def mean_top1(name: str, *overrides: str) -> float:
+        accuracies = []
+        for seed in range(3):
+            settings = (*overrides, f"seed={seed}", "training.threads=2")
+            recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
+            train_on(recipe, tmp_path / f"{name}-{seed}")
+            accuracies.append(metrics_of(tmp_path / f"{name}-{seed}")[-1]["top1"])
+        return statistics.mean(accuracies)
+
+    pruned, dense = mean_top1("pruned"), mean_top1("dense", "pruning=none")
+    assert pruned >= 0.97
+    assert dense - pruned <= 0.01
