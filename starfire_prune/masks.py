@@ -545,5 +545,4 @@ def _merge(kept: Tensor, mask: Tensor | None) -> Tensor:
 
 def _merge_kernels(kept: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     """`kept` `(K, C)` over all weights of the kernels."""
-    kept = kept.view(*kept.shape, *[1] * (weight.ndim - 2)).expand(weight.shape)
-    return kept.contiguous() if mask is None else kept & mask.bool()
+    return _merge(kept.view(*kept.shape, *[1] * (weight.ndim - 2)).expand(weight.shape), mask)
