@@ -58,9 +58,10 @@ def magnitude_keys(weight: Tensor, mask: Tensor | None, min_dims: int) -> Tensor
         )
     weight = weight.detach()
     bits = float_bits(weight if weight.dtype == torch.float64 else weight.float())
+    lowest = torch.iinfo(bits.dtype).min  # the sign bit alone
     if mask is None:
-        return bits & torch.iinfo(bits.dtype).max
-    return (bits | torch.iinfo(bits.dtype).min).bitwise_xor_(sign_bits(mask.bool(), bits.dtype))
+        return bits & ~lowest
+    return (bits | lowest).add_(mask.bool().to(bits.dtype), alpha=lowest)  # kept: it wraps to 0
 
 
 def check_finite(keys: Tensor, weight: Tensor) -> None:
