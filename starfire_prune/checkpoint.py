@@ -2,11 +2,13 @@
 
 A checkpoint is a folder of safetensors and JSON files, and of the optimizer's state as torch saves
 it, loaded with `weights_only`: nothing here executes what a file contains. It appears whole or not
-at all. Random states are not part of it: a run seeds its generators anew each epoch.
+at all, and damage since then is noticed. Random states are not part of it: a run seeds its
+generators anew each epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -84,7 +86,7 @@ def save_checkpoint(
         CheckpointError: if the disk is full; the checkpoints that were there stay whole.
     """
     if pruner is not None:
-        pruner.check()
+        pruner.check(across_ranks=False)
     path = folder / f"epoch-{epoch:04d}"
     if not _is_writer():
         return path
@@ -100,6 +102,7 @@ def save_checkpoint(
                 {name: mask.contiguous().cpu() for name, mask in masks.items()},
                 str(temporary / "masks.safetensors"),
             )
+        state["sha256"] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     _remove_old(folder)
     return path
@@ -116,6 +119,11 @@ def load_checkpoint(
     with _reading(path / "state.json") as file:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         saved, _, _ = state["pruner"], state["epoch"], state["extra"]
+        sums = dict(state["sha256"])
+    for name, saved_sum in sums.items():
+        with _reading(path / name) as file:
+            if _sha256(file) != saved_sum:
+                raise ValueError("its contents are not those that were saved")
     with _reading(path / "optimizer.pt") as file:
         optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
     if (saved is None) != (pruner is None):
@@ -175,7 +183,7 @@ def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -
         CheckpointError: if the disk is full.
     """
     if pruner is not None:
-        pruner.check()
+        pruner.check(across_ranks=False)
     if not _is_writer():
         return
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner))}
@@ -228,6 +236,10 @@ def _remove_old(folder: Path) -> None:
         path.rename(hidden)  # at once out of sight: a checkpoint is never half there
     for hidden in folder.glob(".epoch-*"):
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> None:

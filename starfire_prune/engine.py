@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from starfire_prune.distributed import (
+    compare_across_ranks,
+    keep_buffers_from_ddp,
+    refuse_sharded,
+)
 from starfire_prune.layers import (
     PrunedLayer,
     amount_at,
@@ -83,7 +87,7 @@ class Pruner:
             raise TypeError(f"`updates_per_epoch` (={updates_per_epoch!r}) must be an int")
         if updates_per_epoch < 1:
             raise ValueError(f"`updates_per_epoch` (={updates_per_epoch}) must be at least 1")
-        _refuse_sharded(model)
+        refuse_sharded(model)
         self.pruning = parse_pruning(pruning)
         self.updates_per_epoch = updates_per_epoch
         self.layers = {layer.name: layer for layer in select_layers(model, self.pruning)}
@@ -97,7 +101,7 @@ class Pruner:
         self._applied: dict[str, float] = {}  # progress at which each layer's mask was worked out
         self._masks: dict[str, Tensor] = {}  # of the fixed phase
         self._gradient_hooks: list[RemovableHandle] = []
-        _keep_masks_from_ddp(model, list(self._modules().values()))
+        keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
 
     def __repr__(self) -> str:
         return (
@@ -203,8 +207,11 @@ class Pruner:
             digest.update(np.packbits(mask.contiguous().cpu().numpy()).tobytes())
         return digest.hexdigest()
 
-    def check(self) -> None:
+    def check(self, *, across_ranks: bool = True) -> None:
         """Verify that the pruning holds; call it before every save.
+
+        Args:
+            across_ranks: also compare the masks of distributed ranks, which all must call it then.
 
         Raises:
             RuntimeError: naming the layer and the count, if a pruned weight is not zero (here or
@@ -214,7 +221,8 @@ class Pruner:
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
                     raise RuntimeError(f"layer {name} has lost its pruning hook within the era")
-        self._compare_ranks()  # first: a rank that raised alone would leave the others waiting
+        if across_ranks:  # first: a rank that raised alone would leave the others waiting
+            self._compare_ranks()
         if self._phase == "fixed":
             for modules in [self._modules(), *self._mirrors]:
                 _check_zeros(modules, self._masks)
@@ -375,6 +383,10 @@ class Pruner:
 
     # --- mirrors, ranks, state ------------------------------------------------------------------
 
+    def _compare_ranks(self) -> None:
+        device = layer_weight(next(iter(self.layers.values())).module).device
+        compare_across_ranks(self.mask_hash, "pruning masks", device)
+
     @torch.no_grad()
     def _follow(self, mirror: Mapping[str, nn.Module], names: list[str] | None = None) -> None:
         """Bring a mirror's layers to the masks of the model's."""
@@ -391,20 +403,6 @@ class Pruner:
                 method.register(module, "weight", mask.to(layer_weight(module).device))
             else:
                 _mask(module).copy_(mask)
-
-    def _compare_ranks(self) -> None:
-        if not distributed.is_available() or not distributed.is_initialized():
-            return
-        device = layer_weight(next(iter(self.layers.values())).module).device
-        own = torch.tensor(list(bytes.fromhex(self.mask_hash())), dtype=torch.uint8, device=device)
-        hashes = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(hashes, own)
-        differing = [rank for rank, other in enumerate(hashes) if not torch.equal(other, hashes[0])]
-        if differing:
-            raise RuntimeError(
-                f"the pruning masks of rank(s) {', '.join(map(str, differing))} differ from those "
-                f"of rank 0: the ranks' weights have drifted apart"
-            )
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
@@ -474,31 +472,3 @@ def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) 
                 f"layer {name}: {alive} pruned weights are not zero; "
                 f"step() must follow each optimizer step, and nothing else may write to them"
             )
-
-
-def _keep_masks_from_ddp(model: nn.Module, layers: list[nn.Module]) -> None:
-    """DDP broadcasts all buffers each forward; masks follow from weights that are the same.
-
-    It knows them by the names of the module that it wraps, which may be a compiled one.
-    """
-    module = unwrap(model)
-    pruned = {id(layer) for layer in layers}
-    names = [
-        f"{prefix}{_key(name)}_mask"
-        for name, part in module.named_modules()
-        if id(part) in pruned
-        for prefix in ("", "_orig_mod.")
-    ]
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
-    if isinstance(model, DistributedDataParallel):
-        model.parameters_to_ignore.update(names)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    if sharded or any(hasattr(weight, "_local_tensor") for weight in model.parameters()):
-        raise ValueError(
-            "the model's parameters are sharded (FSDP): a rank sees a part of each weight and "
-            "can't rank it; train it under DistributedDataParallel"
-        )

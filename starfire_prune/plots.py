@@ -57,7 +57,8 @@ def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: i
         kernels = mask.bool().cpu()
         if kernels.ndim == 2:
             kernels = kernels[: 3 * n_out, : 3 * n_in, None, None]
-        panel.imshow(_tiled(kernels[:n_out, :n_in] if mask.ndim > 2 else kernels), cmap="Blues")
+        image = _tiled(kernels[:n_out, :n_in] if mask.ndim > 2 else kernels).numpy()
+        panel.imshow(image, cmap="Blues", vmin=0, vmax=1)  # the same blue on every panel
         panel.set_title(f"{title}\n{1 - mask.float().mean():.0%} zero", fontsize=10)
         panel.set_xlabel("input channel" if mask.ndim > 2 else "input feature")
         panel.set_ylabel("output channel" if mask.ndim > 2 else "output neuron")

@@ -309,6 +309,21 @@ def test_built_in_pruning_beforehand_is_kept():
     assert hook_count(model) == 0
 
 
+def test_built_in_pruning_within_the_era_is_kept_and_so_is_the_order_of_parameters():
+    model = SmallNet()
+    keys = list(model.state_dict())
+    pruner = one_epoch(model, 4, method="ck")
+    pruner.step()
+    prune.l1_unstructured(model.body, "weight", 0.2)  # type: ignore[no-untyped-call]
+    earlier = model.body.get_buffer("weight_mask").bool()
+    for _ in range(3):
+        pruner.step()
+    assert not (pruner.masks()["body.weight"] & ~earlier).any()
+    assert pruner.sparsity()["body"].kernels_gone >= 7 * 8
+    assert list(model.state_dict()) == keys
+    pruner.check()
+
+
 def test_pruning_by_hand_beforehand_counts_towards_the_amount():
     model = SmallNet()
     ck_structured(model.body, amount=0.3)

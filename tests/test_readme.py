@@ -1,0 +1,63 @@
+"""The README's code runs, and its commands are the ones that CI runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def block_with(text):
+    (block,) = (block for block in BLOCKS if text in block)
+    return block
+
+
+def test_three_lines_prune_a_model_in_its_own_loop():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.Flatten(), nn.Linear(360, 10))
+    batches = [(torch.randn(4, 1, 8, 8), torch.randint(10, (4,))) for _ in range(3)]
+    names = {
+        "model": model,
+        "loader": batches,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "loss": nn.CrossEntropyLoss(),
+        "epochs": 8,
+    }
+    exec(block_with("import Pruner"), names)
+    pruner = names["pruner"]
+    assert pruner.phase == "fixed"
+    assert pruner.sparsity().network == pytest.approx(0.6)
+    assert (model[0].weight == 0).sum() == 6 * 9
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    pruner.check()
+
+
+def test_one_call_on_one_layer():
+    names = {}
+    exec(block_with("ck_structured"), names)
+    conv = names["conv"]
+    assert not prune.is_pruned(conv)
+    kernels_gone = (conv.weight == 0).all(dim=(2, 3)).sum(0)
+    assert torch.equal(kernels_gone, torch.full((64,), 38))  # floor(0.6 * 64 + 0.5) each
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install -e '.[train]' && accelerate launch tools/train.py recipes/quickstart.yaml",
+        "pip install -e '.[dev]' && pytest",
+    ],
+)
+def test_commands_stand_alone_on_a_line(command):
+    assert command in README.splitlines()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
