@@ -86,7 +86,7 @@ def save_checkpoint(
         CheckpointError: if the disk is full; the checkpoints that were there stay whole.
     """
     if pruner is not None:
-        pruner.check(across_ranks=False)
+        pruner.check()
     path = folder / f"epoch-{epoch:04d}"
     if not _is_writer():
         return path
@@ -183,7 +183,7 @@ def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -
         CheckpointError: if the disk is full.
     """
     if pruner is not None:
-        pruner.check(across_ranks=False)
+        pruner.check()
     if not _is_writer():
         return
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner))}

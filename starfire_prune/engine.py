@@ -207,11 +207,8 @@ class Pruner:
             digest.update(np.packbits(mask.contiguous().cpu().numpy()).tobytes())
         return digest.hexdigest()
 
-    def check(self, *, across_ranks: bool = True) -> None:
-        """Verify that the pruning holds; call it before every save.
-
-        Args:
-            across_ranks: also compare the masks of distributed ranks, which all must call it then.
+    def check(self) -> None:
+        """Verify that the pruning holds; call it before every save, on every rank.
 
         Raises:
             RuntimeError: naming the layer and the count, if a pruned weight is not zero (here or
@@ -221,8 +218,7 @@ class Pruner:
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
                     raise RuntimeError(f"layer {name} has lost its pruning hook within the era")
-        if across_ranks:  # first: a rank that raised alone would leave the others waiting
-            self._compare_ranks()
+        self._compare_ranks()  # first: a rank that raised alone would leave the others waiting
         if self._phase == "fixed":
             for modules in [self._modules(), *self._mirrors]:
                 _check_zeros(modules, self._masks)
