@@ -25,7 +25,7 @@ _LONG = 1 << 16
 _SAMPLED = 61  # prime, so that it doesn't walk along a column
 
 # Up to this many more units a locale, taking them one by one beats selection.
-_FEW = 32
+_FEW = 48
 
 
 def sign_bits(where: Tensor, dtype: torch.dtype) -> Tensor:
