@@ -192,10 +192,17 @@ def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `export_weights` noted in a file's metadata; empty for foreign files."""
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-    content: dict[str, Any] = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    """What `export_weights` noted in a file's metadata; empty for foreign files.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        content: dict[str, Any] = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {_reason(error)}; export it anew") from error
     return content
 
 

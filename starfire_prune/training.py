@@ -457,8 +457,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:  # a kill cuts the last line short
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(rows, key=lambda row: int(row["epoch"]))
+    except (LookupError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}): mend or delete it") from error
 
 

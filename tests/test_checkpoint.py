@@ -574,6 +574,15 @@ def test_an_export_without_pruning_tells_no_method(tmp_path):
     assert read_metadata(path) == {"format_version": 1, "method": None, "weights": {}}
 
 
+@pytest.mark.parametrize("content", [None, b"", b"half of a header", b"\xff" * 100])
+def test_metadata_of_a_damaged_file_is_refused_with_its_path(content, tmp_path):
+    path = tmp_path / "model.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} can't be read: .+; export"):
+        read_metadata(path)
+
+
 def test_a_foreign_file_has_no_metadata(tmp_path):
     for name, metadata in (("a", None), ("b", {"format": "pt"})):
         save_file({"weight": torch.zeros(1)}, tmp_path / name, metadata=metadata)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from starfire_prune import checkpoint, training
+from starfire_prune import Pruner, checkpoint, training
 from starfire_prune.checkpoint import CheckpointError, read_metadata
 from starfire_prune.models import create_model
 from starfire_prune.recipe import LrSchedule, Recipe, differing_keys, load_recipe
@@ -249,6 +249,22 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
     assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
     assert "NaN" not in text
     assert "Infinity" not in text
+
+
+def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(runs, tmp_path, monkeypatch):
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to see which file is synced")
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(path.parent.name if path.name == "model.safetensors" else path.name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    train(small_recipe(tmp_path, "epochs=1", "pruning=none", "lr_schedule={}"), tmp_path / "run")
+    assert synced.index("metrics.jsonl") < synced.index(".epoch-0001.tmp")
 
 
 def test_the_environment_tells_what_the_run_depends_on(finished):
@@ -598,6 +614,54 @@ def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
 
 
 @pytest.fixture
+def overflowing(runs: pytest.MonkeyPatch) -> None:
+    """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
+    accelerator_of, loss_of = training._accelerator, nn.CrossEntropyLoss.forward
+
+    def scaled(recipe: Recipe) -> Accelerator:
+        accelerator = accelerator_of(recipe)
+        accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**127, backoff_factor=0.1, growth_interval=3
+        )
+        return accelerator
+
+    def large(module: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
+        return 1e3 * loss_of(module, logits, labels)
+
+    runs.setattr(training, "_accelerator", scaled)
+    runs.setattr(nn.CrossEntropyLoss, "forward", large)
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_steps_that_a_gradient_scaler_skips_are_no_updates(runs, tmp_path):
+    steps: list[bool] = []
+    step = Pruner.step
+
+    def note(pruner: Pruner, updated: bool = True) -> None:
+        steps.append(updated)
+        step(pruner, updated)
+
+    runs.setattr(Pruner, "step", note)
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+    train(recipe, tmp_path / "run")
+    assert 0 < steps.index(True) < 12
+    thresholds = [row["threshold"] for row in metrics_of(tmp_path / "run")]
+    done = [sum(steps[:end]) for end in (4, 8, 12)]
+    assert thresholds == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_a_run_with_a_gradient_scaler_is_resumed_with_its_state(tmp_path):
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+    train_on(recipe, tmp_path / "whole")
+    for epoch in range(EPOCHS):
+        train_killed(recipe, tmp_path / "broken", epoch, "after the checkpoint")
+    train_on(recipe, tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
+    assert same_exports(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.fixture
 def broken(runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of a run that was killed in its third epoch."""
     train_killed(small_recipe(tmp_path), tmp_path / "run", 2, "within the epoch")
@@ -705,8 +769,9 @@ def test_an_environment_that_cannot_be_read_is_refused(content, broken):
         train_on(small_recipe(broken.parent), broken)
 
 
-def test_damaged_metrics_are_refused_with_their_file(broken):
-    (broken / "metrics.jsonl").write_text("not JSON\n")
+@pytest.mark.parametrize("line", ["not JSON", "3", "{}", '{"epoch": null}'])
+def test_damaged_metrics_are_refused_with_their_file(line, broken):
+    (broken / "metrics.jsonl").write_text(f"{line}\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): mend or delete it$"):
         train_on(small_recipe(broken.parent), broken)
 
