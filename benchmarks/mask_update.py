@@ -28,6 +28,7 @@ from torch.nn.utils import prune
 
 from starfire_prune import Pruner
 from starfire_prune.layers import PrunedLayer
+from starfire_prune.masks import count
 
 AMOUNT = 0.6
 FINE, COARSE = 38, 5  # updates of an era
@@ -53,6 +54,7 @@ def main() -> None:
     print(f"ResNet-50, {torch.get_num_threads()} threads, {platform.machine()}, {versions}\n")
     repeats = arguments.repeats
     results = {case: (engine_update(case, repeats), native_update(case, repeats)) for case in CASES}
+    plain = plain_native_update()
     coreml = coremltools_step(repeats)
     training = training_step()
     print("| full update of all layers | rise | engine [s] | native re-application [s] | ratio |")
@@ -60,6 +62,8 @@ def main() -> None:
     for case, (engine, native) in results.items():
         rise = f"{AMOUNT / CASES[case][1]:.1%}"
         print(f"| {case} | {rise} | {engine:.3f} | {native:.3f} | {native / engine:.1f}x |")
+    ratio = plain / results["ck"][0]
+    print(f"\nck written plainly, with stable sorts, native: {plain:.3f} s, {ratio:.1f}x of ck")
     if isinstance(coreml, str):
         print(f"\ncoremltools MagnitudePruner, per_kernel: {coreml}")
     else:
@@ -122,6 +126,43 @@ def native_update(case: str, repeats: int) -> float:
             if update > 1:
                 seconds.append(measured)
     return statistics.median(seconds)
+
+
+class Plain(prune.BasePruningMethod):
+    """CK, and single weights of linear layers, as one writes them plainly, with stable sorts."""
+
+    PRUNING_TYPE = "global"
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """Zero where the smallest units of a column, or of a linear layer, are."""
+        kept = (t * default_mask).abs()
+        scores = kept.flatten(2).amax(2) if t.ndim > 2 else kept.reshape(-1, 1)
+        gone = scores.argsort(dim=0, stable=True)[: count(self.amount, len(scores))]
+        units = torch.ones_like(scores).scatter_(0, gone, 0.0)
+        return default_mask * units.view(*t.shape[:2], *[1] * (t.ndim - 2))
+
+
+def plain_native_update() -> float:
+    """Median seconds of a native re-application of `Plain` to all layers, as in the case ck."""
+    settings, updates = settings_of("ck")
+    model = resnet50()
+    layers = Pruner(model, settings, updates_per_epoch=updates).layers.values()
+    seconds = []
+    for update in range(1, 8):
+        drift(model)
+        measured = timed(apply_plainly, list(layers), AMOUNT * update / updates)
+        if update > 1:
+            seconds.append(measured)
+    return statistics.median(seconds)
+
+
+def apply_plainly(layers: list[PrunedLayer], amount: float) -> None:
+    """`BasePruningMethod.apply` of `Plain` on every layer."""
+    for layer in layers:
+        Plain.apply(layer.module, "weight", amount)  # type: ignore[no-untyped-call]
 
 
 def apply_natively(layers: list[PrunedLayer], progress: float) -> None:

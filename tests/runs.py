@@ -73,9 +73,10 @@ def make_photographs(root: Path, train: int = 14, val: int = 5) -> Path:
 
 @contextmanager
 def small_runs(plot: bool = False) -> Iterator[pytest.MonkeyPatch]:
-    """Let `train` read few digits, and leave threads and Accelerate's state as they were."""
+    """Let `train` read few digits on the CPU, and leave threads and Accelerate's state alone."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")  # resumed runs repeat bit for bit there
         patch.setattr(training, "load_datasets", few_digits)
         if not plot:  # half of such a run's time
             patch.setattr(training, "plot_training", lambda *args, **options: None)

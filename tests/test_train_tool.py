@@ -54,7 +54,7 @@ def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> Ended:
         [sys.executable, *launcher, TOOL, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)

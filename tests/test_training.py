@@ -853,7 +853,7 @@ def launch(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **environment},
     )
 
 
@@ -904,7 +904,6 @@ def launch_two(*arguments: str | Path) -> list[subprocess.Popen[str]]:
     return [
         launch(
             *arguments,
-            ACCELERATE_USE_CPU="true",
             OMP_NUM_THREADS="1",
             MASTER_ADDR="localhost",
             MASTER_PORT=port,
