@@ -21,6 +21,7 @@ from torch import Tensor
 
 from starfire_prune.ranking import (
     check_finite,
+    column_sums,
     float_bits,
     magnitude_keys,
     magnitudes,
@@ -168,7 +169,11 @@ def ck_mask(
     kernels = _largest_of_kernels(magnitude_keys(weight, mask, min_dims=3))
     check_finite(kernels, weight)
     gone = _kernels_gone(kernels, amount, groups, group, scope, max_nonzero)
-    return _merge_kernels(~gone, weight, mask)
+    if _kernel_size(weight) == 1:
+        return _merge((~gone).view(weight.shape), mask)
+    merged = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone().bool()
+    merged[(gone & (kernels >= 0)).nonzero(as_tuple=True)] = False  # of few, where a mask was
+    return merged
 
 
 def ck_locale_size(
@@ -502,7 +507,7 @@ def _spread(windows: Tensor, total: int, least: int) -> Tensor:
     `windows` are keys; each kernel that still holds a weight loses at least `least`.
     """
     n, n_kernels = windows.shape
-    taken = (windows < 0).sum(0, dtype=torch.int16)
+    taken = column_sums(windows < 0)
     alive = taken < n
     n_alive = int(alive.sum())
     if not n_alive:
@@ -513,7 +518,7 @@ def _spread(windows: Tensor, total: int, least: int) -> Tensor:
     rest = need - int((taken.clamp(min=base) * alive).sum())
     if rest > 0 and base + 1 < n:
         following = smallest(windows, base + 1) & ~gone
-        candidates = (following * windows).amax(0)
+        candidates = (following.to(windows.dtype).neg_() & windows).amax(0)  # its key, else 0
         candidates.masked_fill_((taken > base) | ~alive, torch.iinfo(windows.dtype).max)
         gone |= following & smallest(candidates[:, None], rest)[:, 0]
     return ~gone
@@ -541,8 +546,3 @@ def _merge(kept: Tensor, mask: Tensor | None) -> Tensor:
     """`kept` without what `mask` had already taken, in memory of its own."""
     kept = kept.contiguous()
     return kept if mask is None else kept & mask.bool()
-
-
-def _merge_kernels(kept: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """`kept` `(K, C)` over all weights of the kernels."""
-    return _merge(kept.view(*kept.shape, *[1] * (weight.ndim - 2)).expand(weight.shape), mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "check_finite",
+    "column_sums",
     "float_bits",
     "magnitude_keys",
     "magnitudes",
@@ -24,8 +25,11 @@ __all__ = [
 _LONG = 1 << 16
 _SAMPLED = 61  # prime, so that it doesn't walk along a column
 
-# Up to this many more units a locale, taking them one by one beats selection.
-_FEW = 48
+# Up to this many more units a locale, or in locales as small as a window, taking them one by one
+# beats selection. So many locales are asked how many more it is: they differ little.
+_FEW = 4
+_SMALL_LOCALE = 16
+_ASKED = 16
 
 
 def sign_bits(where: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,6 +65,7 @@ def magnitude_keys(weight: Tensor, mask: Tensor | None, min_dims: int) -> Tensor
     lowest = torch.iinfo(bits.dtype).min  # the sign bit alone
     if mask is None:
         return bits & ~lowest
+    # What is gone keeps its other bits: selection is slow among equals.
     return (bits | lowest).add_(mask.bool().to(bits.dtype), alpha=lowest)  # kept: it wraps to 0
 
 
@@ -87,16 +92,40 @@ def smallest(keys: Tensor, number: int) -> Tensor:
     """
     if number <= 0 or number >= len(keys):
         return torch.full_like(keys, number > 0, dtype=torch.bool)
-    taken = -(keys >> (8 * keys.itemsize - 1)).sum(0, dtype=keys.dtype)  # shifted: -1 if gone
-    more = number - int(taken.min())
-    if more > _FEW:
+    if not _takes_few(keys, number):
         return _smallest_by_selection(keys, number)
-    chosen = keys <= _cutoff_after(keys, taken, number, more)
-    surplus = chosen.sum(0, dtype=keys.dtype) != taken.clamp(min=number)
+    taken = column_sums(keys < 0)
+    chosen = keys <= _cutoff_after(keys, taken, number, number - int(taken.amin()))
+    surplus = column_sums(chosen) != taken.clamp(min=number)
     tied = surplus.nonzero().squeeze(1)
     if len(tied):
         chosen[:, tied] = _smallest_by_selection(keys[:, tied], number)
     return chosen
+
+
+def _takes_few(keys: Tensor, number: int) -> bool:
+    """Whether to take them one by one; either way gives the same."""
+    units, locales = keys.shape
+    if units <= _SMALL_LOCALE:
+        return True
+    if units >= _LONG and locales == 1:
+        return False
+    return number - int(column_sums(keys[:, :_ASKED] < 0).amin()) <= _FEW
+
+
+def column_sums(bools: Tensor) -> Tensor:
+    """How many of each column are true, int32; eight columns at once where they lie side by side.
+
+    A sum over bools would turn each of them into an integer of its own first.
+    """
+    columns = bools.shape[1]
+    if columns == 1:
+        return torch.count_nonzero(bools).to(torch.int32)[None]
+    if not columns or columns % 8 or bools.storage_offset() % 8 or not bools.is_contiguous():
+        return bools.sum(0, dtype=torch.int32)
+    eights = torch.split(bools.view(torch.int64), 255)  # rows: more would run over a byte
+    sums = torch.stack([rows.sum(0) for rows in eights]).view(torch.uint8)
+    return sums.sum(0, dtype=torch.int32)
 
 
 def _cutoff_after(keys: Tensor, taken: Tensor, number: int, steps: int) -> Tensor:
@@ -117,30 +146,34 @@ def _cutoff_after(keys: Tensor, taken: Tensor, number: int, steps: int) -> Tenso
 
 
 def _smallest_by_selection(keys: Tensor, number: int) -> Tensor:
-    rows = keys.t().contiguous()
-    cutoff = _kth_smallest(rows, number)
-    chosen = rows <= cutoff
-    tied_rows = (chosen.sum(1, dtype=torch.int32) > number).nonzero().squeeze(1)
-    if len(tied_rows):  # more keys equal the cutoff than may go: the last of them stay
-        tied = rows[tied_rows] == cutoff[tied_rows]
-        allowed = number - (rows[tied_rows] < cutoff[tied_rows]).sum(1, keepdim=True)
-        chosen[tied_rows] &= ~tied | (tied.cumsum(1) <= allowed)
-    return (chosen | (rows < 0)).t()
+    cutoff, is_tied = _kth_smallest(keys, number)
+    chosen = keys <= cutoff.clamp(min=-1)  # keys of what is gone are negative
+    tied = is_tied.nonzero().squeeze(1)
+    if len(tied):  # more keys equal the cutoff than may go: the last of them stay
+        rows, cutoff = keys[:, tied].t(), cutoff[tied, None]
+        below, equal = rows < cutoff, rows == cutoff
+        allowed = number - below.sum(1, keepdim=True)
+        chosen[:, tied] = (below | (equal & (equal.cumsum(1) <= allowed)) | (rows < 0)).t()
+    return chosen
 
 
-def _kth_smallest(rows: Tensor, k: int) -> Tensor:
-    """The k-th smallest key (1-based) of each row, shape `(rows, 1)`."""
-    if rows.device.type != "cpu":
-        return torch.kthvalue(rows, k, dim=1, keepdim=True).values
+def _kth_smallest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th smallest key (1-based) of each locale, and where the one after it is the same."""
+    if keys.device.type != "cpu":
+        cutoff = torch.kthvalue(keys, k, dim=0).values
+        return cutoff, column_sums(keys <= cutoff) > k
     # NumPy selects with AVX where there is one, faster than torch on all cores.
-    keys = rows.numpy()
-    if len(keys) == 1 and keys.size >= _LONG:
-        return torch.tensor([[_kth_of_long(keys[0], k)]], dtype=rows.dtype)
-    return torch.from_numpy(np.partition(keys, k - 1, axis=1)[:, k - 1 : k].copy())
+    if keys.shape[1] == 1 and len(keys) >= _LONG:
+        value, is_tied = _kth_of_long(keys.flatten().numpy(), k)
+        return torch.tensor([value], dtype=keys.dtype), torch.tensor([is_tied])
+    rows = keys.t().clone(memory_format=torch.contiguous_format).numpy()
+    rows.partition(k - 1, axis=1)
+    parted = torch.from_numpy(rows)
+    return parted[:, k - 1], parted[:, k:].amin(1) == parted[:, k - 1]
 
 
-def _kth_of_long(keys: np.ndarray, k: int) -> int:
-    """The k-th smallest of many keys, sought between two bounds that a sample of them gives."""
+def _kth_of_long(keys: np.ndarray, k: int) -> tuple[int, bool]:
+    """`_kth_smallest` of many keys, sought between two bounds that a sample of them gives."""
     sample = np.sort(keys[::_SAMPLED])
     place = k * len(sample) // len(keys)
     margin = 4 * math.isqrt(len(sample))
@@ -149,4 +182,5 @@ def _kth_of_long(keys: np.ndarray, k: int) -> int:
     between = keys[(keys >= low) & (keys <= high)]
     if not below < k <= below + len(between):  # an unlucky sample
         below, between = 0, keys
-    return int(np.partition(between, k - below - 1)[k - below - 1])
+    cutoff = int(np.partition(between, k - below - 1)[k - below - 1])
+    return cutoff, below + int(np.count_nonzero(between <= cutoff)) > k

@@ -243,7 +243,9 @@ def test_trap_03_hooks_hold_no_masks_and_do_not_grow():
     before = held()
     for _ in range(500):
         pruner.step()
-    assert held() == before
+    tensors, attributes = held()
+    assert tensors <= before[0]  # fewer where other tests' garbage has gone meanwhile
+    assert attributes == before[1]
     for name in LAYERS:
         hook = find_hook(model.get_submodule(name), "weight")[1]
         assert not any(isinstance(value, Tensor) for value in vars(hook).values())
