@@ -432,12 +432,12 @@ def _largest_of_kernels(keys: Tensor) -> Tensor:
 
 def _windows(keys: Tensor) -> Tensor:
     """Keys `(K, C, *kernel)` as `(R·S, K·C)`: a kernel is a column, which is fast to reduce."""
-    return keys.flatten(2).permute(2, 0, 1).reshape(-1, keys.shape[0] * keys.shape[1])
+    return torch.stack(keys.flatten(2).flatten(0, 1).unbind(1))
 
 
 def _unwindows(kept: Tensor, weight: Tensor) -> Tensor:
-    """The inverse of `_windows`, as a view."""
-    return kept.view(-1, *weight.shape[:2]).permute(1, 2, 0).view(weight.shape)
+    """The inverse of `_windows`."""
+    return torch.stack(kept.unbind(), 1).view(weight.shape)
 
 
 def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:
