@@ -152,6 +152,7 @@ def evaluate(
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
+    _refuse_lonely_ranks()
     accelerator = Accelerator(
         mixed_precision=recipe.training.mixed_precision,
         gradient_accumulation_steps=recipe.training.gradient_accumulation,
@@ -164,6 +165,17 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
         torch.set_num_threads(recipe.training.threads)
     return accelerator
+
+
+def _refuse_lonely_ranks() -> None:
+    """`accelerate launch` starts CPU processes through MPI only, and without it just this one."""
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in ranks):
+        raise RunError(
+            f"MASTER_ADDR (={os.environ['MASTER_ADDR']}) announces several processes, but RANK and "
+            f"WORLD_SIZE are not set, so that each would train alone: start CPU processes by "
+            f"torchrun --nproc_per_node N tools/train.py …, or unset MASTER_ADDR for a single one"
+        )
 
 
 def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator) -> _Run:

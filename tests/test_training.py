@@ -562,6 +562,15 @@ def test_an_optimizer_without_its_package_is_refused_in_a_sentence(runs, tmp_pat
         train(small_recipe(tmp_path, "optimizer.name=fusedsgd"), tmp_path / "run")
 
 
+def test_processes_that_would_train_alone_are_refused(runs, tmp_path, monkeypatch):
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    with pytest.raises(RunError, match=r"^MASTER_ADDR \(=10\.0\.0\.1\) announces .* by torchrun"):
+        train(small_recipe(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_refused_run_makes_no_folder(runs, tmp_path):
     with pytest.raises(RunError):
         train(small_recipe(tmp_path, "model.num_classes=12"), tmp_path / "run")
