@@ -379,7 +379,7 @@ def test_a_damaged_image_is_named(tmp_path, workers, damage):
 def test_an_error_of_a_worker_keeps_its_traceback(tmp_path):
     error = DataError(
         "Caught DataError in DataLoader worker process 1.\nOriginal Traceback (most recent call "
-        "last):\n  …\nstarfire_prune.data.DataError: cannot decode a.jpg: the file is …\n"
+        "last):\n  …\nstarfire_prune.data.errors.DataError: cannot decode a.jpg: the file is …\n"
     )
     assert error_sentence(error) == "cannot decode a.jpg: the file is …"
     assert "Traceback" in str(error)
@@ -477,9 +477,13 @@ def test_missing_annotations_are_named(tmp_path):
         (
             "tiny-imagenet",
             "unknown data set 'tiny-imagenet': did you mean tiny_imagenet? "
-            "known are digits, folder, tiny_imagenet",
+            "known are digits, folder, tiny_imagenet, hfds/…, wds/…, torch/…",
         ),
-        ("mnist", "unknown data set 'mnist': known are digits, folder, tiny_imagenet"),
+        (
+            "mnist",
+            "unknown data set 'mnist': known are digits, folder, tiny_imagenet, "
+            "hfds/…, wds/…, torch/…",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused(name, message):

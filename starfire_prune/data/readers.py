@@ -1,0 +1,302 @@
+"""Data sets by the names that timm's readers have: hfds/…, wds/… and torch/…."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from os.path import exists
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from starfire_prune.data.errors import DataError, import_optional, listed
+from starfire_prune.data.images import (
+    Classes,
+    Datasets,
+    LabelledImages,
+    Source,
+    decode_image,
+    existing_folder,
+)
+from starfire_prune.data.preprocessing import Transform
+from starfire_prune.data.shards import SampleReader, Shard, ShardedImages
+
+__all__ = ["READERS", "READER_OPTIONS", "option_problems", "reader_of"]
+
+# What each reader's options are
+READER_OPTIONS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        "hfds": {"input_key": "text", "target_key": "text", "class_map": "a mapping or a path"},
+        "wds": {
+            "input_key": "text",
+            "target_key": "text",
+            "class_map": "a mapping or a path",
+            "shuffle_size": "a whole number from 1",
+        },
+        "torch": {"download": "true or false"},
+    }
+)
+_FITS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "text": lambda value: isinstance(value, str) and value != "",
+    "a mapping or a path": lambda value: isinstance(value, (str, dict)) and len(value) > 0,
+    "a whole number from 1": lambda value: type(value) is int and value >= 1,
+    "true or false": lambda value: isinstance(value, bool),
+}
+_IMAGE_FILES: Final = "jpg;jpeg;png;webp"
+_SHUFFLE_SIZE: Final = 2048
+_TRAIN_SPLITS: Final = ("train", "training")
+_VAL_SPLITS: Final = ("val", "valid", "validation", "eval", "evaluation", "test")
+
+T = TypeVar("T")
+
+
+def reader_of(name: str) -> str | None:
+    """Give the reader that a data set's name begins with, or None.
+
+    Example:
+        >>> reader_of("wds/imagenet"), reader_of("torchvision/cifar10"), reader_of("folder")
+        ('wds', 'torch', None)
+    """
+    prefix, slash, rest = name.partition("/")
+    reader = "torch" if prefix == "torchvision" else prefix
+    return reader if slash and reader in READERS and (rest or reader == "wds") else None
+
+
+def option_problems(reader: str, options: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Give the options that a reader doesn't know or can't read, and what is wrong with each.
+
+    Example:
+        >>> list(option_problems("torch", {"download": 1}))
+        [('download', 'must be true or false')]
+    """
+    known = READER_OPTIONS[reader]
+    for key, value in options.items():
+        if key not in known:
+            yield key, f"is no option of {reader}/: the options are {', '.join(known)}"
+        elif not _FITS[known[key]](value):
+            yield key, f"must be {known[key]}"
+
+
+def _splits(source: Source) -> tuple[str, str]:
+    return source.train_split or "train", source.val_split or "validation"
+
+
+def _opened(source: Source, split: str, open_split: Callable[[], T]) -> T:
+    """Open a split with a package whose errors may be of any kind."""
+    try:
+        return open_split()
+    except (DataError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"data set {source.name!r}: split {split!r} cannot be read: {lines[0].rstrip('.')}; "
+            f"correct its name, root, splits or options"
+        ) from error
+
+
+def _classes(source: Source, names: Sequence[str] = ()) -> Classes:
+    """The classes of a part: mapped, as it names them, or numbered as the model has them."""
+    class_map = source.options.get("class_map")
+    if class_map is not None:
+        return Classes.mapped(class_map, tuple(names))
+    return Classes(tuple(names or map(str, range(source.num_classes or 0))))
+
+
+# Hugging Face's data sets
+
+
+def _load_hfds(source: Source) -> Datasets:
+    path = os.path.expanduser(source.name.partition("/")[2])
+    if path.startswith((".", "/")):
+        existing_folder(source.name, Path(path))
+    train_split, val_split = _splits(source)
+    augment, prepare = source.preprocessing.transforms()
+    train, classes = _hfds_part(source, path, train_split, augment)
+    val, _ = _hfds_part(source, path, val_split, prepare)  # all splits have the same classes
+    return Datasets(train, val, classes)
+
+
+def _hfds_part(
+    source: Source, path: str, split: str, transform: Transform
+) -> tuple[Dataset[tuple[Tensor, int]], tuple[str, ...]]:
+    # Not by timm's reader: it makes up columns that aren't there, and that of timm 1.0.15 reads
+    # neither labels without names nor a part of a split
+    datasets = import_optional("datasets", "data")
+    root = None if source.root is None else os.path.expanduser(source.root)
+    rows = _opened(source, split, lambda: datasets.load_dataset(path, split=split, cache_dir=root))
+    image_key = _column(source, rows, "input_key", "image")
+    label_key = _column(source, rows, "target_key", "label")
+    if not len(rows):
+        raise DataError(f"data set {source.name!r}: split {split!r} holds no images")
+    undecoded = datasets.Image(decode=False)
+    images = _opened(
+        source, split, lambda: rows.select_columns(image_key).cast_column(image_key, undecoded)
+    )
+    name = f"of {split} in {source.name}"
+    classes = _classes(source, getattr(rows.features[label_key], "names", None) or ())
+    labels = [
+        classes.index(label, f"image {index} {name}")
+        for index, label in enumerate(rows.select_columns(label_key)[:][label_key])
+    ]
+    read = partial(_read_row, images=images, column=image_key, transform=transform, name=name)
+    return LabelledImages(range(len(rows)), labels, read), classes.names
+
+
+def _column(source: Source, rows: Any, option: str, default: str) -> str:
+    column = str(source.options.get(option, default))
+    if column not in rows.column_names:
+        raise DataError(
+            f"data set {source.name!r} has no column {column}: set options.{option} to one of "
+            f"{listed(rows.column_names)}"
+        )
+    return column
+
+
+def _read_row(index: int, images: Any, column: str, transform: Transform, name: str) -> Tensor:
+    image = images[index][column] or {"bytes": None, "path": None}
+    if not image["bytes"] and not image["path"]:
+        raise DataError(f"image {index} {name} is missing: restore it")
+    file = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+    return transform(decode_image(file, f"image {index} {name}"))
+
+
+# Shards of WebDataset
+
+
+def _load_wds(source: Source) -> Datasets:
+    import_optional("webdataset", "data")
+    root = _shard_root(source)
+    train_split, val_split = _splits(source)
+    augment, prepare = source.preprocessing.transforms()
+    train, classes = _wds_part(source, root, train_split, augment)
+    val, _ = _wds_part(source, root, val_split, prepare)
+    return Datasets(train, val, classes)
+
+
+def _shard_root(source: Source) -> str:
+    """The folder or the URL of the shards, which hold `_info.json` beside them."""
+    if source.root is not None and "://" in source.root:
+        return source.root.rstrip("/")
+    path = None if source.root is None else Path(source.root).expanduser()
+    root = existing_folder(source.name, path)
+    if not (root / "_info.json").is_file() and not (root / "info.json").is_file():
+        raise DataError(
+            f"{root} holds no _info.json: it lists, as timm reads it, the filenames and "
+            f"shard_lengths of each split"
+        )
+    return str(root)
+
+
+def _wds_part(
+    source: Source, root: str, split: str, transform: Transform
+) -> tuple[Dataset[tuple[Tensor, int]], tuple[str, ...]]:
+    reader_class = import_optional("timm.data.readers.reader_wds").ReaderWds
+    reader = _opened(source, split, lambda: reader_class(root, split=split))
+    shards = _opened(source, split, lambda: _shards(root, reader.info, reader.split_info.filenames))
+    if not sum(shard.length for shard in shards):
+        raise DataError(f"data set {source.name!r}: split {split!r} holds no images")
+    absent = [shard.path for shard in shards if "://" not in root and not exists(shard.path)]
+    if absent:
+        raise DataError(f"{root} lacks shards of split {split!r}: {listed(absent)}; restore them")
+    classes = _classes(source)
+    options: Mapping[str, Any] = source.options
+    read = SampleReader(
+        input_keys=tuple(options.get("input_key", _IMAGE_FILES).split(";")),
+        target_key=options.get("target_key", reader.split_info.alt_label),
+        classes=classes,
+        transform=transform,
+    )
+    shuffle_size = options.get("shuffle_size", _SHUFFLE_SIZE)
+    return ShardedImages(shards, read, shuffle_size), classes.names
+
+
+def _shards(root: str, info: Any, filenames: Iterable[str]) -> list[Shard]:
+    """Find the length of each shard, by whichever split `_info.json` lists it."""
+    lengths = {
+        name: int(length)
+        for part in info["splits"].values()
+        for name, length in zip(part["filenames"], part["shard_lengths"], strict=True)
+    }
+    unknown = [name for name in filenames if name not in lengths]
+    if unknown:
+        raise DataError(f"_info.json lists no shard_lengths of {listed(unknown)}: add them")
+    return [Shard(f"{root}/{name}", lengths[name]) for name in filenames]
+
+
+# Data sets of torchvision
+
+
+class TorchImages(Dataset[tuple[Tensor, int]]):
+    """The images of a torchvision data set."""
+
+    def __init__(self, images: Any, name: str, classes: Classes, transform: Transform) -> None:
+        self.images = images
+        self.name = name
+        self.classes = classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        where = f"image {index} {self.name}"
+        try:
+            image, label = self.images[index]
+            image = image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"cannot read {where}: {error}; restore it") from error
+        return self.transform(image), self.classes.index(label, where)
+
+
+def _load_torch(source: Source) -> Datasets:
+    name = source.name.partition("/")[2].lower()
+    if name in ("folder", "image_folder"):
+        raise DataError(f"data set {source.name!r}: folders of images are read by name: folder")
+    root = existing_folder(source.name, _root_to_fill(source))
+    train_split, val_split = _splits(source)
+    augment, prepare = source.preprocessing.transforms()
+    train = _torch_part(source, name, root, train_split, augment)
+    val = _torch_part(source, name, root, val_split, prepare)
+    return Datasets(train, val, train.classes.names)
+
+
+def _root_to_fill(source: Source) -> Path | None:
+    """The root, which a download makes."""
+    root = None if source.root is None else Path(source.root).expanduser()
+    if root is not None and source.options.get("download"):
+        root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def _torch_part(
+    source: Source, name: str, root: Path, split: str, transform: Transform
+) -> TorchImages:
+    if (
+        split not in _TRAIN_SPLITS + _VAL_SPLITS
+    ):  # timm takes any that isn't for training to be the other one
+        raise DataError(
+            f"data set {source.name!r} has no split {split!r}: its splits are train and validation"
+        )
+    create_dataset = import_optional("timm.data").create_dataset
+    download = bool(source.options.get("download", False))
+    images = _opened(
+        source,
+        split,
+        lambda: create_dataset(f"torch/{name}", root=str(root), split=split, download=download),
+    )
+    names = [
+        text if isinstance(text, str) else ", ".join(text)
+        for text in getattr(images, "classes", ())
+    ]
+    return TorchImages(images, f"of {split} in {source.name}", _classes(source, names), transform)
+
+
+READERS: Final[Mapping[str, Callable[[Source], Datasets]]] = MappingProxyType(
+    {"hfds": _load_hfds, "wds": _load_wds, "torch": _load_torch}
+)
