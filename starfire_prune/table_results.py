@@ -1,0 +1,226 @@
+"""The results of a table's runs, read from their folders and set beside the paper's numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from starfire_prune.recipe import Recipe, RecipeError, differing_keys, load_recipe
+from starfire_prune.tables import Column, Run, Table
+
+__all__ = ["RunResult", "format_results", "read_result"]
+
+Metrics = Mapping[int, Mapping[str, Any]]
+
+_KEYS: Final = {"top1": "top1", "top5": "top5", "sparsity": "sparsity_network"}
+_ABSENT: Final = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What the folder of a run holds.
+
+    Attributes:
+        run: whose folder it is.
+        metrics: the lines of `metrics.jsonl`, by the number of epochs that were done then.
+        finished: whether the run is through and its weights are exported.
+        problem: why the folder can't be read as this run's, in a sentence; empty if it can.
+    """
+
+    run: Run
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    finished: bool = False
+    problem: str = ""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs done."""
+        return max(self.metrics, default=0)
+
+    @property
+    def amount(self) -> float:
+        """The sparsity asked for, in [0, 1]."""
+        pruning = self.run.recipe.pruning
+        return 0.0 if pruning == "none" else pruning.amount
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros among all convolution and linear weights, in [0, 1], once it is final."""
+        last = self.metrics.get(self.epochs, {})
+        if last.get("phase") == "fixed" or self.epochs == self.run.recipe.epochs:
+            return _number(last.get(_KEYS["sparsity"]))
+        return None
+
+    def value(self, column: Column) -> float | None:
+        """The number that the table gives in `column`; None if the run is not that far.
+
+        Accuracies and sparsity are in percent, gains in points of it.
+        """
+        if column.metric == "best_epoch":
+            return self._best_epoch()
+        value = self._metric(column.metric, column.epoch)
+        if column.since is None or value is None:
+            return value
+        earlier = self._metric(column.metric, column.since)
+        return None if earlier is None else value - earlier
+
+    def _metric(self, name: str, epoch: int | str) -> float | None:
+        if epoch == "last":
+            epoch = self.run.recipe.epochs
+        elif epoch == "best":
+            epoch = self._best_epoch() or 0
+        share = _number(self.metrics.get(int(epoch), {}).get(_KEYS[name]))
+        return None if share is None else 100 * share
+
+    def _best_epoch(self) -> int | None:
+        """The first of the epochs with the best top-1, if all are done."""
+        top1 = {epoch: _number(row.get("top1")) for epoch, row in sorted(self.metrics.items())}
+        known = {epoch: value for epoch, value in top1.items() if value is not None}
+        if self.epochs < self.run.recipe.epochs or not known:
+            return None
+        return max(known, key=lambda epoch: known[epoch])
+
+
+def read_result(run: Run, output: Path) -> RunResult:
+    """Reads the folder of a run.
+
+    Args:
+        run: of a table.
+        output: the folder in which the table's runs have their folders.
+
+    Returns:
+        The result: without metrics and finished if nothing is there, or if what is there is the
+        run of another recipe or damaged, which `problem` then tells.
+
+    Example:
+        >>> table = load_table("recipes/tables/quickstart.yaml")
+        >>> read_result(table.runs[0], Path("runs/tables/quickstart")).finished
+        True
+    """
+    folder = output / run.folder
+    if not (folder / "recipe.yaml").is_file():
+        return RunResult(run)
+    try:
+        differing = _differing(load_recipe(folder / "recipe.yaml"), run.recipe)
+        metrics = _read_metrics(folder / "metrics.jsonl")
+    except (RecipeError, OSError) as error:
+        return RunResult(run, problem=str(error).splitlines()[0])
+    except (LookupError, TypeError, ValueError) as error:
+        return RunResult(run, problem=f"{folder / 'metrics.jsonl'} is damaged: {error}")
+    if differing:
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in differing)
+        return RunResult(run, problem=f"{folder} holds the run of another recipe ({listed})")
+    return RunResult(run, metrics, (folder / "export" / "model.safetensors").is_file())
+
+
+def format_results(table: Table, results: Sequence[RunResult]) -> str:
+    """The table of results: a line for each name of a run, the mean and deviation over its seeds.
+
+    Args:
+        table: whose columns are shown.
+        results: of runs of the table; those of a name may be any of its seeds.
+
+    Returns:
+        Lines: title, heading, the runs, and what is wrong with folders. `-` is where a run is not
+        yet; the paper's numbers stand beside those columns for which it has some.
+
+    Example:
+        >>> output = Path("runs/tables/quickstart")
+        >>> print(format_results(table, [read_result(run, output) for run in table.runs]))
+    """
+    compared = {name for result in results for name in result.run.paper}
+    header = ["run", "epochs", "sparsity asked [%]", "reached [%]"]
+    for column in table.columns:
+        unit = "" if column.metric == "best_epoch" else " [%]"
+        header += [
+            column.name + unit,
+            *(("paper", "difference") if column.name in compared else ()),
+        ]
+    by_name: dict[str, list[RunResult]] = {}
+    for result in results:
+        by_name.setdefault(result.run.name, []).append(result)
+    rows = [
+        [name, *_run_cells(seeds), *_column_cells(table.columns, seeds, compared)]
+        for name, seeds in by_name.items()
+    ]
+    problems = [f"{result.run.folder}: {result.problem}" for result in results if result.problem]
+    return "\n".join([table.title, "", *_aligned([header, *rows]), *problems])
+
+
+def _read_metrics(path: Path) -> Metrics:
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last short
+    return {int(row["epoch"]) + 1: row for row in rows}
+
+
+def _number(value: object) -> float | None:
+    """A metric; None for what was not finite or is not there."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]]:
+    """Where a folder's recipe is another; data behind a variable that is not set are the same."""
+    return [
+        (key, old, new)
+        for key, (old, new) in differing_keys(saved, recipe).items()
+        if not (key.startswith("data.") and isinstance(new, str) and "${" in new)
+    ]
+
+
+def _run_cells(results: Sequence[RunResult]) -> list[str]:
+    done, asked = (
+        f"{sum(result.epochs for result in results)}/"
+        f"{sum(result.run.recipe.epochs for result in results)}",
+        f"{100 * results[0].amount:.1f}",
+    )
+    reached = [100 * s for result in results if (s := result.sparsity) is not None]
+    return [done, asked, f"{statistics.mean(reached):.1f}" if reached else _ABSENT]
+
+
+def _column_cells(
+    columns: Iterable[Column], results: Sequence[RunResult], compared: set[str]
+) -> list[str]:
+    cells = []
+    for column in columns:
+        values = [value for result in results if (value := result.value(column)) is not None]
+        digits = 0 if column.metric == "best_epoch" and len(results) == 1 else 2
+        cells.append(_mean(values, len(results), digits))
+        if column.name in compared:
+            cells += _paper_cells(values, results[0].run.paper.get(column.name), digits)
+    return cells
+
+
+def _paper_cells(values: Sequence[float], paper: float | None, digits: int) -> list[str]:
+    """The paper's number, and how far the mean is above it."""
+    if paper is None:
+        return [_ABSENT, _ABSENT]
+    above = f"{statistics.mean(values) - paper:+.{digits}f}" if values else _ABSENT
+    return [f"{paper:.{digits}f}", above]
+
+
+def _mean(values: Sequence[float], seeds: int, digits: int) -> str:
+    if not values:
+        return _ABSENT
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [rows[0], rule, *rows[1:]]
+    ]

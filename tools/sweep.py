@@ -1,0 +1,238 @@
+"""Train the runs of a table one after another: python tools/sweep.py recipes/tables/table1.yaml.
+
+Runs that are finished are skipped, and those that were broken off go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import fnmatch
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starfire_prune.tables import Run, Table
+
+TRAIN = Path(__file__).resolve().parent / "train.py"
+PATIENCE_S = 30.0  # that a run gets to end after Ctrl-C, which reaches it too
+
+
+def main() -> int:
+    """Parse the command line and sweep; errors of users are one sentence and exit status 2."""
+    arguments = _parser().parse_args()
+    shows = arguments.list or arguments.print_commands or arguments.results
+    try:
+        from starfire_prune.tables import load_table
+
+        table = load_table(arguments.table, arguments.overrides, keep_unset=shows)
+        runs = _chosen(table, arguments.only, arguments.index)
+        launcher = _launcher(arguments.launcher, must_exist=not shows)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: pip install 'starfire-prune[train]'")
+    except ValueError as error:
+        return _fail(str(error))
+    output = arguments.output or Path("runs") / "tables" / table.trained_in
+    if arguments.list:
+        _list(runs, output)
+    elif arguments.print_commands:
+        for run in _by_folder(runs).values():
+            print(shlex.join(_command(run, output, launcher)))
+    elif arguments.results:
+        _print_results(table, runs, output)
+    else:
+        return _sweep(table, runs, output, launcher)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", type=Path, help="YAML file, such as recipes/tables/table1.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key in the recipes of all runs (repeatable)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the runs' folders; default: runs/tables/<name of the table>, for a table "
+        "that reads the runs of another one the name of that one",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only the runs whose name or folder fits, such as 'ck-*-60' (repeatable)",
+    )
+    parser.add_argument(
+        "--index", type=int, metavar="N", help="only the N-th of these, from 0 (for job arrays)"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="accelerate launch",
+        metavar="COMMAND",
+        help="what starts tools/train.py, such as 'torchrun --nproc_per_node 8'; batch sizes are "
+        "per process; default: accelerate launch",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="list the runs, and train nothing")
+    instead.add_argument(
+        "--print-commands", action="store_true", help="print the runs' commands, and train nothing"
+    )
+    instead.add_argument(
+        "--results", action="store_true", help="print the results so far, and train nothing"
+    )
+    return parser
+
+
+# What to run
+
+
+def _chosen(table: Table, patterns: Sequence[str], index: int | None) -> list[Run]:
+    """The runs that fit a pattern, or all; of these the index-th with those of the same folder."""
+    for pattern in patterns:
+        if not any(_fits(run, pattern) for run in table.runs):
+            names = list(dict.fromkeys(run.name for run in table.runs))
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
+            raise ValueError(
+                f"--only {pattern} fits no run of {table.name}; nearest: {', '.join(near)}"
+            )
+    runs = [
+        run
+        for run in table.runs
+        if not patterns or any(_fits(run, pattern) for pattern in patterns)
+    ]
+    if index is None:
+        return runs
+    folders = list(_by_folder(runs))
+    if not 0 <= index < len(folders):
+        raise ValueError(
+            f"--index {index} is out of range: there are {len(folders)} runs, 0 to "
+            f"{len(folders) - 1}"
+        )
+    return [run for run in runs if run.folder == folders[index]]
+
+
+def _fits(run: Run, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (run.name, run.folder))
+
+
+def _by_folder(runs: Iterable[Run]) -> dict[str, Run]:
+    """The first run of each folder: runs of the same recipe are trained once."""
+    by_folder: dict[str, Run] = {}
+    for run in runs:
+        by_folder.setdefault(run.folder, run)
+    return by_folder
+
+
+def _launcher(command: str, *, must_exist: bool) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--launcher {command!r} is no command: {error}") from None
+    if not words:
+        raise ValueError("--launcher is empty; such as --launcher 'accelerate launch'")
+    if must_exist and shutil.which(words[0]) is None:
+        raise ValueError(f"--launcher: there is no command {words[0]}; install it, or give another")
+    return words
+
+
+def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
+    train = os.path.relpath(TRAIN) if TRAIN.is_relative_to(Path.cwd()) else str(TRAIN)
+    settings = [word for override in run.overrides for word in ("--set", override)]
+    folder = str(output / run.folder)
+    return [*launcher, train, str(run.recipe_path), *settings, "--output", folder]
+
+
+# Running
+
+
+def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[str]) -> int:
+    by_folder = _by_folder(runs)
+    failed: dict[str, str] = {}
+    try:
+        for number, (folder, run) in enumerate(by_folder.items(), start=1):
+            print(f"\nrun {number} of {len(by_folder)}: {folder}", flush=True)
+            if reason := _train(run, output, launcher):
+                failed[folder] = reason
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where this one stopped", status=130)
+    print()
+    _print_results(table, runs, output)
+    if failed:
+        listed = "; ".join(f"{folder} ({reason})" for folder, reason in failed.items())
+        return _fail(f"{len(failed)} of {len(by_folder)} runs failed: {listed}", status=1)
+    return 0
+
+
+def _train(run: Run, output: Path, launcher: Sequence[str]) -> str:
+    """Train a run if it isn't finished; why it failed, or nothing."""
+    from starfire_prune.table_results import read_result
+
+    result = read_result(run, output)
+    if result.problem:
+        return result.problem
+    if result.finished:
+        print("is finished", flush=True)
+        return ""
+    command = _command(run, output, launcher)
+    print(shlex.join(command), flush=True)
+    status = _status_of(command)
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return f"status {status}" if status else ""
+
+
+def _status_of(command: Sequence[str]) -> int:
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(PATIENCE_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.terminate()
+            raise
+
+
+# What is printed
+
+
+def _list(runs: Sequence[Run], output: Path) -> None:
+    from starfire_prune.table_results import read_result
+
+    for index, (folder, run) in enumerate(_by_folder(runs).items()):
+        names = ", ".join(dict.fromkeys(other.name for other in runs if other.folder == folder))
+        result = read_result(run, output)
+        state = f"{result.epochs} of {run.recipe.epochs} epochs"
+        state = result.problem or ("finished" if result.finished else state)
+        print(f"{index}  {names}  {output / folder}  {state}")
+
+
+def _print_results(table: Table, runs: Iterable[Run], output: Path) -> None:
+    from starfire_prune.table_results import format_results, read_result
+
+    print(format_results(table, [read_result(run, output) for run in runs]), flush=True)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"sweep.py: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
