@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from starfire_prune.files import write_text
 from starfire_prune.recipe_models import (
     Data,
+    Ema,
     Fc,
     KeyPath,
     LrSchedule,
@@ -41,6 +42,7 @@ from starfire_prune.strict_yaml import NUMBER, dump_yaml, parse_yaml
 
 __all__ = [
     "Data",
+    "Ema",
     "Fc",
     "LrSchedule",
     "Model",
@@ -71,6 +73,7 @@ _PARTS: Final[Mapping[str, type[Settings]]] = {
     "optimizer": Optimizer,
     "lr_schedule": LrSchedule,
     "training": Training,
+    "ema": Ema,
     "pruning": Pruning,
     "overrides": Override,
     "fc": Fc,
@@ -93,31 +96,42 @@ _EXPECTED: Final = {
 }
 
 
-def _line(source: str, path: KeyPath, text: str) -> str:
+def problem_line(source: str, path: KeyPath, text: str) -> str:
+    """A line of a `RecipeError`: `source: key: what is wrong`."""
     return ": ".join(part for part in (source, ".".join(map(str, path)), text) if part)
 
 
-def _validated(root: type[SettingsT], tree: Any) -> tuple[SettingsT | None, list[Problem]]:
+def validated(
+    root: type[SettingsT],
+    tree: Any,
+    parts: Mapping[str, type[Settings]] = _PARTS,
+    *,
+    keep_unset: bool = False,
+) -> tuple[SettingsT | None, list[Problem]]:
+    """The settings in `tree`, or None and the problems; `parts` are the sections by their keys."""
     try:
-        return root.model_validate(tree), []
+        return root.model_validate(tree, context={"keep_unset": keep_unset}), []
     except ValidationError as error:
-        problems = [_problem(root, detail) for detail in error.errors(include_url=False)]
+        problems = [_problem(root, parts, detail) for detail in error.errors(include_url=False)]
     return None, list(dict.fromkeys((*problems, *cross_problems(root, tree, deep=True))))
 
 
-def _problem(root: type[Settings], detail: ErrorDetails) -> Problem:
+def _problem(
+    root: type[Settings], parts: Mapping[str, type[Settings]], detail: ErrorDetails
+) -> Problem:
     path = tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
-    if "options" in path:
-        path = path[: path.index("options") + 2]
+    for free in ("options", "set"):  # what is in them pydantic tells by the types it tried
+        if free in path:
+            path = path[: path.index(free) + 2]
     parents = [key for key in path[:-1] if isinstance(key, str)]
-    section = _PARTS.get(parents[-1], root) if parents else root
+    section = parts.get(parents[-1], root) if parents else root
     if detail["type"] == "recipe":
         return path, detail["msg"]
     if detail["type"] == "missing":
         return path, f"is required ({section.model_fields[str(path[-1])].description})"
     if detail["type"] in ("extra_forbidden", "invalid_key"):
         names = list(section.model_fields)
-        way_out = _nearest(path[-1], names) or f"; the keys here are {', '.join(names)}"
+        way_out = nearest(path[-1], names) or f"; the keys here are {', '.join(names)}"
         return path, f"unknown key {got(detail['input'])}{way_out}"
     return path, _wrong_value(path, detail)
 
@@ -126,7 +140,7 @@ def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return f"must be one of {', '.join(names)} {got(value)}{_nearest(value, names)}"
+        return f"must be one of {', '.join(names)} {got(value)}{nearest(value, names)}"
     if kind not in _EXPECTED:
         return f"{detail['msg'].replace('Input should', 'must')} {got(value)}"
     expected = _EXPECTED[kind].format(**context)
@@ -137,7 +151,8 @@ def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:
     return f"must be {expected} {got(value, typed=kind.endswith('_type'))}{way_out}"
 
 
-def _nearest(value: object, names: Sequence[str]) -> str:
+def nearest(value: object, names: Sequence[str]) -> str:
+    """The way out of a wrong name, or nothing where no name is near."""
     near = difflib.get_close_matches(str(value).lower(), names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -145,13 +160,16 @@ def _nearest(value: object, names: Sequence[str]) -> str:
 # Reading and writing.
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, keep_unset: bool = False
+) -> Recipe:
     """Reads a recipe from a YAML file.
 
     Args:
         path: the file, in UTF-8.
         overrides: settings that replace the file's, each `"KEY=VALUE"`: a dotted key (items of a
             list by index, from 0) and a value in YAML. Of two for the same key the later wins.
+        keep_unset: leave `${NAME}` where that variable is not set, in a recipe that is not to run.
 
     Raises:
         RecipeError: all that is wrong, a line each: the source (the file, or `--set` for what an
@@ -162,13 +180,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         >>> recipe.pruning.amount
         0.7
     """
-    tree, keys_set, lines = _overridden(_read(Path(path)), overrides)
-    recipe, problems = _validated(Recipe, tree)
+    tree, keys_set, lines = _overridden(read_mapping(Path(path)), overrides)
+    recipe, problems = validated(Recipe, tree, keep_unset=keep_unset)
     for at, text in problems:
         from_set = any(
             all(str(a) == key for a, key in zip(at, keys, strict=False)) for keys in keys_set
         )
-        lines.append(_line("--set" if from_set else os.fspath(path), at, text))
+        lines.append(problem_line("--set" if from_set else os.fspath(path), at, text))
     if recipe is None or lines:
         raise RecipeError("\n".join(lines))
     return recipe
@@ -189,9 +207,9 @@ def parse_pruning(settings: Mapping[str, object] | Pruning) -> Pruning:
     """
     if isinstance(settings, Pruning):
         return settings
-    pruning, problems = _validated(Pruning, plain(settings))
+    pruning, problems = validated(Pruning, plain(settings))
     if pruning is None:
-        raise RecipeError("\n".join(_line("pruning", *problem) for problem in problems))
+        raise RecipeError("\n".join(problem_line("pruning", *problem) for problem in problems))
     return pruning
 
 
@@ -270,13 +288,13 @@ def _overridden(
         keys = tuple(part.strip() for part in key.split("."))
         if not (equals and all(keys)):
             text = f"must be KEY=VALUE {got(override)}, such as pruning.amount=0.7"
-            lines.append(_line("--set", (), text))
+            lines.append(problem_line("--set", (), text))
             continue
         try:
             tree = _with_value(tree, keys, parse_yaml(value))
             keys_set.append(keys)
         except ValueError as error:
-            lines.append(_line("--set", keys, str(error)))
+            lines.append(problem_line("--set", keys, str(error)))
     return tree, keys_set, lines
 
 
@@ -295,24 +313,25 @@ def _with_value(node: Any, keys: Sequence[str], value: object) -> Any:
     raise ValueError(f"has no key {key} to set {got(node)}; set the whole value instead")
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path, kind: str = "recipe", root: type[Settings] = Recipe) -> dict[Any, Any]:
+    """The keys and values of a YAML file that is to hold a `root`, unchecked."""
     try:
         tree = parse_yaml(path.read_bytes().decode("utf-8-sig"))
         if isinstance(tree, dict):
             return tree
         received = "is empty" if tree is None else f"must be a mapping {got(tree, typed=True)}"
-        fault = f"{received}; a recipe has the keys {', '.join(Recipe.model_fields)}"
+        fault = f"{received}; a {kind} has the keys {', '.join(root.model_fields)}"
     except FileNotFoundError:
         fault = f"no such file{_near_files(path.parent, path.name)}"
     except IsADirectoryError:
-        fault = f"is a folder, not a recipe{_near_files(path, 'recipe.yaml')}"
+        fault = f"is a folder, not a {kind}{_near_files(path, f'{kind}.yaml')}"
     except OSError as error:
         fault = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         fault = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
     except ValueError as error:
         fault = str(error)
-    raise RecipeError(_line(os.fspath(path), (), fault))
+    raise RecipeError(problem_line(os.fspath(path), (), fault))
 
 
 def _near_files(folder: Path, name: str) -> str:

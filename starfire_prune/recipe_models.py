@@ -6,6 +6,7 @@ between keys run on plain data, so that they still run where a model was refused
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import os
 import re
@@ -23,12 +24,23 @@ from pydantic import (
     JsonValue,
     Tag,
     ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from starfire_prune.data import (
+    DATASETS,
+    READER_OPTIONS,
+    is_policy,
+    option_problems,
+    reader_of,
+)
+
 __all__ = [
     "Data",
+    "Ema",
     "Fc",
     "KeyPath",
     "LrSchedule",
@@ -65,6 +77,10 @@ OPTION_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
     "block_size": ("block",),
 }
 _POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 kernels alone
+
+# What only timm's readers read, and what is done to photographs but not to digits
+_READER_KEYS: Final = ("train_split", "val_split", "options")
+_TRANSFORM_KEYS: Final = ("mean", "std", "auto_augment", "random_erasing", "color_jitter", "hflip")
 
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -132,19 +148,61 @@ def _rising(milestones: tuple[int, ...]) -> tuple[int, ...]:
     raise _refusal(f"must rise {got(milestones)}; in order: {sorted(set(milestones))}")
 
 
-def _expanded(root: str) -> str:
+def _expanded(root: str, info: ValidationInfo) -> str:
+    kept = []
+
     def value_of(match: re.Match[str]) -> str:
         if value := os.environ.get(match[1]):
             return value
+        if info.context and info.context.get("keep_unset"):
+            kept.append(match[0])
+            return match[0]
         raise _refusal(
             f"the environment variable {match[1]} is not set {got(root)}; "
             f"export {match[1]}=/path/to/the/data, or name the folder itself"
         )
 
     path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", value_of, root))
-    if "${" in path:
+    if path.count("${") > len(kept):
         raise _refusal(f"has a ${{ without a name and }} {got(path)}; write ${{NAME}}")
     return path
+
+
+def _data_name(name: str, info: ValidationInfo) -> str:
+    reader, _, rest = name.partition("/")
+    if reader_of(name) is not None:
+        return f"{reader}/{_expanded(rest, info)}"
+    if name in DATASETS:
+        return name
+    readers = ", ".join(f"{reader}/…" for reader in READER_OPTIONS)
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
+    raise _refusal(
+        f"must be one of {', '.join(DATASETS)}, {readers} {got(name)}"
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def _channels(value: object) -> object:
+    numbers = isinstance(value, (list, tuple)) and [type(item) in (int, float) for item in value]
+    if numbers == [True] * 3:
+        return value
+    raise _refusal(f"must be three numbers, one a channel {got(value)}")
+
+
+def _policy(text: str) -> str:
+    if is_policy(text):
+        return text
+    raise _refusal(
+        f"is no policy of timm's {got(text)}; such as rand-m9-mstd0.5, augmix-m3, original or 3a"
+    )
+
+
+def _pretrained(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, str) and value:
+        return _expanded(value, info)
+    if isinstance(value, bool):
+        return value
+    raise _refusal(f"must be true, false or a safetensors file {got(value, typed=True)}")
 
 
 def _kind(value: object) -> str:
@@ -166,6 +224,27 @@ Names = Annotated[
     Field(strict=False),
 ]
 Options = dict[str, JsonValue]
+DataName = Annotated[
+    str,
+    AfterValidator(_data_name),
+    WithJsonSchema(
+        {"anyOf": [{"enum": [*DATASETS]}, {"pattern": "^((hfds|torch|torchvision)/.|wds/)"}]}
+    ),
+]
+Pretrained = Annotated[bool | Name, BeforeValidator(_pretrained)]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "comet_ml",
+    "aim",
+    "mlflow",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "trackio",
+]
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
 Epoch = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -193,15 +272,32 @@ class Model(Settings):
 
     name: Name = Field(description="name in timm's registry, such as resnet50")
     num_classes: Count = Field(description="number of classes, from 1")
+    pretrained: Pretrained = Field(
+        False,
+        description="weights to start from: true for timm's of that name, or a safetensors file "
+        "with its keys; ~ and ${NAME} are expanded; the classifier of other classes is left out",
+    )
     options: Options = Field({}, description="keyword arguments for timm.create_model")
 
 
 class Data(Settings):
     """The data set, and how its images are read. Batch sizes are per process."""
 
-    name: Literal["digits", "folder", "tiny_imagenet"] = Field(description="kind of data set")
+    name: DataName = Field(
+        description="digits, folder, tiny_imagenet, or with a reader of timm's: hfds/NAME (or the "
+        "path of a folder), wds/NAME, torch/NAME"
+    )
     root: Annotated[str, AfterValidator(_expanded)] | None = Field(
-        None, description="folder of the images; ~ and ${NAME} are expanded; not for digits"
+        None,
+        description="folder of the images (hfds: of the cache); ~ and ${NAME} are expanded; not "
+        "for digits",
+    )
+    train_split: Name | None = Field(None, description="of a reader; default: train")
+    val_split: Name | None = Field(None, description="of a reader; default: validation")
+    options: Options = Field(
+        {},
+        description="of a reader: input_key, target_key, class_map (hfds, wds), shuffle_size (wds),"
+        " download (torch)",
     )
     image_size: int = Field(224, ge=8, description="height and width in pixels, from 8")
     batch_size: Count = Field(description="images per training step and process, from 1")
@@ -210,6 +306,28 @@ class Data(Settings):
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="for resizing")
     crop_pct: float = Field(
         0.875, gt=0, le=1, description="share of the resized side that evaluation keeps, (0, 1]"
+    )
+    mean: (
+        Annotated[tuple[float, float, float], BeforeValidator(_channels), Field(strict=False)]
+        | None
+    ) = Field(None, description="of the channels, of pixels in [0, 1]; default: ImageNet's")
+    std: (
+        Annotated[
+            tuple[Positive, Positive, Positive], BeforeValidator(_channels), Field(strict=False)
+        ]
+        | None
+    ) = Field(None, description="of the channels, above 0; default: ImageNet's")
+    auto_augment: Annotated[str, AfterValidator(_policy)] | None = Field(
+        None, description="policy of timm's, such as rand-m9-mstd0.5"
+    )
+    random_erasing: Probability | None = Field(
+        None, description="probability that a rectangle becomes noise, in [0, 1]; default: 0"
+    )
+    color_jitter: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="how far brightness, contrast and saturation vary, from 0; default: 0"
+    )
+    hflip: Probability | None = Field(
+        None, description="probability of a horizontal flip, in [0, 1]; default: 0.5"
     )
 
 
@@ -227,13 +345,23 @@ class Optimizer(Settings):
 
 
 class LrSchedule(Settings):
-    """The learning rate over the epochs: constant without milestones."""
+    """The learning rate over the epochs: steps are constant without milestones."""
 
+    name: Literal["step", "cosine"] = Field(
+        "step", description="step at milestones, or half a cosine from lr towards 0"
+    )
     milestones: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = Field(
         (), description="epochs, 0-based and rising, that begin with the rate times gamma"
     )
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone, in (0, 1]")
     warmup_epochs: Epoch = Field(0, description="epochs over which the rate rises to lr")
+
+
+class Ema(Settings):
+    """The moving average of the weights, timm's ModelEmaV3."""
+
+    decay: float = Field(0.9999, gt=0, lt=1, description="share kept at each update, in (0, 1)")
+    warmup: bool = Field(False, description="true: the decay rises to its value with the updates")
 
 
 class Training(Settings):
@@ -243,7 +371,16 @@ class Training(Settings):
     gradient_accumulation: Count = Field(1, description="batches per update, from 1")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, above 0")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, in [0, 1)")
+    mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup, from 0 (none)")
+    cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix, from 0 (none)")
+    ema: Ema | None = Field(
+        None, description="also average the weights, and export the average; default: no average"
+    )
     channels_last: bool = Field(False, description="true: channels_last weights and images")
+    compile: bool = Field(False, description="true: train the model compiled by torch.compile")
+    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
+        (), description="Accelerate's trackers that get the metrics of each epoch too"
+    )
     threads: Count | None = Field(
         None, description="CPU threads of a process; default: as launched (accelerate launch: 1)"
     )
@@ -343,11 +480,25 @@ def cross_problems(root: type[Settings], tree: Any, *, deep: bool = False) -> It
 
 
 def _data_problems(data: dict[str, Any]) -> Iterator[Problem]:
-    kind, root = data.get("name"), data.get("root")
-    if kind == "digits" and root is not None:
-        yield ("root",), f"has no effect with data digits {got(root)}; remove it"
-    if kind in ("folder", "tiny_imagenet") and root is None:
+    kind, policy = data.get("name"), data.get("auto_augment")
+    if not isinstance(kind, str):
+        return
+    reader = reader_of(kind)
+    unused: tuple[str, ...] = () if reader else _READER_KEYS
+    if kind == "digits":
+        unused = ("root", *_READER_KEYS, *_TRANSFORM_KEYS)
+    for key in unused:
+        if data.get(key) not in (None, {}):
+            yield (key,), f"has no effect with data {kind} {got(data[key])}; remove it"
+    if (kind in ("folder", "tiny_imagenet") or reader in ("wds", "torch")) and not data.get("root"):
         yield ("root",), f"is required with data {kind} (the folder of the images)"
+    if data.get("color_jitter") and isinstance(policy, str) and "3a" not in policy:
+        text = f"has no effect with auto_augment {policy} {got(data['color_jitter'])}; remove it"
+        yield ("color_jitter",), text
+    options = data.get("options")
+    if reader and isinstance(options, dict):
+        for key, problem in option_problems(reader, options):
+            yield ("options", key), f"{problem} {got(options[key])}"
 
 
 def _recipe_problems(recipe: dict[str, Any]) -> Iterator[Problem]:
@@ -361,6 +512,9 @@ def _recipe_problems(recipe: dict[str, Any]) -> Iterator[Problem]:
         text = f"ends after the run {got(era)}; its end is at most epochs = {epochs}"
         yield ("pruning", "era"), text
     milestones = at("lr_schedule", "milestones")
+    if milestones and at("lr_schedule", "name") == "cosine":
+        text = f"has no effect with lr_schedule cosine {got(milestones)}; remove it"
+        yield ("lr_schedule", "milestones"), text
     for index, epoch in enumerate(milestones if isinstance(milestones, list) else ()):
         if type(epoch) is int and epoch >= epochs:
             text = f"must be below epochs = {epochs} {got(epoch)}"
