@@ -448,14 +448,15 @@ def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:
 def _smallest_but_protected(keys: Tensor, amount: float) -> Tensor:
     """The smallest units of `(rows, columns)`, but for the largest living one of each row.
 
-    Of equal largest ones the last is protected, since of equals the lower index goes first.
+    Of equal largest ones the last is protected, since of equals the lower index goes first. `keys`
+    are overwritten.
     """
     number = count(amount, keys.numel())
     if not keys.numel():
         return torch.zeros_like(keys, dtype=torch.bool)
     largest, index = keys.flip(1).max(1)
     rows = (largest >= 0).nonzero().squeeze(1)
-    guarded = keys.contiguous().clone()
+    guarded = keys.contiguous()
     guarded[rows, keys.shape[1] - 1 - index[rows]] = torch.iinfo(keys.dtype).max
     number = min(number, keys.numel() - len(rows))
     return smallest(guarded.view(-1, 1), number).view(keys.shape)

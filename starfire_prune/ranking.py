@@ -26,10 +26,9 @@ _LONG = 1 << 16
 _SAMPLED = 61  # prime, so that it doesn't walk along a column
 
 # Up to this many more units a locale, or in locales as small as a window, taking them one by one
-# beats selection. So many locales are asked how many more it is: they differ little.
+# beats selection.
 _FEW = 4
 _SMALL_LOCALE = 16
-_ASKED = 16
 
 
 def sign_bits(where: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,13 +65,13 @@ def magnitude_keys(weight: Tensor, mask: Tensor | None, min_dims: int) -> Tensor
     if mask is None:
         return bits & ~lowest
     # What is gone keeps its other bits: selection is slow among equals.
-    return (bits | lowest).add_(mask.bool().to(bits.dtype), alpha=lowest)  # kept: it wraps to 0
+    return (bits | lowest).add_(mask.bool(), alpha=lowest)  # kept: it wraps to 0
 
 
 def check_finite(keys: Tensor, weight: Tensor) -> None:
     """`keys` are those of `weight`, or their maxima over kernels."""
     infinity = int(float_bits(torch.tensor(torch.inf, dtype=magnitudes(keys[:0]).dtype)))
-    if keys.numel() and int(keys.max()) >= infinity:
+    if keys.numel() and int(keys.amax()) >= infinity:
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
             f"`weight` of shape {tuple(weight.shape)} cannot be ranked: {bad} of its "
@@ -92,10 +91,13 @@ def smallest(keys: Tensor, number: int) -> Tensor:
     """
     if number <= 0 or number >= len(keys):
         return torch.full_like(keys, number > 0, dtype=torch.bool)
-    if not _takes_few(keys, number):
+    if not _may_take_few(keys, number):
         return _smallest_by_selection(keys, number)
     taken = column_sums(keys < 0)
-    chosen = keys <= _cutoff_after(keys, taken, number, number - int(taken.amin()))
+    steps = number - int(taken.amin())
+    if steps > _FEW and len(keys) > _SMALL_LOCALE:
+        return _smallest_by_selection(keys, number)
+    chosen = keys <= _cutoff_after(keys, taken, number, steps)
     surplus = column_sums(chosen) != taken.clamp(min=number)
     tied = surplus.nonzero().squeeze(1)
     if len(tied):
@@ -103,14 +105,14 @@ def smallest(keys: Tensor, number: int) -> Tensor:
     return chosen
 
 
-def _takes_few(keys: Tensor, number: int) -> bool:
-    """Whether to take them one by one; either way gives the same."""
+def _may_take_few(keys: Tensor, number: int) -> bool:
+    """Whether to count how many more each locale loses: the first one tells what to expect."""
     units, locales = keys.shape
     if units <= _SMALL_LOCALE:
         return True
     if units >= _LONG and locales == 1:
         return False
-    return number - int(column_sums(keys[:, :_ASKED] < 0).amin()) <= _FEW
+    return number - int(torch.count_nonzero(keys[:, 0] < 0)) <= _FEW
 
 
 def column_sums(bools: Tensor) -> Tensor:
