@@ -1,0 +1,402 @@
+"""How constant channels pass through each operation of an exported graph.
+
+A *template* stands for an intermediate tensor: float64, on the CPU, with as many dimensions, and of
+size 1 along those in which it does not change. It holds a number where the intermediate has that
+constant value whatever the input of the model, and NaN where it varies. A rule takes a node of the
+graph and the node's arguments with templates in the tensors' places, and gives the template of the
+output. What has no rule in `RULES` is not guessed at: the analysis takes its output as varying.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = [
+    "BATCH_NORMS",
+    "CONVOLUTIONS",
+    "LINEAR",
+    "MIXING",
+    "RULES",
+    "as_template",
+    "channel_values",
+    "is_padded",
+    "shape_of",
+    "varying",
+]
+
+aten = torch.ops.aten
+Rule = Callable[..., Any]
+
+VARYING = math.nan
+
+
+def as_template(value: Any) -> Any:
+    """A parameter or buffer as a template; anything but a tensor as it is."""
+    return value.detach().to("cpu", torch.float64) if isinstance(value, Tensor) else value
+
+
+def varying(dims: int) -> Tensor:
+    """The template of a tensor that varies in all places."""
+    return torch.full([1] * dims, VARYING, dtype=torch.float64)
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape that a node's tensor had when the model was exported."""
+    return tuple(value.meta["val"].shape)
+
+
+def channel_values(template: Tensor, dim: int, channels: int) -> Tensor:
+    """The constant of each channel along `dim`, shape `(channels,)`; NaN where it varies."""
+    rows = template.movedim(dim, 0).flatten(1)
+    return _if_uniform(rows)[:, 0].expand(channels)
+
+
+def is_padded(node: fx.Node) -> bool:
+    """Whether a convolution's node pads its input by zeros."""
+    padding = _argument(node, 4, "padding", 0)
+    if isinstance(padding, str):
+        weight = shape_of(node.args[1])
+        return padding == "same" and math.prod(weight[2:]) > 1
+    return any(padding) if isinstance(padding, Sequence) else bool(padding)
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _if_uniform(rows: Tensor) -> Tensor:
+    """The first of the last dimension where all of it is the same, NaN otherwise; keeps the dim."""
+    first = rows[..., :1]
+    if rows.shape[-1] == 1:
+        return first
+    return first.masked_fill(~(rows == first).all(-1, keepdim=True), VARYING)
+
+
+def _reduced(template: Tensor) -> Tensor:
+    """The template with size 1 along each dimension in which it does not change."""
+    for dim in range(template.ndim):
+        first = template.narrow(dim, 0, 1)
+        if template.shape[dim] > 1 and torch.equal(
+            template.nan_to_num(nan=math.inf), first.nan_to_num(nan=math.inf).expand_as(template)
+        ):
+            template = first
+    return template
+
+
+def _windowed(x: Tensor, spatial: int) -> Tensor:
+    """The template with its last `spatial` dimensions reduced, varying where they change."""
+    shape = (*x.shape[: x.ndim - spatial], *[1] * spatial)
+    return _if_uniform(x.flatten(x.ndim - spatial)).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pointwise operations
+# ---------------------------------------------------------------------------------------------
+
+
+def _keep(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+def _pointwise(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = node.target(x, *args, **kwargs)  # type: ignore[operator]
+    return torch.where(x.isnan(), x, result)
+
+
+def _binary(node: fx.Node, one: Any, other: Any, **kwargs: Any) -> Any:
+    """Of two constants a constant: NaN, varying, spreads by itself."""
+    return node.target(as_template(one), as_template(other), **kwargs)  # type: ignore[operator]
+
+
+def _multiply(node: fx.Node, one: Any, other: Any) -> Any:
+    """Zero times anything is zero, as in a gate."""
+    one, other = (torch.as_tensor(as_template(x), dtype=torch.float64) for x in (one, other))
+    return (one * other).masked_fill((one == 0) | (other == 0), 0.0)
+
+
+def _dropout(node: fx.Node, x: Tensor, p: float, train: bool = True) -> Tensor:
+    """While training, zeros alone stay what they are."""
+    return x.masked_fill(x != 0, VARYING) if train else x
+
+
+def _native_dropout(node: fx.Node, x: Tensor, p: float, train: bool | None) -> tuple[Any, ...]:
+    return _dropout(node, x, p, train is not False), None
+
+
+def _random(node: fx.Node, *args: Any, **kwargs: Any) -> Tensor:
+    return varying(len(shape_of(node)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> Tensor:
+    """The constants `(K,)` that `(C,)` input channels give through a weight `(K, C / groups, n)`.
+
+    An output channel is constant where none of its non-zero kernels reads a channel that varies,
+    or, under padding by zeros, a constant other than zero: its border would differ.
+    """
+    rows = x.view(groups, -1)
+    folded = rows.isfinite() & (rows != 0)
+    blocked = rows.isnan() | (folded & padded)
+    kernels = weight.unflatten(0, (groups, -1))  # (groups, K / groups, C / groups, n)
+    reads = (kernels[..., 0] != 0 if weight.shape[2] == 1 else kernels.any(-1)).cpu()
+    value = torch.zeros(reads.shape[:2], dtype=torch.float64)
+    if folded.any():
+        columns = folded.any(0)
+        sums = as_template(kernels[:, :, columns]).sum(-1)
+        value = (sums @ rows.nan_to_num(nan=0.0)[:, columns, None])[..., 0]
+    varies = (reads & blocked[:, None]).any(2).flatten()
+    value = value.flatten() if bias is None else value.flatten() + as_template(bias)
+    return value.masked_fill(varies, VARYING)
+
+
+def _convolution(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *_: Any) -> Tensor:
+    groups = _argument(node, 6, "groups", 1)
+    spatial = weight.ndim - 2
+    dim = x.ndim - spatial - 1
+    channels = channel_values(x, dim, groups * weight.shape[1])
+    value = _affine(channels, weight.flatten(2), bias, groups, is_padded(node))
+    return value.view(*[1] * dim, -1, *[1] * spatial)
+
+
+def _linear(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    channels = channel_values(x, -1, weight.shape[1])
+    value = _affine(channels, weight[..., None], bias, 1, padded=False)
+    return value.view(*[1] * (x.ndim - 1), -1)
+
+
+def _scaled(x: Tensor, weight: Any, bias: Any) -> Tensor:
+    if weight is not None:
+        weight = as_template(weight).view(-1, *[1] * (x.ndim - 2))
+        x = (x * weight).masked_fill(weight == 0, 0.0)
+    return x if bias is None else x + as_template(bias).view(-1, *[1] * (x.ndim - 2))
+
+
+def _batch_norm(
+    node: fx.Node,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Any, ...]:
+    """By running statistics: a pointwise operation. A weight of zero leaves the bias."""
+    mean, variance = (as_template(t).view(-1, *[1] * (x.ndim - 2)) for t in (mean, variance))
+    return _scaled((x - mean) / (variance + eps).sqrt(), weight, bias), None, None
+
+
+def _batch_norm_on_batch(node: fx.Node, x: Tensor, weight: Any, bias: Any, *_: Any) -> Any:
+    """By the batch's statistics: a channel that is constant over the batch leaves the bias."""
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    channels = channel_values(x, 1, shape_of(node.args[0])[1])
+    centered = channels.masked_fill(~channels.isnan(), 0.0).view(shape)
+    if bias is not None:
+        centered = centered + as_template(bias).view(shape)
+    return centered, *[None] * 4
+
+
+def _normalized(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A norm over channels: all of them vary if one does."""
+    return varying(x.ndim), None, None
+
+
+def _normalized_single(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return varying(x.ndim)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pooling, padding and reductions
+# ---------------------------------------------------------------------------------------------
+
+
+def _pooling(spatial: int) -> Rule:
+    """Pooling whose windows hold nothing but the input: max pools pad by minus infinity."""
+    return lambda node, x, *args, **kwargs: _windowed(x, spatial)
+
+
+def _pooling_with_indices(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return _windowed(x, 2), None
+
+
+def _average_pooling(spatial: int) -> Rule:
+    def rule(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        padding = _argument(node, 3, "padding", 0)
+        padded = any(padding) if isinstance(padding, Sequence) else bool(padding)
+        counted = padded and _argument(node, 5, "count_include_pad", True)
+        divided = _argument(node, 6, "divisor_override", None) is not None
+        x = _windowed(x, spatial)
+        return x.masked_fill(x != 0, VARYING) if counted or divided else x
+
+    return rule
+
+
+def _padded(
+    node: fx.Node, x: Tensor, pad: Sequence[int], mode: Any = "constant", value: Any = None
+) -> Any:
+    if not any(pad):
+        return x
+    if len(pad) // 2 > x.ndim - 2:
+        return NotImplemented
+    x = _windowed(x, len(pad) // 2)
+    return x.masked_fill(x != float(value or 0.0), VARYING) if mode == "constant" else x
+
+
+def _constant_padded(node: fx.Node, x: Tensor, pad: Sequence[int], value: float = 0.0) -> Any:
+    return _padded(node, x, pad, "constant", value)
+
+
+def _reduction(node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
+    """A mean, sum or maximum over dimensions: exact on the template, of full size along them."""
+    shape = shape_of(node.args[0])
+    dims = range(x.ndim) if dims is None or dims == [] else [dim % x.ndim for dim in dims]
+    full = [size if dim in dims else -1 for dim, size in enumerate(shape)]
+    return node.target(x.expand(full), list(dims), keepdim)  # type: ignore[operator]
+
+
+# ---------------------------------------------------------------------------------------------
+# Shapes
+# ---------------------------------------------------------------------------------------------
+
+
+def _reshaped(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _reduced(x.expand(shape_of(node.args[0])).reshape(shape_of(node)))
+
+
+def _permuted(node: fx.Node, x: Tensor, *args: Any) -> Tensor:
+    result: Tensor = node.target(x, *args)  # type: ignore[operator]
+    return result
+
+
+def _expanded(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x.view(*[1] * (len(shape_of(node)) - x.ndim), *x.shape)
+
+
+def _selected(node: fx.Node, x: Tensor, dim: int, index: int) -> Tensor:
+    return x.select(dim, 0 if x.shape[dim] == 1 else index)
+
+
+def _sliced(node: fx.Node, x: Tensor, dim: int = 0, *args: Any) -> Tensor:
+    return x if x.shape[dim] == 1 else node.target(x, dim, *args)  # type: ignore[operator, no-any-return]
+
+
+def _split(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    dim = _argument(node, 2, "dim", 0)
+    if x.shape[dim] == 1:
+        return [x] * len(node.meta["val"])
+    return node.target(x, *args, **kwargs)  # type: ignore[operator]
+
+
+def _concatenated(node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> Tensor:
+    sizes = [shape_of(tensor)[dim] for tensor in node.args[0]]  # type: ignore[union-attr]
+    dim %= len(shape_of(node))
+    templates = [as_template(tensor) for tensor in tensors]
+    common = [max(sizes) for sizes in zip(*(t.shape for t in templates), strict=True)]
+    return torch.cat(
+        [
+            t.expand(*common[:dim], size, *common[dim + 1 :])
+            for t, size in zip(templates, sizes, strict=True)
+        ],
+        dim,
+    )
+
+
+def _item(node: fx.Node, values: Sequence[Any], index: int) -> Any:
+    return values[index]
+
+
+CONVOLUTIONS = (
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+LINEAR = aten.linear.default
+BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default,)
+MIXING = {
+    aten.layer_norm.default: _normalized_single,
+    aten.group_norm.default: _normalized_single,
+    aten.native_layer_norm.default: _normalized,
+    aten.native_group_norm.default: _normalized,
+}
+"""Norms over channels, known to mix them."""
+
+_POINTWISE = (
+    *(aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default),
+    *(aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default),
+    *(aten.hardswish.default, aten.hardsigmoid.default, aten.leaky_relu.default),
+    *(aten.elu.default, aten.celu.default, aten.selu.default, aten.mish.default),
+    *(aten.softplus.default, aten.exp.default, aten.log1p.default, aten.abs.default),
+    *(aten.sqrt.default, aten.rsqrt.default, aten.neg.default, aten.pow.Tensor_Scalar),
+    *(aten.clamp_min.default, aten.erf.default, aten.reciprocal.default),
+)
+_KEEPING = (
+    *(aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default),
+    *(aten.lift_fresh_copy.default, aten.contiguous.default),
+)
+_BINARY = (
+    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.div.Tensor),
+    *(aten.div.Scalar, aten.maximum.default, aten.minimum.default, aten.rsub.Scalar),
+)
+_RESHAPING = (
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default),
+    *(aten.flatten.using_ints, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+    *(aten.unsqueeze.default, aten.unflatten.int),
+)
+_PERMUTING = (aten.permute.default, aten.transpose.int, aten.t.default)
+_SPLITTING = (
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
+    *(aten.split.sizes, aten.tensor_split.sections),
+)
+_POOLING = {
+    1: (aten.max_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_nearest1d.vec),
+    2: (
+        *(aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec),
+        *(aten._adaptive_avg_pool2d.default, aten.upsample_bilinear2d.vec),
+    ),
+    3: (aten.max_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest3d.vec),
+}
+
+RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(_KEEPING, _keep),
+    **dict.fromkeys(_BINARY, _binary),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    LINEAR: _linear,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten._native_batch_norm_legit_functional.default: _batch_norm_on_batch,
+    aten._native_batch_norm_legit.default: _batch_norm_on_batch,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_on_batch,
+    **MIXING,
+    **{op: _pooling(spatial) for spatial, ops in _POOLING.items() for op in ops},
+    aten.max_pool2d_with_indices.default: _pooling_with_indices,
+    aten.avg_pool1d.default: _average_pooling(1),
+    aten.avg_pool2d.default: _average_pooling(2),
+    aten.avg_pool3d.default: _average_pooling(3),
+    aten.pad.default: _padded,
+    aten.constant_pad_nd.default: _constant_padded,
+    **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default), _reduction),
+    **dict.fromkeys(_RESHAPING, _reshaped),
+    **dict.fromkeys(_PERMUTING, _permuted),
+    aten.expand.default: _expanded,
+    aten.select.int: _selected,
+    aten.slice.Tensor: _sliced,
+    **dict.fromkeys(_SPLITTING, _split),
+    aten.cat.default: _concatenated,
+    aten.dropout.default: _dropout,
+    aten.native_dropout.default: _native_dropout,
+    **dict.fromkeys((aten.bernoulli.p, aten.new_empty.default, aten.rand.default), _random),
+    operator.getitem: _item,
+}
+"""The rule of each operation."""

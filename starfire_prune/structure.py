@@ -1,0 +1,345 @@
+"""Constant channels: which channels of a model have the same value whatever its input.
+
+A convolution's output channel whose kernels are all zero is its bias; batch norms, activations and
+pooling carry constants on. What reads a zero constant is useless, and what reads another one can be
+folded into a bias (`starfire_prune.folding`). The analysis runs over the graph of `torch.export`,
+by the rules of `starfire_prune.constant_rules`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import prune
+
+from starfire_prune import constant_rules
+from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
+from starfire_prune.layers import clean_name, unwrap
+from starfire_prune.mask_method import make_permanent
+
+__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "dense_copy", "layer_of"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerChannels:
+    """The constant channels around a convolution or linear layer.
+
+    Attributes:
+        name: of the module.
+        kind: `"conv"` or `"linear"`.
+        inputs: the constant of each input channel or feature, float64 of shape `(C,)`; NaN where
+            it varies, and where calls of the same layer differ.
+        outputs: the same of its output channels, of shape `(K,)`.
+        dead: the output channels whose weights are all zero, bool of shape `(K,)`.
+        padded: whether it pads its input by zeros, which a constant other than zero doesn't pass.
+        reason: where its inputs all vary, why.
+    """
+
+    name: str
+    kind: str
+    inputs: Tensor
+    outputs: Tensor
+    dead: Tensor
+    padded: bool
+    reason: str | None
+
+    @property
+    def zero_inputs(self) -> Tensor:
+        """The input channels that are constantly zero, bool of shape `(C,)`."""
+        return self.inputs == 0
+
+    @property
+    def constant_inputs(self) -> Tensor:
+        """The input channels that are constant, zero or not, bool of shape `(C,)`."""
+        return self.inputs.isfinite()
+
+    @property
+    def constant_outputs(self) -> Tensor:
+        """The output channels that are constant, bool of shape `(K,)`."""
+        return self.outputs.isfinite()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConstantChannels:
+    """What an analysis found.
+
+    Attributes:
+        layers: a `LayerChannels` for each convolution and linear layer, in the order of use.
+        unknown: the operations that the analysis has no rule for, and where; their outputs count
+            as varying.
+    """
+
+    layers: tuple[LayerChannels, ...]
+    unknown: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> LayerChannels:
+        """The layer of that name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no convolution or linear layer {name!r} in the model's graph")
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """An exported model: its nodes, and the names of the parameters and buffers that it reads."""
+
+    nodes: tuple[fx.Node, ...]
+    sources: Mapping[str, str]
+
+
+class ChannelAnalysis:
+    """Finds the constant channels of a model, as often as its weights change.
+
+    The model is exported once. A run then carries constants through the graph with the weights as
+    they are: masked where hooks prune them. The model is left as it is, hooks and all.
+
+    Args:
+        model: also wrapped by DDP or `torch.compile`, in any phase of pruning.
+        example_input: a small batch of any size, or the tuple of the model's arguments.
+
+    Raises:
+        torch._dynamo.exc.UserError and others of `torch.export`: if it can't export the model.
+
+    Example:
+        >>> conv = nn.Conv2d(1, 2, 3)
+        >>> model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(18, 10))
+        >>> with torch.no_grad():
+        ...     conv.weight[0] = 0
+        ...     _ = conv.bias.copy_(torch.tensor([-1.0, 1.0]))
+        >>> channels = ChannelAnalysis(model, torch.rand(1, 1, 5, 5)).run()
+        >>> int(channels["3"].zero_inputs.sum())
+        9
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
+        self._model = unwrap(model)
+        self._example = example_input if isinstance(example_input, tuple) else (example_input,)
+        self._training_graph: Graph | None = None
+        self.graph = self._exported(training=False)
+
+    def run(self) -> ConstantChannels:
+        """The channels that are constant in eval mode, with the model's present weights."""
+        return _run(self.graph, self._model)
+
+    def zero_inputs(self) -> dict[str, Tensor]:
+        """The input channels of each layer that are zero while training and in eval mode alike.
+
+        A dead channel may be zero in the one and not in the other, since a batch norm uses the
+        batch's statistics while training: during training only these may be taken as useless. The
+        first call exports the model once more, in training mode.
+
+        Returns:
+            A bool tensor of shape `(in_channels,)` or `(in_features,)` by the layer's name.
+        """
+        if self._training_graph is None:
+            self._training_graph = self._exported(training=True)
+        training = _run(self._training_graph, self._model)
+        return {
+            layer.name: layer.zero_inputs & training[layer.name].zero_inputs
+            for layer in self.run().layers
+        }
+
+    def _exported(self, training: bool) -> Graph:
+        model = dense_copy(self._model).train(training)
+        exported = torch.export.export(model, self._example).run_decompositions({})
+        signature = exported.graph_signature
+        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = signature.inputs_to_lifted_tensor_constants
+        for node in exported.graph.nodes:
+            if node.name in constants:
+                node.meta["constant"] = exported.constants[constants[node.name]]
+        return Graph(tuple(exported.graph.nodes), sources)
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model with its pruning made permanent, whatever hooks it has.
+
+    Args:
+        model: also wrapped by DDP or `torch.compile`.
+    """
+    model = unwrap(model)
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # a stale, masked weight
+                memo[id(value)] = value.detach().clone()
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                make_permanent(module, hook._tensor_name)
+    return twin
+
+
+def layer_of(graph: Graph, node: fx.Node) -> str | None:
+    """The name of the layer whose own weight a convolution's or linear node reads."""
+    if node.target not in CONVOLUTIONS and node.target is not LINEAR:
+        return None
+    source = graph.sources.get(getattr(node.args[1], "name", ""), "")
+    return source.rpartition(".")[0] if source.endswith(".weight") else None
+
+
+def _run(graph: Graph, model: nn.Module) -> ConstantChannels:
+    values, unknown = _propagate(graph, model)
+    found: dict[str, LayerChannels] = {}
+    for node in graph.nodes:
+        name = layer_of(graph, node)
+        if name is not None:
+            layer = _layer(clean_name(name), node, values)
+            found[name] = _merged(found[name], layer) if name in found else layer
+    return ConstantChannels(tuple(found.values()), tuple(dict.fromkeys(unknown)))
+
+
+@torch.no_grad()
+def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list[str]]:
+    """The template of each node, parameters as they are, and the operations without a rule."""
+    values: dict[fx.Node, Any] = {}
+    known: set[fx.Node] = set()  # parameters and what is worked out from them alone
+    unknown: list[str] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _source(graph, model, node)
+            if node.name in graph.sources or "constant" in node.meta:
+                known.add(node)
+        elif node.op == "call_function":
+            if node.all_input_nodes and known.issuperset(node.all_input_nodes):
+                values[node] = _call(node, values)
+                known.add(node)
+                continue
+            value = _by_rule(node, values)
+            if value is NotImplemented:
+                unknown.append(f"{node.target} in {_place(node)}")
+                value = _all_varying(node)
+            values[node] = value
+    return values, unknown
+
+
+def _source(graph: Graph, model: nn.Module, node: fx.Node) -> Any:
+    """A parameter or buffer as a forward pass would use it, or the varying input of the model."""
+    if node.name in graph.sources:
+        path, _, name = graph.sources[node.name].rpartition(".")
+        module = model.get_submodule(path)
+        original = module._parameters.get(f"{name}_orig")
+        if original is not None:
+            return original.detach() * module._buffers[f"{name}_mask"]
+        return getattr(module, name)
+    if "constant" in node.meta:
+        return node.meta["constant"]
+    value = node.meta.get("val")
+    return constant_rules.varying(value.ndim) if isinstance(value, Tensor) else value
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _by_rule(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    rule = RULES.get(node.target)
+    if rule is None:
+        return NotImplemented
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    value = rule(node, *args, **kwargs)
+    if isinstance(value, (tuple, list)):
+        return [_settled(item) for item in value]
+    return value if value is NotImplemented else _settled(value)
+
+
+def _settled(value: Any) -> Any:
+    """Overflown constants count as varying."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.masked_fill(~value.isfinite(), constant_rules.VARYING)
+
+
+def _all_varying(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [constant_rules.varying(item.ndim) if item is not None else None for item in value]
+    return constant_rules.varying(value.ndim) if isinstance(value, Tensor) else value
+
+
+def _place(node: fx.Node) -> str:
+    """The module that a node was traced in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((path for path, _ in reversed(list(stack.values())) if path), "")
+    return path or "the model"
+
+
+def _layer(name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> LayerChannels:
+    weight = values[node.args[1]]  # type: ignore[index]
+    template = values[node.args[0]]  # type: ignore[index]
+    is_conv = node.target is not LINEAR
+    shape = constant_rules.shape_of(node.args[0])
+    dim = len(shape) - (weight.ndim - 1 if is_conv else 1)
+    inputs = constant_rules.channel_values(template, dim, shape[dim])
+    return LayerChannels(
+        name=name,
+        kind="conv" if is_conv else "linear",
+        inputs=inputs,
+        outputs=constant_rules.channel_values(values[node], dim, len(weight)),
+        dead=~weight.flatten(1).any(1).cpu(),
+        padded=is_conv and constant_rules.is_padded(node),
+        reason=None if inputs.isfinite().any() else _why_varying(node.args[0], values),
+    )
+
+
+def _merged(one: LayerChannels, other: LayerChannels) -> LayerChannels:
+    """Of two calls of a layer, what holds in both."""
+    inputs, outputs = (
+        torch.where(a == b, a, constant_rules.VARYING)
+        for a, b in ((one.inputs, other.inputs), (one.outputs, other.outputs))
+    )
+    return dataclasses.replace(
+        one,
+        inputs=inputs,
+        outputs=outputs,
+        padded=one.padded or other.padded,
+        reason=None if inputs.isfinite().any() else one.reason or other.reason or "its calls differ",
+    )
+
+
+def _why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
+    """Why a tensor has no constant channel: the operation that the last one is lost in."""
+    node = _origin(node, values)
+    if node.op == "placeholder":
+        return "it reads the model's input"
+    if node.target in MIXING:
+        return f"its input comes from {_place(node)}, a norm over channels, which mixes them"
+    if node.target not in RULES:
+        return f"its input comes from {node.target}, which the analysis has no rule for"
+    if node.target in CONVOLUTIONS or node.target is LINEAR:
+        return f"every output channel of {_place(node)} has a weight that reads a varying channel"
+    operands = [values[argument] for argument in node.all_input_nodes]
+    if len(operands) > 1 and node.target is torch.ops.aten.add.Tensor:
+        both = all(bool(operand.isnan().all()) for operand in operands)
+        sides = "both sides vary" if both else "one side or both vary in every channel"
+        return f"its input comes from an addition in which {sides}"
+    return f"its input comes from {node.target} in {_place(node)}, after which every channel varies"
+
+
+def _origin(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
+    """Back over operations of a single varying operand, whose output varies because that does."""
+    while True:
+        operands = list(_varying_operands(node, values))
+        carries = node.target in RULES and node.target not in {*CONVOLUTIONS, LINEAR, *MIXING}
+        if node.op != "call_function" or not carries or len(node.all_input_nodes) != 1:
+            if not (node.target in constant_rules.BATCH_NORMS and operands):
+                return node
+        if not operands:
+            return node
+        node = operands[0]
+
+
+def _varying_operands(node: fx.Node, values: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
+    for operand in node.all_input_nodes:
+        value = values[operand]
+        first = value[0] if isinstance(value, list) else value
+        if isinstance(first, Tensor) and bool(first.isnan().all()):
+            yield operand
