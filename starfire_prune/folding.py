@@ -1,0 +1,178 @@
+"""Weights that read constant channels: dropped where the constant is zero, folded where not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from starfire_prune.constant_rules import BATCH_NORMS
+from starfire_prune.structure import ChannelAnalysis, Graph, LayerChannels, dense_copy, layer_of
+
+__all__ = ["FoldReport", "FoldedLayer", "fold_constants"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedLayer:
+    """What became of a layer's weights that read constants.
+
+    Attributes:
+        name: of the module.
+        useless: non-zero weights that read a constant of zero, now zero.
+        folded: non-zero weights that read another constant, now zero.
+        into: the parameter or buffer that took their part; None where there were none.
+        left: non-zero weights that read another constant and stay.
+        reason: why they stay; None where there are none.
+    """
+
+    name: str
+    useless: int
+    folded: int
+    into: str | None
+    left: int
+    reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldReport:
+    """What folding did, a `FoldedLayer` for each layer that reads constants.
+
+    Attributes:
+        layers: in the order of use.
+        unknown: operations that the analysis has no rule for, as in `ConstantChannels`.
+    """
+
+    layers: tuple[FoldedLayer, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def useless(self) -> int:
+        """Weights dropped because they read zeros."""
+        return sum(layer.useless for layer in self.layers)
+
+    @property
+    def folded(self) -> int:
+        """Weights folded into biases and running means."""
+        return sum(layer.folded for layer in self.layers)
+
+
+def fold_constants(
+    model: nn.Module, example_input: Tensor | tuple[Any, ...]
+) -> tuple[nn.Module, FoldReport]:
+    """A copy of a model without the weights that read constants, of equal outputs in eval mode.
+
+    A weight that reads a constant zero is useless and becomes zero. One that reads another
+    constant becomes zero too, and its part goes into the layer's bias, or where it has none into
+    the running mean of the batch norm right after it. Where the layer pads its input by zeros such
+    weights stay: at the border they read the padding. This is for export: while a model trains,
+    its batch norms use other statistics.
+
+    Args:
+        model: in any phase of pruning; it is left as it is.
+        example_input: a small batch, or the tuple of the model's arguments.
+
+    Returns:
+        The copy, its pruning permanent, and what was done.
+
+    Example:
+        >>> conv = nn.Conv2d(1, 2, 3)
+        >>> with torch.no_grad():
+        ...     conv.weight[0] = 0
+        >>> model = nn.Sequential(conv, nn.Flatten(), nn.Linear(18, 10))
+        >>> folded, report = fold_constants(model, torch.rand(1, 1, 5, 5))
+        >>> report.layers[0].folded, report.layers[0].into
+        (90, '2.bias')
+    """
+    folded = dense_copy(model)
+    analysis = ChannelAnalysis(folded, example_input)
+    channels = analysis.run()
+    norms = _norms_after(analysis.graph)
+    layers = [_fold(folded, layer, norms.get(layer.name)) for layer in channels.layers]
+    return folded, FoldReport(tuple(filter(None, layers)), channels.unknown)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sink:
+    """The bias or running mean that takes a layer's constants."""
+
+    name: str
+    values: Tensor
+    sign: int
+
+    def add(self, shift: Tensor) -> None:
+        self.values.add_(self.sign * shift.to(self.values))
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, layer: LayerChannels, norm: str | None) -> FoldedLayer | None:
+    module: Any = model.get_submodule(layer.name)
+    weight: Tensor = module.weight
+    constants = _over_weights(layer.inputs.to(weight.device), weight)
+    useless = (weight != 0) & (constants == 0)
+    foldable = (weight != 0) & constants.isfinite() & (constants != 0)
+    number, dropped = int(foldable.sum()), int(useless.sum())
+    if not number and not dropped:
+        return None
+    weight.masked_fill_(useless, 0.0)
+    sink = _sink(model, layer, norm) if number else None
+    if sink is not None:
+        sink.add((weight * constants.nan_to_num(nan=0.0)).flatten(1).sum(1))
+        weight.masked_fill_(foldable, 0.0)
+    left = number if sink is None else 0
+    return FoldedLayer(
+        name=layer.name,
+        useless=dropped,
+        folded=number - left,
+        into=None if sink is None else sink.name,
+        left=left,
+        reason=_why_left(layer) if left else None,
+    )
+
+
+def _over_weights(inputs: Tensor, weight: Tensor) -> Tensor:
+    """The constants `(C,)` where a weight `(K, C / groups, *kernel)` reads them, to broadcast."""
+    groups = len(inputs) // weight.shape[1]
+    rows = inputs.view(groups, -1)
+    if groups > 1:
+        rows = rows.repeat_interleave(len(weight) // groups, 0)
+    return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+
+
+def _sink(model: nn.Module, layer: LayerChannels, norm: str | None) -> _Sink | None:
+    bias = model.get_submodule(layer.name)._parameters["bias"]
+    if layer.padded:
+        return None
+    if bias is not None:
+        return _Sink(f"{layer.name}.bias", bias, 1)
+    if norm is not None:
+        name = f"{norm}.running_mean"
+        return _Sink(name, model.get_buffer(name), -1)
+    return None
+
+
+def _why_left(layer: LayerChannels) -> str:
+    if layer.padded:
+        return "it pads its input by zeros, so that its output differs at the border"
+    return "it has neither a bias nor a batch norm of its own right after it"
+
+
+def _norms_after(graph: Graph) -> dict[str, str]:
+    """The batch norm that alone reads a layer's output, and nothing else, by the layer's name."""
+    layers = [layer_of(graph, node) for node in graph.nodes]
+    norms = [_norm_of(graph, node) for node in graph.nodes]
+    after = {}
+    for node, layer in zip(graph.nodes, layers, strict=True):
+        norm = _norm_of(graph, next(iter(node.users))) if len(node.users) == 1 else None
+        if layer is not None and norm is not None:
+            if layers.count(layer) == norms.count(norm) == 1:
+                after[layer] = norm
+    return after
+
+
+def _norm_of(graph: Graph, node: fx.Node) -> str | None:
+    """The name of the batch norm whose running mean a node reads."""
+    if node.target not in BATCH_NORMS:
+        return None
+    return graph.sources.get(getattr(node.args[3], "name", ""), "").rpartition(".")[0] or None
