@@ -18,9 +18,13 @@ from torch import Tensor, fx
 __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
+    "ITEM",
     "LINEAR",
     "MIXING",
+    "REDUCTIONS",
+    "RESHAPING",
     "RULES",
+    "SPLITTING",
     "as_template",
     "channel_values",
     "is_padded",
@@ -348,13 +352,15 @@ _BINARY = (
     *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.div.Tensor),
     *(aten.div.Scalar, aten.maximum.default, aten.minimum.default, aten.rsub.Scalar),
 )
-_RESHAPING = (
+RESHAPING = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default),
     *(aten.flatten.using_ints, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
     *(aten.unsqueeze.default, aten.unflatten.int),
 )
 _PERMUTING = (aten.permute.default, aten.transpose.int, aten.t.default)
-_SPLITTING = (
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
+ITEM = operator.getitem
+SPLITTING = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
     *(aten.split.sizes, aten.tensor_split.sections),
 )
@@ -386,17 +392,17 @@ RULES: Mapping[Any, Rule] = {
     aten.avg_pool3d.default: _average_pooling(3),
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _constant_padded,
-    **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default), _reduction),
-    **dict.fromkeys(_RESHAPING, _reshaped),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(RESHAPING, _reshaped),
     **dict.fromkeys(_PERMUTING, _permuted),
     aten.expand.default: _expanded,
     aten.select.int: _selected,
     aten.slice.Tensor: _sliced,
-    **dict.fromkeys(_SPLITTING, _split),
+    **dict.fromkeys(SPLITTING, _split),
     aten.cat.default: _concatenated,
     aten.dropout.default: _dropout,
     aten.native_dropout.default: _native_dropout,
     **dict.fromkeys((aten.bernoulli.p, aten.new_empty.default, aten.rand.default), _random),
-    operator.getitem: _item,
+    ITEM: _item,
 }
 """The rule of each operation."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from starfire_prune.constant_rules import BATCH_NORMS
 from starfire_prune.structure import ChannelAnalysis, Graph, LayerChannels, dense_copy, layer_of
 
-__all__ = ["FoldReport", "FoldedLayer", "fold_constants"]
+__all__ = ["FoldReport", "FoldedLayer", "fold_constants", "fold_in_place"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,20 @@ def fold_constants(
         (90, '2.bias')
     """
     folded = dense_copy(model)
-    analysis = ChannelAnalysis(folded, example_input)
+    return folded, fold_in_place(folded, ChannelAnalysis(folded, example_input))
+
+
+def fold_in_place(model: nn.Module, analysis: ChannelAnalysis) -> FoldReport:
+    """`fold_constants` on the model itself, which must have no pruning hooks.
+
+    Args:
+        model: is changed.
+        analysis: of this model.
+    """
     channels = analysis.run()
     norms = _norms_after(analysis.graph)
-    layers = [_fold(folded, layer, norms.get(layer.name)) for layer in channels.layers]
-    return folded, FoldReport(tuple(filter(None, layers)), channels.unknown)
+    layers = [_fold(model, layer, norms.get(layer.name)) for layer in channels.layers]
+    return FoldReport(tuple(filter(None, layers)), channels.unknown)
 
 
 @dataclasses.dataclass(frozen=True)

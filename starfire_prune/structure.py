@@ -22,7 +22,7 @@ from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
 from starfire_prune.layers import clean_name, unwrap
 from starfire_prune.mask_method import make_permanent
 
-__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "dense_copy", "layer_of"]
+__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "Graph", "dense_copy", "layer_of", "place_of"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,7 +214,7 @@ def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list
                 continue
             value = _by_rule(node, values)
             if value is NotImplemented:
-                unknown.append(f"{node.target} in {_place(node)}")
+                unknown.append(f"{node.target} in {place_of(node)}")
                 value = _all_varying(node)
             values[node] = value
     return values, unknown
@@ -265,7 +265,7 @@ def _all_varying(node: fx.Node) -> Any:
     return constant_rules.varying(value.ndim) if isinstance(value, Tensor) else value
 
 
-def _place(node: fx.Node) -> str:
+def place_of(node: fx.Node) -> str:
     """The module that a node was traced in."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((path for path, _ in reversed(list(stack.values())) if path), "")
@@ -311,17 +311,17 @@ def _why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
     if node.op == "placeholder":
         return "it reads the model's input"
     if node.target in MIXING:
-        return f"its input comes from {_place(node)}, a norm over channels, which mixes them"
+        return f"its input comes from {place_of(node)}, a norm over channels, which mixes them"
     if node.target not in RULES:
         return f"its input comes from {node.target}, which the analysis has no rule for"
     if node.target in CONVOLUTIONS or node.target is LINEAR:
-        return f"every output channel of {_place(node)} has a weight that reads a varying channel"
+        return f"every output channel of {place_of(node)} has a weight that reads a varying channel"
     operands = [values[argument] for argument in node.all_input_nodes]
     if len(operands) > 1 and node.target is torch.ops.aten.add.Tensor:
         both = all(bool(operand.isnan().all()) for operand in operands)
         sides = "both sides vary" if both else "one side or both vary in every channel"
         return f"its input comes from an addition in which {sides}"
-    return f"its input comes from {node.target} in {_place(node)}, after which every channel varies"
+    return f"its input comes from {node.target} in {place_of(node)}, after which every channel varies"
 
 
 def _origin(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:

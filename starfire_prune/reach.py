@@ -1,0 +1,149 @@
+"""Which layers' output channels must all stay: those that something other than a layer reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from starfire_prune import constant_rules
+from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES, shape_of
+from starfire_prune.structure import Graph, layer_of, place_of
+
+__all__ = ["pinned_layers"]
+
+aten = torch.ops.aten
+
+
+def pinned_layers(graph: Graph) -> dict[str, str]:
+    """The layers none of whose output channels can be cut out, and why.
+
+    An output channel can go where all that reads it are weights of layers, through operations that
+    treat each channel alike: the model's output, norms over channels, reshaping other than
+    flattening, splitting, and operations without a rule are none of these.
+
+    Returns:
+        The reason by the layer's name.
+    """
+    pinned: dict[str, str] = {}
+    known = _known(graph)
+    for node in graph.nodes:
+        name = layer_of(graph, node)
+        if name is not None:
+            dim = _channel_dim(node)
+            reason = next(_obstacles(graph, known, node, dim), None)
+            if reason is not None:
+                pinned.setdefault(name, reason)
+    return pinned
+
+
+def _known(graph: Graph) -> set[fx.Node]:
+    """Parameters and buffers, and what is worked out from them alone."""
+    known: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.name in graph.sources or (inputs and known.issuperset(inputs)):
+            known.add(node)
+    return known
+
+
+def _channel_dim(node: fx.Node) -> int:
+    dims = len(shape_of(node))
+    return dims - 1 if node.target is LINEAR else dims - len(shape_of(node.args[1])) + 1
+
+
+def _obstacles(graph: Graph, known: set[fx.Node], start: fx.Node, dim: int) -> Iterator[str]:
+    """Why channels along `dim` of a node can't go, following its users up to the next layers."""
+    pending, seen = [(start, dim)], set()
+    while pending:
+        node, dim = pending.pop()
+        for user in node.users:
+            if user.op == "output":
+                yield "its channels are the model's output"
+                continue
+            after = _follow(graph, known, user, node, dim)
+            if after is None:
+                yield f"its channels reach {user.target} in {place_of(user)}, which needs them all"
+            elif after >= 0 and (user, after) not in seen:
+                seen.add((user, after))
+                pending.append((user, after))
+
+
+def _follow(
+    graph: Graph, known: set[fx.Node], user: fx.Node, node: fx.Node, dim: int
+) -> int | None:
+    """The dimension of the channels after `user`; -1 if a layer reads them, None if it mixes."""
+    if user.target in CONVOLUTIONS or user.target is LINEAR:
+        reads = layer_of(graph, user) is not None and user.args[0] is node
+        own = len(shape_of(node)) - (1 if user.target is LINEAR else len(shape_of(user.args[1])) - 1)
+        return -1 if reads and dim == own else None
+    if user.target not in RULES or user.target in MIXING:
+        return None
+    step = _STEPS.get(user.target)
+    if step is not None:
+        return step(user, dim)
+    if user.target in _REFUSED:
+        return None
+    others = [other for other in user.all_input_nodes if other is not node]
+    if user.target in constant_rules.BATCH_NORMS:
+        return dim if dim == 1 and known.issuperset(others) else None
+    alike = all(_alike(other, node, dim, other in known) for other in others)
+    return dim if alike else None
+
+
+def _alike(other: fx.Node, node: fx.Node, dim: int, known: bool) -> bool:
+    """Whether an operand has the node's channels, rather than one for all, or its own numbers."""
+    if math.prod(shape_of(other)) == 1:
+        return True
+    from_right = dim - len(shape_of(node))
+    shape = shape_of(other)
+    return not known and len(shape) >= -from_right and shape[from_right] == shape_of(node)[dim]
+
+
+def _after_reshape(user: fx.Node, dim: int) -> int | None:
+    """Flattening keeps a channel's values together, and leaving out sizes of 1 changes nothing."""
+    before, after = shape_of(user.args[0]), shape_of(user)
+    flat = (before[0], math.prod(before[1:]))
+    return 1 if dim == 1 and after == flat else None
+
+
+def _after_permute(user: fx.Node, dim: int) -> int | None:
+    dims: Any = user.args[1]
+    return [d % len(dims) for d in dims].index(dim)
+
+
+def _after_reduction(user: fx.Node, dim: int) -> int | None:
+    dims: Any = user.args[1] if len(user.args) > 1 else None
+    keepdim = user.args[2] if len(user.args) > 2 else user.kwargs.get("keepdim", False)
+    if not dims:
+        return None
+    reduced = {d % len(shape_of(user.args[0])) for d in dims}
+    if dim in reduced:
+        return None
+    return dim if keepdim else dim - sum(d < dim for d in reduced)
+
+
+def _after_concatenation(user: fx.Node, dim: int) -> int | None:
+    along: Any = user.args[1] if len(user.args) > 1 else 0
+    return dim if along % len(shape_of(user)) == dim else None
+
+
+def _after_item(user: fx.Node, dim: int) -> int | None:
+    return dim if user.args[1] == 0 else None
+
+
+_STEPS: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
+    **dict.fromkeys(constant_rules.RESHAPING, _after_reshape),
+    **dict.fromkeys(constant_rules.REDUCTIONS, _after_reduction),
+    aten.permute.default: _after_permute,
+    aten.cat.default: _after_concatenation,
+    constant_rules.ITEM: _after_item,
+}
+_REFUSED = {
+    *constant_rules.SPLITTING,
+    *(aten.transpose.int, aten.t.default, aten.expand.default),
+    *(aten.select.int, aten.slice.Tensor),
+}

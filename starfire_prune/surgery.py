@@ -1,0 +1,210 @@
+"""Cutting channels out of a model along the dependency graph of Torch-Pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from starfire_prune.layers import prunable_layers
+
+__all__ = ["Surgery"]
+
+
+class Surgery:
+    """Removes the channels that no layer reads, and remembers why others stay.
+
+    Args:
+        pruning: the module `torch_pruning`.
+        model: is cut in place; its parameters must require gradients.
+        example: the model's arguments.
+        pinned: layers whose output channels all stay, and why.
+    """
+
+    def __init__(
+        self, pruning: Any, model: nn.Module, example: tuple[Any, ...], pinned: dict[str, str]
+    ) -> None:
+        self._types = pruning.ops.OPTYPE
+        self._pinned = pinned
+        self._layers = prunable_layers(model)
+        self._names = {module: name for name, module in self._layers.items()}
+        self._graph = pruning.DependencyGraph().build_dependency(
+            model, example_inputs=example, verbose=False
+        )
+        self.reasons: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Remove channels until nothing more can go: what a removed channel read may go next."""
+        while any([self._shrink_group(root) for root in self._roots()]):
+            pass
+
+    def dead_outputs(self) -> dict[str, int]:
+        """How many output channels of each layer have no weight."""
+        return {name: len(_dead(module)) for name, module in self._layers.items()}
+
+    def _roots(self) -> Iterator[nn.Module]:
+        """A layer for each set of coupled channels."""
+        covered: set[nn.Module] = set()
+        for module in self._layers.values():
+            if module in covered or module not in self._graph.module2node or _is_depthwise(module):
+                continue
+            for item in self._group(module, range(len(_weight(module)))).items:
+                member = item.dep.target.module
+                if member in self._names and len(item.idxs) == len(_weight(member)):
+                    if not self._reads(item):
+                        covered.add(member)
+            yield module
+
+    def _group(self, root: nn.Module, channels: Iterable[int]) -> Any:
+        prune = self._graph.get_pruner_of_module(root).prune_out_channels
+        return self._graph.get_pruning_group(root, prune, list(channels))
+
+    def _reads(self, item: Any) -> bool:
+        """Whether it is the inputs of a layer that the item is about."""
+        module = item.dep.target.module
+        if module not in self._names or _is_depthwise(module):
+            return False
+        pruner = self._graph.get_pruner_of_module(module)
+        return bool(item.dep.handler == pruner.prune_in_channels)
+
+    def _shrink_group(self, root: nn.Module) -> int:
+        """Remove what can go of the channels coupled with a layer's outputs; how many did."""
+        items = self._group(root, range(len(_weight(root)))).items
+        obstacle = self._obstacle(items)
+        readers = self._readers(items)
+        free = {channel for channel in range(len(_weight(root))) if channel not in readers}
+        free = set() if obstacle else self._balanced(items, free, len(_weight(root)))
+        self._explain(items, readers, obstacle)
+        if free:
+            for item in self._group(root, sorted(free)).items:
+                self._cut(item)
+        return len(free)
+
+    def _obstacle(self, items: list[Any]) -> str | None:
+        """Why none of the coupled channels can go, if so."""
+        plain = {
+            *(self._types.CONV, self._types.DEPTHWISE_CONV, self._types.LINEAR, self._types.BN),
+            *(self._types.CONCAT, self._types.ELEMENTWISE, self._types.RESHAPE),
+        }
+        for item in items:
+            module = item.dep.target.module
+            name = self._names.get(module)
+            if name in self._pinned and not self._reads(item):
+                return self._pinned[name]
+            if item.dep.target.type not in plain or isinstance(module, _ConvTransposeNd):
+                return f"its channels are coupled with {item.dep.target.name.partition('(')[0]}"
+            if isinstance(module, _ConvNd) and module.groups == module.out_channels > 1:
+                if module.in_channels != module.groups:
+                    return f"its channels are coupled with {name}, which sums up groups"
+        return None
+
+    def _readers(self, items: list[Any]) -> dict[int, set[str]]:
+        """The layers whose weights read each channel of the root, where there are any."""
+        readers: dict[int, set[str]] = {}
+        for item in items:
+            if self._reads(item):
+                module = item.dep.target.module
+                read = _columns_read(module)
+                for index, channel in zip(item.idxs, item.root_idxs, strict=True):
+                    if read[index]:
+                        readers.setdefault(channel, set()).add(self._names[module])
+        return readers
+
+    def _balanced(self, items: list[Any], free: set[int], channels: int) -> set[int]:
+        """Of the channels that can go, as many in each group of grouped convolutions; not all."""
+        if len(free) == channels:
+            free = free - {min(free)}
+        grouped = [item for item in items if _is_grouped(item.dep.target.module)]
+        while True:
+            balanced = free
+            for item in grouped:
+                balanced = self._balanced_in(item, balanced)
+            if balanced == free or not balanced:
+                return balanced
+            free = balanced
+
+    def _balanced_in(self, item: Any, free: set[int]) -> set[int]:
+        module = item.dep.target.module
+        reads = self._reads(item)
+        size = (module.in_channels if reads else module.out_channels) // module.groups
+        members: list[list[int]] = [[] for _ in range(module.groups)]
+        for index, channel in sorted(zip(item.idxs, item.root_idxs, strict=True)):
+            if channel in free:
+                members[index // size].append(channel)
+        # A single output channel a group would look like a depthwise convolution
+        spare = min(size - (1 if reads else 2), *map(len, members))
+        covered = set(item.root_idxs)
+        kept = {channel for group in members for channel in group[: max(spare, 0)]}
+        return {channel for channel in free if channel in kept or channel not in covered}
+
+    def _cut(self, item: Any) -> None:
+        module = item.dep.target.module
+        if _is_grouped(module) and self._reads(item):
+            _cut_grouped_inputs(module, set(item.idxs))
+        else:
+            item.dep(item.idxs)
+
+    def _explain(
+        self, items: list[Any], readers: dict[int, set[str]], obstacle: str | None
+    ) -> None:
+        """Note for each layer with dead outputs why they stay, should they stay."""
+        for item in items:
+            name = self._names.get(item.dep.target.module)
+            if name is None or self._reads(item):
+                continue
+            dead = set(_dead(item.dep.target.module))
+            pairs = zip(item.idxs, item.root_idxs, strict=True)
+            names = {
+                reader
+                for index, channel in pairs
+                if index in dead
+                for reader in readers.get(channel, ())
+            }
+            self.reasons[name] = obstacle or _read_by(sorted(names))
+
+
+def _read_by(names: list[str]) -> str:
+    if not names:
+        return "the groups of a convolution can't spare equally many, or a layer would have none"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"read by {', '.join(names[:3])}{more}"
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+def _dead(module: nn.Module) -> list[int]:
+    return (~_weight(module).flatten(1).any(1)).nonzero().flatten().tolist()
+
+
+def _columns_read(module: nn.Module) -> list[bool]:
+    """Whether a weight reads it, for each of a layer's input channels."""
+    kernels = _weight(module).flatten(2).any(2) if _weight(module).ndim > 2 else _weight(module)
+    groups = getattr(module, "groups", 1)
+    return kernels.unflatten(0, (groups, -1)).any(1).flatten().tolist()
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.out_channels > 1
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
+
+
+def _cut_grouped_inputs(module: _ConvNd, gone: set[int]) -> None:
+    """Remove input channels, equally many of each group but not at the same places."""
+    size = module.in_channels // module.groups
+    kept = [
+        [i for i in range(size) if group * size + i not in gone] for group in range(module.groups)
+    ]
+    parts = _weight(module).chunk(module.groups)
+    module.weight = nn.Parameter(
+        torch.cat([part[:, index] for part, index in zip(parts, kept, strict=True)])
+    )
+    module.in_channels -= len(gone)
