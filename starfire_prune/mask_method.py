@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
-__all__ = ["MaskMethod", "find_hook", "make_permanent"]
+__all__ = ["MaskMethod", "find_hook", "make_permanent", "masked_parameter"]
 
 
 class MaskMethod(prune.BasePruningMethod):
@@ -202,6 +202,13 @@ def find_hook(module: nn.Module, name: str) -> tuple[int, prune.BasePruningMetho
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
             return key, hook
     return -1, None
+
+
+def masked_parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter as a forward pass uses it: masked where a hook prunes it, and never stale."""
+    parameter = _parameter(module, name).detach()
+    mask = module._buffers.get(f"{name}_mask")
+    return parameter if mask is None else parameter * mask
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

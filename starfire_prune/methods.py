@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from starfire_prune import masks
-from starfire_prune.mask_method import MaskMethod
+from starfire_prune.mask_method import MaskMethod, masked_parameter
 
 __all__ = [
     "METHODS",
     "CKStructured",
     "FCBlock",
     "FCFine",
+    "FCStructured",
     "FilterStructured",
     "IntraStructured",
     "MagnitudeUnstructured",
@@ -30,6 +31,7 @@ __all__ = [
     "ck_structured",
     "fc_block",
     "fc_fine",
+    "fc_structured",
     "filter_structured",
     "intra_structured",
     "magnitude_unstructured",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 Scope = Literal["channel", "layer"]
+Then = Literal["fine", "block"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -159,6 +162,41 @@ class FCFine(MaskMethod):
         return ((min(masks.count(self.amount, total), total - shape[0]), total),)
 
 
+class FCStructured(MaskMethod):
+    """Prune the columns of a linear weight that read zeros; see `masks.fc_structure_mask`."""
+
+    def __init__(
+        self,
+        amount: float,
+        *,
+        columns: Tensor | None = None,
+        then: Then = "fine",
+        block_size: int = 4,
+    ) -> None:
+        super().__init__(amount)
+        self.columns = columns
+        self.then = then
+        self.block_size = block_size
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
+        return masks.fc_structure_mask(
+            t,
+            self.amount,
+            self.columns,
+            mask=default_mask,
+            then=self.then,
+            block_size=self.block_size,
+        )
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        total, most = shape.numel(), shape.numel() - shape[0]
+        free = 0 if self.columns is None else shape[0] * int(self.columns.sum())
+        return (
+            (min(masks.count(self.amount, total), most), total),
+            (min(free, most), total),
+        )
+
+
 class MagnitudeUnstructured(MaskMethod):
     """Prune the smallest single weights of the layer; see `masks.magnitude_mask`."""
 
@@ -202,6 +240,7 @@ METHODS: Mapping[str, type[MaskMethod]] = MappingProxyType(
         "intra": IntraStructured,
         "block": FCBlock,
         "fine": FCFine,
+        "structure": FCStructured,
         "magnitude": MagnitudeUnstructured,
         "random": RandomUnstructured,
         "filter": FilterStructured,
@@ -401,6 +440,62 @@ def fc_fine(
     return module
 
 
+def fc_structured(
+    module: ModuleT,
+    name: str = "weight",
+    amount: float | None = None,
+    *,
+    previous: nn.Module,
+    importance_scores: Tensor | None = None,
+    then: Then = "fine",
+    block_size: int = 4,
+) -> ModuleT:
+    """Prune what a linear layer reads from dead channels, then fine or in blocks (Figure 3).
+
+    The columns that read an output channel of `previous` whose weights are all zero go at no
+    cost and count towards the amount. It is for the caller to vouch that such a channel is zero
+    where the linear layer reads it: `previous` must have no bias, or be followed by what makes a
+    zero of it, and a batch norm in between gives a constant of its own, which a ReLU makes zero
+    only if it is negative. `ChannelAnalysis.zero_inputs` finds that out for a whole model.
+
+    Modifies module in place (and also returns it) as `MaskMethod.apply` says. Every output neuron
+    keeps a weight, so the total may stay below the count.
+
+    Args:
+        module: a linear layer.
+        name: of the parameter, shape `(out_features, in_features)`.
+        amount: the total share in [0, 1], or number, of the layer's weights that is zero
+            afterwards.
+        previous: the layer whose output it reads, flattened if need be: `in_features` must be a
+            multiple of its output channels.
+        importance_scores: ranked by magnitude in the parameter's place, of its shape.
+        then: `"fine"` or `"block"`, how the rest goes.
+        block_size: the side of a block, in weights.
+
+    Raises:
+        AttributeError, TypeError, ValueError: as `MaskMethod.apply`, and if the layers don't fit;
+            nothing has changed then.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 4, 3, bias=False)
+        >>> with torch.no_grad():
+        ...     conv.weight[1] = 0
+        >>> linear = fc_structured(nn.Linear(36, 8), amount=0.5, previous=conv)
+        >>> int(linear.weight_mask[:, 9:18].sum()), int(linear.weight_mask.sum())
+        (0, 144)
+    """
+    FCStructured.apply(
+        module,
+        name,
+        amount,
+        importance_scores=importance_scores,
+        columns=_dead_columns(module, name, previous),
+        then=then,
+        block_size=block_size,
+    )
+    return module
+
+
 def magnitude_unstructured(
     module: ModuleT,
     name: str = "weight",
@@ -487,3 +582,17 @@ def filter_structured(
 
 def _groups(module: nn.Module) -> int:
     return module.groups if isinstance(module, _ConvNd) else 1
+
+
+def _dead_columns(module: nn.Module, name: str, previous: nn.Module) -> Tensor | None:
+    """The columns of a linear weight that read output channels without a weight."""
+    weight = module._parameters.get(f"{name}_orig", module._parameters.get(name))
+    if weight is None or weight.ndim != 2:
+        return None  # `apply` refuses it
+    dead = ~masked_parameter(previous, "weight").flatten(1).any(1)
+    if weight.shape[1] % len(dead):
+        raise ValueError(
+            f"`in_features` (={weight.shape[1]}) must be a multiple of the output channels of "
+            f"`previous` (={len(dead)}): each feeds as many columns, as after flattening"
+        )
+    return dead.repeat_interleave(weight.shape[1] // len(dead))

@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 from starfire_prune import constant_rules
 from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
 from starfire_prune.layers import clean_name, unwrap
-from starfire_prune.mask_method import make_permanent
+from starfire_prune.mask_method import make_permanent, masked_parameter
 
 __all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "Graph", "dense_copy", "layer_of", "place_of"]
 
@@ -225,10 +225,8 @@ def _source(graph: Graph, model: nn.Module, node: fx.Node) -> Any:
     if node.name in graph.sources:
         path, _, name = graph.sources[node.name].rpartition(".")
         module = model.get_submodule(path)
-        original = module._parameters.get(f"{name}_orig")
-        if original is not None:
-            return original.detach() * module._buffers[f"{name}_mask"]
-        return getattr(module, name)
+        pruned = f"{name}_orig" in module._parameters
+        return masked_parameter(module, name) if pruned else getattr(module, name)
     if "constant" in node.meta:
         return node.meta["constant"]
     value = node.meta.get("val")

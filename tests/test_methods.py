@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise, product
 from typing import Any
 from unittest.mock import Mock
@@ -31,6 +31,7 @@ from starfire_prune.methods import (
     CKStructured,
     FCBlock,
     FCFine,
+    FCStructured,
     FilterStructured,
     IntraStructured,
     MagnitudeUnstructured,
@@ -39,6 +40,7 @@ from starfire_prune.methods import (
     ck_structured,
     fc_block,
     fc_fine,
+    fc_structured,
     filter_structured,
     intra_structured,
     magnitude_unstructured,
@@ -72,19 +74,25 @@ class Method:
         return self.prune(self.module(), **options)
 
 
+@wraps(fc_structured)
+def fc_after_a_living_layer(module: Any, *args: Any, **options: Any) -> Any:
+    return fc_structured(module, *args, **{"previous": nn.Linear(5, 5), **options})
+
+
 METHODS = [
     Method(window_structured, WindowStructured, conv, 0.3, 120, 0.6, 200),
     Method(ck_structured, CKStructured, conv, 0.3, 108, 0.6, 216),
     Method(intra_structured, IntraStructured, conv, 0.3, 108, 0.6, 216),
     Method(fc_block, FCBlock, linear, 0.3, 96, 0.6, 192),
     Method(fc_fine, FCFine, linear, 0.3, 96, 0.6, 192),
+    Method(fc_after_a_living_layer, FCStructured, linear, 0.3, 96, 0.6, 192),
     Method(magnitude_unstructured, MagnitudeUnstructured, conv, 0.3, 108, 0.6, 216),
     Method(random_unstructured, RandomUnstructured, conv, 0.3, 108, 0.6, 216, takes_scores=False),
     Method(filter_structured, FilterStructured, conv, 0.3, 108, 0.6, 216),
 ]
 RANKING = [row for row in METHODS if row.takes_scores]
 CONVOLUTIONAL = [row for row in METHODS if row.module is conv]
-WINDOW, CK, INTRA, BLOCK, FINE, MAGNITUDE, RANDOM, FILTER = METHODS
+WINDOW, CK, INTRA, BLOCK, FINE, STRUCTURE, MAGNITUDE, RANDOM, FILTER = METHODS
 
 
 def parametrize_methods(rows: list[Method]) -> pytest.MarkDecorator:
@@ -304,6 +312,7 @@ OPTIONS: list[tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], 
     (intra_structured, masks.intra_mask, conv, {"share": 0.9}),
     (intra_structured, masks.intra_mask, conv, {"scope": "layer"}),
     (fc_block, masks.fc_block_mask, linear, {"block_size": 2}),
+    (fc_after_a_living_layer, masks.fc_structure_mask, linear, {"then": "block"}),
     (random_unstructured, masks.random_mask, conv, {"seed": 7}),
 ]
 
