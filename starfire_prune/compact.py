@@ -118,7 +118,9 @@ def compact(
     analysis = ChannelAnalysis(smaller, example)
     before = _measured(smaller, example)
     fold = fold_in_place(smaller, analysis)
-    after, stayed = _cut(pruning, smaller, example, pinned_layers(analysis.graph))
+    unfolded = {layer.name: layer.reason for layer in fold.layers if layer.reason is not None}
+    pinned = pinned_layers(analysis.graph)
+    after, stayed = _cut(pruning, smaller, example, pinned, unfolded)
     deviation = _deviation(before.output, after.output)
     layers = tuple(
         CompactLayer(name, *sizes, *stayed.get(name, (0, None)))
@@ -188,13 +190,17 @@ def _torch_pruning() -> Any:
 
 
 def _cut(
-    pruning: Any, model: nn.Module, example: tuple[Any, ...], pinned: dict[str, str]
+    pruning: Any,
+    model: nn.Module,
+    example: tuple[Any, ...],
+    pinned: Mapping[str, str],
+    unfolded: Mapping[str, str],
 ) -> tuple[_Measured, dict[str, tuple[int, str | None]]]:
     """Cut the model in place: its sizes then, and the dead channels that stayed, with reasons."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(True)  # the dependency graph follows gradients
     with torch.enable_grad():
-        surgery = Surgery(pruning, model, example, pinned)
+        surgery = Surgery(pruning, model, example, pinned, unfolded)
         surgery.run()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])

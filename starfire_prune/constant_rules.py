@@ -18,6 +18,7 @@ from torch import Tensor, fx
 __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
+    "CREATING",
     "ITEM",
     "LINEAR",
     "MIXING",
@@ -360,6 +361,12 @@ RESHAPING = (
 _PERMUTING = (aten.permute.default, aten.transpose.int, aten.t.default)
 REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default)
 ITEM = operator.getitem
+CREATING = (
+    *(aten.ones.default, aten.zeros.default, aten.full.default, aten.scalar_tensor.default),
+    *(aten.arange.default, aten.arange.start, aten.arange.start_step),
+)
+"""Operations that make a known tensor out of nothing."""
+
 SPLITTING = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
     *(aten.split.sizes, aten.tensor_split.sections),

@@ -11,7 +11,7 @@ from torch import fx
 
 from starfire_prune import constant_rules
 from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES, shape_of
-from starfire_prune.structure import Graph, layer_of, place_of
+from starfire_prune.structure import Graph, is_known, layer_of, place_of
 
 __all__ = ["pinned_layers"]
 
@@ -44,8 +44,7 @@ def _known(graph: Graph) -> set[fx.Node]:
     """Parameters and buffers, and what is worked out from them alone."""
     known: set[fx.Node] = set()
     for node in graph.nodes:
-        inputs = node.all_input_nodes
-        if node.name in graph.sources or (inputs and known.issuperset(inputs)):
+        if node.name in graph.sources or is_known(node, known):
             known.add(node)
     return known
 
@@ -78,7 +77,9 @@ def _follow(
     """The dimension of the channels after `user`; -1 if a layer reads them, None if it mixes."""
     if user.target in CONVOLUTIONS or user.target is LINEAR:
         reads = layer_of(graph, user) is not None and user.args[0] is node
-        own = len(shape_of(node)) - (1 if user.target is LINEAR else len(shape_of(user.args[1])) - 1)
+        own = len(shape_of(node)) - (
+            1 if user.target is LINEAR else len(shape_of(user.args[1])) - 1
+        )
         return -1 if reads and dim == own else None
     if user.target not in RULES or user.target in MIXING:
         return None

@@ -22,7 +22,16 @@ from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
 from starfire_prune.layers import clean_name, unwrap
 from starfire_prune.mask_method import make_permanent, masked_parameter
 
-__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "Graph", "dense_copy", "layer_of", "place_of"]
+__all__ = [
+    "ChannelAnalysis",
+    "ConstantChannels",
+    "LayerChannels",
+    "Graph",
+    "dense_copy",
+    "is_known",
+    "layer_of",
+    "place_of",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +217,7 @@ def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list
             if node.name in graph.sources or "constant" in node.meta:
                 known.add(node)
         elif node.op == "call_function":
-            if node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            if is_known(node, known):
                 values[node] = _call(node, values)
                 known.add(node)
                 continue
@@ -218,6 +227,12 @@ def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list
                 value = _all_varying(node)
             values[node] = value
     return values, unknown
+
+
+def is_known(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether an operation's output is worked out from known tensors alone."""
+    inputs = node.all_input_nodes
+    return known.issuperset(inputs) if inputs else node.target in constant_rules.CREATING
 
 
 def _source(graph: Graph, model: nn.Module, node: fx.Node) -> Any:
@@ -299,7 +314,9 @@ def _merged(one: LayerChannels, other: LayerChannels) -> LayerChannels:
         inputs=inputs,
         outputs=outputs,
         padded=one.padded or other.padded,
-        reason=None if inputs.isfinite().any() else one.reason or other.reason or "its calls differ",
+        reason=None
+        if inputs.isfinite().any()
+        else one.reason or other.reason or "its calls differ",
     )
 
 
@@ -319,7 +336,9 @@ def _why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
         both = all(bool(operand.isnan().all()) for operand in operands)
         sides = "both sides vary" if both else "one side or both vary in every channel"
         return f"its input comes from an addition in which {sides}"
-    return f"its input comes from {node.target} in {place_of(node)}, after which every channel varies"
+    return (
+        f"its input comes from {node.target} in {place_of(node)}, after which every channel varies"
+    )
 
 
 def _origin(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:

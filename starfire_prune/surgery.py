@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,20 @@ class Surgery:
         model: is cut in place; its parameters must require gradients.
         example: the model's arguments.
         pinned: layers whose output channels all stay, and why.
+        unfolded: layers that go on reading constants, and why.
     """
 
     def __init__(
-        self, pruning: Any, model: nn.Module, example: tuple[Any, ...], pinned: dict[str, str]
+        self,
+        pruning: Any,
+        model: nn.Module,
+        example: tuple[Any, ...],
+        pinned: Mapping[str, str],
+        unfolded: Mapping[str, str],
     ) -> None:
         self._types = pruning.ops.OPTYPE
         self._pinned = pinned
+        self._unfolded = unfolded
         self._layers = prunable_layers(model)
         self._names = {module: name for name, module in self._layers.items()}
         self._graph = pruning.DependencyGraph().build_dependency(
@@ -163,14 +170,15 @@ class Surgery:
                 if index in dead
                 for reader in readers.get(channel, ())
             }
-            self.reasons[name] = obstacle or _read_by(sorted(names))
+            self.reasons[name] = obstacle or self._read_by(sorted(names))
 
-
-def _read_by(names: list[str]) -> str:
-    if not names:
-        return "the groups of a convolution can't spare equally many, or a layer would have none"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"read by {', '.join(names[:3])}{more}"
+    def _read_by(self, names: list[str]) -> str:
+        if not names:
+            return "the groups of a convolution can't spare equally many, or a layer would be empty"
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        reasons = [self._unfolded[name] for name in names if name in self._unfolded]
+        why = f" ({reasons[0]})" if reasons else ""
+        return f"read by {', '.join(names[:3])}{more}{why}"
 
 
 def _weight(module: nn.Module) -> Tensor:

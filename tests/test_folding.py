@@ -1,0 +1,244 @@
+"""Folding constants: outputs stay what they are, and the weights that read constants go."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from starfire_prune import ck_structured, constant_rules
+from starfire_prune.folding import FoldReport, fold_constants, fold_in_place
+from starfire_prune.structure import ChannelAnalysis, dense_copy
+from tests.networks import SmallNet, equal_states, snapshot
+from tests.sparse_networks import (
+    FULL,
+    NARROW,
+    TOLERANCES,
+    difference,
+    images,
+    randomize,
+    sparse_network,
+    sparsify,
+)
+
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """The networks are too small for several threads."""
+
+
+@functools.cache
+def exported(name: str) -> tuple[nn.Module, ChannelAnalysis]:
+    """A network that takes the weights of others of its kind, so that it is exported once."""
+    model = dense_copy(sparse_network(NARROW[name]))
+    return model, ChannelAnalysis(model, images(torch.float64, size_for(name)))
+
+
+def size_for(name: str) -> int:
+    return 64 if name == "vgg_bn of convolutions" else 32
+
+
+def fold_again(name: str, model: nn.Module) -> tuple[nn.Module, FoldReport]:
+    """`fold_constants` on the graph that is there."""
+    folded, analysis = exported(name)
+    folded.to(next(model.parameters()).dtype).load_state_dict(dense_copy(model).state_dict())
+    return folded, fold_in_place(folded, analysis)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", NARROW)
+def test_folded_networks_give_the_same_outputs(name, dtype):
+    for seed, amount in enumerate((0.6, 0.95)):
+        model = sparse_network(NARROW[name], seed, dtype, amount)
+        folded, report = fold_again(name, model)
+        inputs = images(dtype, size_for(name), seed=seed + 1)
+        assert difference(model, folded, inputs) < TOLERANCES[dtype]
+        assert report.useless > 0
+        assert report.folded > 0
+        assert report.unknown == ()
+
+
+@functools.cache
+def small_network() -> tuple[nn.Module, ChannelAnalysis]:
+    model = SmallNet().double().eval()
+    return model, ChannelAnalysis(model, images(torch.float64, 8))
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), amount=st.floats(0.6, 0.95), share=st.floats(0.0, 0.9))
+def test_folding_is_exact_whichever_channels_die(seed, amount, share):
+    folded, analysis = small_network()
+    model = SmallNet().double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    randomize(model, generator)
+    sparsify(model, generator, amount, share)
+    folded.load_state_dict(dense_copy(model).state_dict())
+    fold_in_place(folded, analysis)
+    inputs = images(torch.float64, 8, seed)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(inputs), model(inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@every_dtype
+@pytest.mark.parametrize("name", [name for name in FULL if name != "vgg16_bn"])
+def test_folded_networks_of_full_size_give_the_same_outputs(name, dtype):
+    model = sparse_network(FULL[name], dtype=dtype)
+    folded, report = fold_constants(model, images(dtype, 64))
+    assert difference(model, folded, images(dtype, 64, seed=1)) < TOLERANCES[dtype]
+    assert report.useless > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Wrong rules are found out
+# ---------------------------------------------------------------------------------------------
+
+
+def zero_for_constants(rule: Any) -> Any:
+    def wrong(*args: Any) -> Any:
+        output, *rest = rule(*args)
+        return output.masked_fill(output.isfinite(), 0.0), *rest
+
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "densenet121"])
+def test_taking_the_constant_of_a_batch_norm_for_zero_changes_outputs(name, monkeypatch):
+    norm = constant_rules.BATCH_NORMS[0]
+    wrong = zero_for_constants(constant_rules.RULES[norm])
+    monkeypatch.setitem(constant_rules.RULES, norm, wrong)
+    model = sparse_network(NARROW[name])
+    folded, _ = fold_again(name, model)
+    assert difference(model, folded, images(torch.float64)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18"])
+def test_folding_through_padding_changes_outputs(name, monkeypatch):
+    monkeypatch.setattr(constant_rules, "is_padded", lambda node: False)
+    model = sparse_network(NARROW[name])
+    folded, _ = fold_again(name, model)
+    assert difference(model, folded, images(torch.float64)) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------
+# Where the constants go
+# ---------------------------------------------------------------------------------------------
+
+
+def chain(*reader: nn.Module, constant: float = 2.0) -> nn.Sequential:
+    """A convolution whose first output channel is constant, and what reads it."""
+    source = nn.Conv2d(3, 2, 1)
+    with torch.no_grad():
+        source.weight[0] = 0
+        source.bias.fill_(constant)  # type: ignore[union-attr]
+    return nn.Sequential(source, *reader).eval()
+
+
+def folded_chain(*reader: nn.Module, constant: float = 2.0) -> tuple[Any, Any, FoldReport]:
+    model = chain(*reader, constant=constant)
+    folded, report = fold_constants(model, images(size=8))
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images(size=8)), model(images(size=8)))
+    return model, folded, report
+
+
+def test_constants_go_into_the_bias():
+    model, folded, report = folded_chain(nn.Conv2d(2, 4, 3))
+    assert not folded[1].weight[:, 0].any()
+    assert torch.equal(folded[1].weight[:, 1], model[1].weight[:, 1])
+    expected = model[1].bias + 2 * model[1].weight[:, 0].sum((1, 2))
+    torch.testing.assert_close(folded[1].bias, expected)
+    (layer,) = report.layers
+    assert (layer.name, layer.useless, layer.folded, layer.into) == ("1", 0, 36, "1.bias")
+    assert (layer.left, layer.reason) == (0, None)
+
+
+def test_constants_go_into_the_running_mean_where_there_is_no_bias():
+    model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4))
+    assert not folded[1].weight[:, 0].any()
+    assert folded[1].bias is None
+    torch.testing.assert_close(folded[2].running_mean, -2 * model[1].weight[:, 0].sum((1, 2)))
+    assert report.layers[0].into == "2.running_mean"
+
+
+def test_weights_that_read_zero_go_under_padding_too():
+    _, folded, report = folded_chain(nn.Conv2d(2, 4, 3, padding=1), constant=0.0)
+    assert not folded[1].weight[:, 0].any()
+    assert (report.layers[0].useless, report.layers[0].folded, report.layers[0].into) == (
+        36,
+        0,
+        None,
+    )
+
+
+def test_padding_leaves_weights_that_read_another_constant():
+    model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, padding=1))
+    assert torch.equal(folded[1].weight, model[1].weight)
+    assert report.layers[0].left == 36
+    assert "pads its input by zeros" in str(report.layers[0].reason)
+
+
+def test_without_bias_and_norm_weights_stay():
+    model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, bias=False), nn.ReLU())
+    assert torch.equal(folded[1].weight, model[1].weight)
+    assert "neither a bias nor a batch norm" in str(report.layers[0].reason)
+
+
+class Forked(nn.Module):
+    """Two readers of a layer's output, one of them a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain(nn.Conv2d(2, 4, 3, bias=False))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        output: Tensor = self.norm(features) + features
+        return output
+
+
+def test_a_norm_that_is_not_alone_takes_no_constant():
+    model = Forked().eval()
+    folded, report = fold_constants(model, images(size=8))
+    assert equal_states(snapshot(model), snapshot(folded))
+    assert report.layers[0].left == 36
+
+
+def test_grouped_convolutions_fold_by_group():
+    source = nn.Conv2d(3, 4, 1)
+    with torch.no_grad():
+        source.weight[[0, 3]] = 0
+    model = nn.Sequential(source, nn.Conv2d(4, 6, 3, groups=2)).eval()
+    folded: Any
+    folded, report = fold_constants(model, images(size=8))
+    assert not folded[1].weight[:3, 0].any()
+    assert not folded[1].weight[3:, 1].any()
+    assert report.folded == 54
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images(size=8)), model(images(size=8)))
+
+
+def test_the_model_itself_is_left_as_it_is():
+    model = ck_structured(chain(nn.Conv2d(2, 4, 3))[0], amount=0.5)
+    whole = nn.Sequential(model, nn.Conv2d(2, 4, 3))
+    before = snapshot(whole)
+    folded, _ = fold_constants(whole, images(size=8))
+    assert equal_states(before, snapshot(whole))
+    assert prune.is_pruned(whole)  # type: ignore[no-untyped-call]
+    assert not prune.is_pruned(folded)  # type: ignore[no-untyped-call]
+    assert folded.training
+
+
+def test_a_network_without_constants_is_not_changed():
+    model = SmallNet()
+    folded, report = fold_constants(model, images(size=8))
+    assert equal_states(snapshot(model), snapshot(folded))
+    assert report.layers == ()
+    assert (report.useless, report.folded) == (0, 0)
