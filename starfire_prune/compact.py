@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -123,8 +123,8 @@ def compact(
     after, stayed = _cut(pruning, smaller, example, pinned, unfolded)
     deviation = _deviation(before.output, after.output)
     layers = tuple(
-        CompactLayer(name, *sizes, *stayed.get(name, (0, None)))
-        for name, sizes in _pairs(before.layers, after.layers)
+        _compacted(name, old, after.layers[name], *stayed.get(name, (0, None)))
+        for name, old in before.layers.items()
     )
     parameters = (before.parameters, after.parameters)
     return smaller, CompactReport(layers, parameters, deviation, fold)
@@ -248,12 +248,18 @@ def _sizes(module: Any, macs: int) -> _Sizes:
     return _Sizes(inputs, len(weight), weight.numel() + bias, macs)
 
 
-def _pairs(
-    before: Mapping[str, _Sizes], after: Mapping[str, _Sizes]
-) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    for name, old in before.items():
-        pairs = zip(dataclasses.astuple(old), dataclasses.astuple(after[name]), strict=True)
-        yield name, list(pairs)
+def _compacted(
+    name: str, old: _Sizes, new: _Sizes, stayed: int, reason: str | None
+) -> CompactLayer:
+    return CompactLayer(
+        name=name,
+        inputs=(old.inputs, new.inputs),
+        outputs=(old.outputs, new.outputs),
+        parameters=(old.parameters, new.parameters),
+        macs=(old.macs, new.macs),
+        stayed=stayed,
+        reason=reason,
+    )
 
 
 def _deviation(expected: Any, output: Any) -> float:

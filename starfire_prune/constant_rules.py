@@ -1,10 +1,8 @@
 """How constant channels pass through each operation of an exported graph.
 
-A *template* stands for an intermediate tensor: float64, on the CPU, with as many dimensions, and of
-size 1 along those in which it does not change. It holds a number where the intermediate has that
-constant value whatever the input of the model, and NaN where it varies. A rule takes a node of the
-graph and the node's arguments with templates in the tensors' places, and gives the template of the
-output. What has no rule in `RULES` is not guessed at: the analysis takes its output as varying.
+A rule takes a node of the graph and the node's arguments with templates
+(`starfire_prune.templates`) in the tensors' places, and gives the template of the output. What has
+no rule in `RULES` is not guessed at: the analysis takes its output as varying.
 """
 
 import math
@@ -14,6 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from starfire_prune.templates import (
+    VARYING,
+    as_template,
+    channel_values,
+    reduced,
+    shape_of,
+    varying,
+    windowed,
+)
 
 __all__ = [
     "BATCH_NORMS",
@@ -26,38 +34,11 @@ __all__ = [
     "RESHAPING",
     "RULES",
     "SPLITTING",
-    "as_template",
-    "channel_values",
     "is_padded",
-    "shape_of",
-    "varying",
 ]
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]
-
-VARYING = math.nan
-
-
-def as_template(value: Any) -> Any:
-    """A parameter or buffer as a template; anything but a tensor as it is."""
-    return value.detach().to("cpu", torch.float64) if isinstance(value, Tensor) else value
-
-
-def varying(dims: int) -> Tensor:
-    """The template of a tensor that varies in all places."""
-    return torch.full([1] * dims, VARYING, dtype=torch.float64)
-
-
-def shape_of(value: Any) -> tuple[int, ...]:
-    """The shape that a node's tensor had when the model was exported."""
-    return tuple(value.meta["val"].shape)
-
-
-def channel_values(template: Tensor, dim: int, channels: int) -> Tensor:
-    """The constant of each channel along `dim`, shape `(channels,)`; NaN where it varies."""
-    rows = template.movedim(dim, 0).flatten(1)
-    return _if_uniform(rows)[:, 0].expand(channels)
 
 
 def is_padded(node: fx.Node) -> bool:
@@ -71,31 +52,6 @@ def is_padded(node: fx.Node) -> bool:
 
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _if_uniform(rows: Tensor) -> Tensor:
-    """The first of the last dimension where all of it is the same, NaN otherwise; keeps the dim."""
-    first = rows[..., :1]
-    if rows.shape[-1] == 1:
-        return first
-    return first.masked_fill(~(rows == first).all(-1, keepdim=True), VARYING)
-
-
-def _reduced(template: Tensor) -> Tensor:
-    """The template with size 1 along each dimension in which it does not change."""
-    for dim in range(template.ndim):
-        first = template.narrow(dim, 0, 1)
-        if template.shape[dim] > 1 and torch.equal(
-            template.nan_to_num(nan=math.inf), first.nan_to_num(nan=math.inf).expand_as(template)
-        ):
-            template = first
-    return template
-
-
-def _windowed(x: Tensor, spatial: int) -> Tensor:
-    """The template with its last `spatial` dimensions reduced, varying where they change."""
-    shape = (*x.shape[: x.ndim - spatial], *[1] * spatial)
-    return _if_uniform(x.flatten(x.ndim - spatial)).view(shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +106,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
     rows = x.view(groups, -1)
     folded = rows.isfinite() & (rows != 0)
     blocked = rows.isnan() | (folded & padded)
-    kernels = weight.unflatten(0, (groups, -1))  # (groups, K / groups, C / groups, n)
+    kernels = weight.view(groups, -1, *weight.shape[1:])  # (groups, K / groups, C / groups, n)
     reads = (kernels[..., 0] != 0 if weight.shape[2] == 1 else kernels.any(-1)).cpu()
     value = torch.zeros(reads.shape[:2], dtype=torch.float64)
     if folded.any():
@@ -225,11 +181,11 @@ def _normalized_single(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> T
 
 def _pooling(spatial: int) -> Rule:
     """Pooling whose windows hold nothing but the input: max pools pad by minus infinity."""
-    return lambda node, x, *args, **kwargs: _windowed(x, spatial)
+    return lambda node, x, *args, **kwargs: windowed(x, spatial)
 
 
 def _pooling_with_indices(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    return _windowed(x, 2), None
+    return windowed(x, 2), None
 
 
 def _average_pooling(spatial: int) -> Rule:
@@ -238,7 +194,7 @@ def _average_pooling(spatial: int) -> Rule:
         padded = any(padding) if isinstance(padding, Sequence) else bool(padding)
         counted = padded and _argument(node, 5, "count_include_pad", True)
         divided = _argument(node, 6, "divisor_override", None) is not None
-        x = _windowed(x, spatial)
+        x = windowed(x, spatial)
         return x.masked_fill(x != 0, VARYING) if counted or divided else x
 
     return rule
@@ -251,7 +207,7 @@ def _padded(
         return x
     if len(pad) // 2 > x.ndim - 2:
         return NotImplemented
-    x = _windowed(x, len(pad) // 2)
+    x = windowed(x, len(pad) // 2)
     return x.masked_fill(x != float(value or 0.0), VARYING) if mode == "constant" else x
 
 
@@ -273,7 +229,7 @@ def _reduction(node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False
 
 
 def _reshaped(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _reduced(x.expand(shape_of(node.args[0])).reshape(shape_of(node)))
+    return reduced(x.expand(shape_of(node.args[0])).reshape(shape_of(node)))
 
 
 def _permuted(node: fx.Node, x: Tensor, *args: Any) -> Tensor:
@@ -290,7 +246,8 @@ def _selected(node: fx.Node, x: Tensor, dim: int, index: int) -> Tensor:
 
 
 def _sliced(node: fx.Node, x: Tensor, dim: int = 0, *args: Any) -> Tensor:
-    return x if x.shape[dim] == 1 else node.target(x, dim, *args)  # type: ignore[operator, no-any-return]
+    result: Tensor = x if x.shape[dim] == 1 else node.target(x, dim, *args)  # type: ignore[operator]
+    return result
 
 
 def _split(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -174,9 +174,8 @@ def _norms_after(graph: Graph) -> dict[str, str]:
     after = {}
     for node, layer in zip(graph.nodes, layers, strict=True):
         norm = _norm_of(graph, next(iter(node.users))) if len(node.users) == 1 else None
-        if layer is not None and norm is not None:
-            if layers.count(layer) == norms.count(norm) == 1:
-                after[layer] = norm
+        if layer and norm and layers.count(layer) == norms.count(norm) == 1:
+            after[layer] = norm
     return after
 
 

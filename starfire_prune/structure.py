@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,15 +18,16 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 from starfire_prune import constant_rules
-from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
+from starfire_prune.constant_rules import BATCH_NORMS, CONVOLUTIONS, LINEAR, MIXING, RULES
 from starfire_prune.layers import clean_name, unwrap
 from starfire_prune.mask_method import make_permanent, masked_parameter
+from starfire_prune.templates import VARYING, channel_values, shape_of, varying
 
 __all__ = [
     "ChannelAnalysis",
     "ConstantChannels",
-    "LayerChannels",
     "Graph",
+    "LayerChannels",
     "dense_copy",
     "is_known",
     "layer_of",
@@ -245,7 +246,7 @@ def _source(graph: Graph, model: nn.Module, node: fx.Node) -> Any:
     if "constant" in node.meta:
         return node.meta["constant"]
     value = node.meta.get("val")
-    return constant_rules.varying(value.ndim) if isinstance(value, Tensor) else value
+    return varying(value.ndim) if isinstance(value, Tensor) else value
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -268,14 +269,14 @@ def _settled(value: Any) -> Any:
     """Overflown constants count as varying."""
     if not isinstance(value, Tensor):
         return value
-    return value.masked_fill(~value.isfinite(), constant_rules.VARYING)
+    return value.masked_fill(~value.isfinite(), VARYING)
 
 
 def _all_varying(node: fx.Node) -> Any:
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
-        return [constant_rules.varying(item.ndim) if item is not None else None for item in value]
-    return constant_rules.varying(value.ndim) if isinstance(value, Tensor) else value
+        return [varying(item.ndim) if item is not None else None for item in value]
+    return varying(value.ndim) if isinstance(value, Tensor) else value
 
 
 def place_of(node: fx.Node) -> str:
@@ -289,14 +290,14 @@ def _layer(name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> LayerChan
     weight = values[node.args[1]]  # type: ignore[index]
     template = values[node.args[0]]  # type: ignore[index]
     is_conv = node.target is not LINEAR
-    shape = constant_rules.shape_of(node.args[0])
+    shape = shape_of(node.args[0])
     dim = len(shape) - (weight.ndim - 1 if is_conv else 1)
-    inputs = constant_rules.channel_values(template, dim, shape[dim])
+    inputs = channel_values(template, dim, shape[dim])
     return LayerChannels(
         name=name,
         kind="conv" if is_conv else "linear",
         inputs=inputs,
-        outputs=constant_rules.channel_values(values[node], dim, len(weight)),
+        outputs=channel_values(values[node], dim, len(weight)),
         dead=~weight.flatten(1).any(1).cpu(),
         padded=is_conv and constant_rules.is_padded(node),
         reason=None if inputs.isfinite().any() else _why_varying(node.args[0], values),
@@ -306,7 +307,7 @@ def _layer(name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> LayerChan
 def _merged(one: LayerChannels, other: LayerChannels) -> LayerChannels:
     """Of two calls of a layer, what holds in both."""
     inputs, outputs = (
-        torch.where(a == b, a, constant_rules.VARYING)
+        torch.where(a == b, a, VARYING)
         for a, b in ((one.inputs, other.inputs), (one.outputs, other.outputs))
     )
     return dataclasses.replace(
@@ -343,20 +344,11 @@ def _why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
 
 def _origin(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
     """Back over operations of a single varying operand, whose output varies because that does."""
-    while True:
-        operands = list(_varying_operands(node, values))
-        carries = node.target in RULES and node.target not in {*CONVOLUTIONS, LINEAR, *MIXING}
-        if node.op != "call_function" or not carries or len(node.all_input_nodes) != 1:
-            if not (node.target in constant_rules.BATCH_NORMS and operands):
-                return node
-        if not operands:
-            return node
-        node = operands[0]
-
-
-def _varying_operands(node: fx.Node, values: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
-    for operand in node.all_input_nodes:
+    while (node.target in RULES and len(node.all_input_nodes) == 1) or node.target in BATCH_NORMS:
+        operand = node.all_input_nodes[0]
         value = values[operand]
         first = value[0] if isinstance(value, list) else value
-        if isinstance(first, Tensor) and bool(first.isnan().all()):
-            yield operand
+        if node.target in MIXING or not bool(first.isnan().all()):
+            return node
+        node = operand
+    return node

@@ -45,7 +45,7 @@ class Surgery:
 
     def run(self) -> None:
         """Remove channels until nothing more can go: what a removed channel read may go next."""
-        while any([self._shrink_group(root) for root in self._roots()]):
+        while sum(self._shrink_group(root) for root in self._roots()):
             pass
 
     def dead_outputs(self) -> dict[str, int]:
@@ -60,9 +60,9 @@ class Surgery:
                 continue
             for item in self._group(module, range(len(_weight(module)))).items:
                 member = item.dep.target.module
-                if member in self._names and len(item.idxs) == len(_weight(member)):
-                    if not self._reads(item):
-                        covered.add(member)
+                whole = member in self._names and len(item.idxs) == len(_weight(member))
+                if whole and not self._reads(item):
+                    covered.add(member)
             yield module
 
     def _group(self, root: nn.Module, channels: Iterable[int]) -> Any:
@@ -99,13 +99,12 @@ class Surgery:
         for item in items:
             module = item.dep.target.module
             name = self._names.get(module)
-            if name in self._pinned and not self._reads(item):
+            if name is not None and name in self._pinned and not self._reads(item):
                 return self._pinned[name]
             if item.dep.target.type not in plain or isinstance(module, _ConvTransposeNd):
                 return f"its channels are coupled with {item.dep.target.name.partition('(')[0]}"
-            if isinstance(module, _ConvNd) and module.groups == module.out_channels > 1:
-                if module.in_channels != module.groups:
-                    return f"its channels are coupled with {name}, which sums up groups"
+            if _is_depthwise(module) and module.in_channels != module.groups:
+                return f"its channels are coupled with {name}, a convolution of one output a group"
         return None
 
     def _readers(self, items: list[Any]) -> dict[int, set[str]]:
@@ -192,9 +191,11 @@ def _dead(module: nn.Module) -> list[int]:
 
 def _columns_read(module: nn.Module) -> list[bool]:
     """Whether a weight reads it, for each of a layer's input channels."""
-    kernels = _weight(module).flatten(2).any(2) if _weight(module).ndim > 2 else _weight(module)
-    groups = getattr(module, "groups", 1)
-    return kernels.unflatten(0, (groups, -1)).any(1).flatten().tolist()
+    weight = _weight(module)
+    kernels = weight.flatten(2).any(2) if weight.ndim > 2 else weight
+    groups = kernels.chunk(getattr(module, "groups", 1))
+    read: list[bool] = torch.cat([group.any(0) for group in groups]).tolist()
+    return read
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 from torchvision.models.vgg import make_layers
@@ -30,6 +32,19 @@ def vgg_with_convolutions() -> nn.Module:
     return VGG(cfg, num_classes=10, norm_layer=nn.BatchNorm2d, mlp_ratio=0.01)  # type: ignore[no-any-return]
 
 
+def mobilenetv2() -> nn.Module:
+    """timm's MobileNetV2 with five blocks, narrow."""
+    blocks = [["ds_r1_k3_s1_c8"], ["ir_r2_k3_s2_e6_c12"], ["ir_r2_k3_s2_e6_c16"]]
+    return EfficientNet(  # type: ignore[no-any-return]
+        decode_arch_def(blocks),
+        num_classes=10,
+        num_features=64,
+        stem_size=16,
+        norm_layer=nn.BatchNorm2d,
+        act_layer=nn.ReLU6,
+    )
+
+
 def named(name: str, **options: Any) -> Callable[[], nn.Module]:
     return partial(timm.create_model, name, num_classes=10, **options)
 
@@ -43,7 +58,7 @@ NARROW: dict[str, Callable[[], nn.Module]] = {
     "resnext50": named(
         "resnext50_32x4d", channels=(16, 16, 32, 32), layers=SHORT, cardinality=4, base_width=32
     ),
-    "mobilenetv2": named("mobilenetv2_035"),
+    "mobilenetv2": mobilenetv2,
     "densenet121": named("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
 }
 FULL: dict[str, Callable[[], nn.Module]] = {

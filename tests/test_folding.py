@@ -231,8 +231,8 @@ def test_the_model_itself_is_left_as_it_is():
     before = snapshot(whole)
     folded, _ = fold_constants(whole, images(size=8))
     assert equal_states(before, snapshot(whole))
-    assert prune.is_pruned(whole)  # type: ignore[no-untyped-call]
-    assert not prune.is_pruned(folded)  # type: ignore[no-untyped-call]
+    assert prune.is_pruned(whole)
+    assert not prune.is_pruned(folded)
     assert folded.training
 
 

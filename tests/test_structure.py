@@ -100,7 +100,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "mean over constant channels": (lambda x: x[:, :2].mean(1, keepdim=True), [1]),
     "concatenated": (lambda x: torch.cat([x, 1 - x], 1), [2, 0, NAN, -1, 1, NAN]),
     "permuted": (lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2), [2, 0, NAN]),
-    "split": (lambda x: x.split([1, 2], 1)[1], [0, NAN]),
+    "split": (lambda x: torch.split(x, [1, 2], 1)[1], [0, NAN]),
     "chunks": (lambda x: x.chunk(3, 1)[0], [2]),
     "shuffled by reshaping": (
         lambda x: torch.cat([x, 3 + x], 1).view(-1, 2, 3, 8, 8).transpose(1, 2).flatten(1, 2),
@@ -321,9 +321,9 @@ def test_a_model_in_the_middle_of_the_era_is_left_alone():
 def test_dense_copy_is_independent_and_without_hooks(method):
     conv = method(nn.Conv2d(2, 8, 3), "weight", amount=0.5)
     order = list(conv._parameters)
-    twin = dense_copy(conv)
-    assert not prune.is_pruned(twin)  # type: ignore[no-untyped-call]
-    assert prune.is_pruned(conv)  # type: ignore[no-untyped-call]
+    twin: Any = dense_copy(conv)
+    assert not prune.is_pruned(twin)
+    assert prune.is_pruned(conv)
     assert torch.equal(twin.weight, conv.weight)
     assert list(twin._parameters) == [name.removesuffix("_orig") for name in order]
 
@@ -447,7 +447,7 @@ def test_fc_structured_takes_the_columns_of_dead_channels():
     conv = nn.Conv2d(3, 6, 3, bias=False)
     with torch.no_grad():
         conv.weight[[1, 4]] = 0
-    linear = fc_structured(nn.Linear(24, 8), amount=0.5, previous=conv)
+    linear: Any = fc_structured(nn.Linear(24, 8), amount=0.5, previous=conv)
     dead = torch.tensor([1, 4]).repeat_interleave(4) * 4 + torch.arange(4).repeat(2)
     assert not linear.weight_mask[:, dead].any()
     assert int((~linear.weight_mask).sum()) == 96
@@ -455,7 +455,7 @@ def test_fc_structured_takes_the_columns_of_dead_channels():
 
 def test_fc_structured_reads_the_mask_of_the_layer_before():
     conv = ck_structured(nn.Conv2d(1, 6, 3), amount=4)
-    linear = fc_structured(nn.Linear(6, 8), amount=0.0, previous=conv)
+    linear: Any = fc_structured(nn.Linear(6, 8), amount=0.0, previous=conv)
     assert int((~linear.weight_mask).sum()) == 4 * 8
 
 
@@ -463,11 +463,11 @@ def test_fc_structured_refuses_layers_that_do_not_fit():
     linear = nn.Linear(25, 8)
     with pytest.raises(ValueError, match=r"`in_features` \(=25\) must be a multiple of .* \(=6\)"):
         fc_structured(linear, amount=0.5, previous=nn.Conv2d(1, 6, 3))
-    assert not prune.is_pruned(linear)  # type: ignore[no-untyped-call]
+    assert not prune.is_pruned(linear)
 
 
 def test_the_analysis_is_of_the_rules_it_has(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(constant_rules.RULES, torch.ops.aten.relu.default)  # type: ignore[arg-type]
+    monkeypatch.delitem(constant_rules.RULES, torch.ops.aten.relu.default)
     channels = analyse(Probe(functional.relu))
     assert channels.unknown == ("aten.relu.default in the model",)
     assert copy.copy(channels["reader"]).inputs.isnan().all()
