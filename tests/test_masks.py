@@ -20,6 +20,7 @@ from starfire_prune.masks import (
     count,
     fc_block_mask,
     fc_fine_mask,
+    fc_structure_mask,
     filter_mask,
     intra_mask,
     magnitude_mask,
@@ -532,6 +533,10 @@ METHODS = {
     "intra": Method(intra_mask, CONV2D, None, numbers=False),
     "fc_block": Method(partial(fc_block_mask, block_size=3), (7, 10), blocks_of_3, protected=3),
     "fc_fine": Method(fc_fine_mask, (7, 10), whole_layer, protected=7),
+    "fc_structure": Method(fc_structure_mask, (7, 10), whole_layer, protected=7),
+    "fc_structure, blocks": Method(
+        partial(fc_structure_mask, then="block", block_size=3), (7, 10), None
+    ),
     "magnitude": Method(magnitude_mask, CONV2D, whole_layer),
     "random": Method(random_mask, CONV2D, whole_layer),
     "filter": Method(filter_mask, CONV2D, output_channels),
@@ -948,3 +953,87 @@ REFUSED = [
 def test_refused_arguments(prune, shape, amount, options, error, words):
     with pytest.raises(error, match=naming(*words)):
         prune(torch.ones(shape), amount, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# The structure of fully connected layers
+# ---------------------------------------------------------------------------------------------
+
+WEIGHT_FC = torch.tensor([[1.0, 2.0, 9.0, 8.0], [4.0, 3.0, 9.0, 7.0]])
+THIRD = torch.tensor([False, False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        (0.0, [[1, 1, 0, 1], [1, 1, 0, 1]]),
+        (0.25, [[1, 1, 0, 1], [1, 1, 0, 1]]),  # the column is the whole amount
+        (0.5, [[0, 0, 0, 1], [1, 1, 0, 1]]),
+        (5, [[0, 0, 0, 1], [1, 0, 0, 1]]),
+        (1.0, [[0, 0, 0, 1], [0, 0, 0, 1]]),
+    ],
+)
+def test_fc_structure_takes_columns_first_and_counts_them(amount, expected):
+    assert fc_structure_mask(WEIGHT_FC, amount, THIRD).int().tolist() == expected
+
+
+def test_fc_structure_leaves_a_neuron_its_largest_weight_where_all_columns_go():
+    mask = fc_structure_mask(WEIGHT_FC, 0.0, torch.ones(4, dtype=torch.bool))
+    assert mask.int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 0]]
+
+
+def test_fc_structure_leaves_a_neuron_what_an_earlier_mask_left_it():
+    earlier = torch.tensor([[False, False, True, False], [True, True, True, True]])
+    mask = fc_structure_mask(WEIGHT_FC, 0.0, THIRD, mask=earlier)
+    assert mask.int().tolist() == [[0, 0, 1, 0], [1, 1, 0, 1]]
+
+
+@examples
+@given(st.data())
+def test_fc_structure_without_columns_goes_on_as_fine_or_block(data):
+    weight, amount = data.draw(weights((8, 12))), data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+    assert torch.equal(fc_structure_mask(weight, amount), fc_fine_mask(weight, amount))
+    blocks = fc_structure_mask(weight, amount, then="block", block_size=4)
+    expected = count(count(amount, 96) / 96, 6)
+    assert torch.equal(blocks, fc_block_mask(weight, expected, block_size=4))
+
+
+@examples
+@given(st.data())
+def test_fc_structure_by_blocks_comes_as_near_as_blocks_allow(data):
+    weight, amount = data.draw(weights((8, 12))), data.draw(shares)
+    columns = torch.from_numpy(np.random.default_rng(data.draw(seeds)).random(12) < 0.3)
+    mask = fc_structure_mask(weight, amount, columns, then="block", block_size=4)
+    wanted = max(oracle.share_count(amount, 96), 8 * int(columns.sum()))
+    blocks_left = mask.view(2, 4, 3, 4).any(3).any(1)
+    assert mask.any(1).all()
+    if blocks_left.sum() > 2:  # the best of each row of blocks is protected
+        assert abs(int((~mask).sum()) - wanted) <= 8  # half a block
+
+
+@pytest.mark.parametrize("then", ["fine", "block"])
+@examples
+@given(st.data())
+def test_fc_structure_brings_nothing_back_as_channels_die(then, data):
+    rng = np.random.default_rng(data.draw(seeds))
+    mask = torch.ones(8, 12, dtype=torch.bool)
+    dead = rng.random(12)
+    for share in (0.1, 0.4, 0.7):
+        columns = torch.from_numpy(dead < share)
+        weight, amount = data.draw(weights((8, 12))), data.draw(shares)
+        later = fc_structure_mask(weight, amount, columns, mask=mask, then=then)
+        assert not (later & ~mask).any()
+        assert later.any(1).all()
+        assert not later[:, columns].any() or not later[:, ~columns].any(1).all()
+        mask = later
+
+
+@pytest.mark.parametrize("columns", [torch.ones(3, dtype=torch.bool), torch.ones(4)])
+def test_fc_structure_refuses_columns_that_do_not_fit(columns):
+    with pytest.raises(ValueError, match=r"`columns` of shape .* must be bool of shape \(4,\)"):
+        fc_structure_mask(WEIGHT_FC, 0.5, columns)
+
+
+def test_fc_structure_refuses_other_ways_to_go_on():
+    with pytest.raises(ValueError, match=r"`then` \(='rows'\) must be one of 'fine', 'block'"):
+        fc_structure_mask(WEIGHT_FC, 0.5, then="rows")
