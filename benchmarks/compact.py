@@ -1,8 +1,8 @@
 """What compaction makes of a sparse ResNet-18: accuracy, parameters and MACs, before and after.
 
-    python benchmarks/compact.py [--amount 0.9] [--run FOLDER]
+    python benchmarks/compact.py [--set pruning.amount=0.9 ...] [--run FOLDER]
 
-Trains the quickstart's ResNet-18 on digits by CK to the amount (a minute or two), or takes a
+Trains the quickstart's ResNet-18 on digits with these settings (a minute or two), or takes a
 finished run of it, compacts what it exported, and evaluates both models on the validation images.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from starfire_prune import measure_sparsity
 from starfire_prune.compact import compact, format_compaction
-from starfire_prune.data import load_datasets
+from starfire_prune.data import build_loader, load_datasets
 from starfire_prune.models import create_model
 from starfire_prune.recipe import load_recipe
 from starfire_prune.training import train
@@ -30,12 +30,19 @@ IMAGE_SIZE = 32
 def main() -> None:
     """Train or read the run, compact its model and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--amount", type=float, default=0.9, help="of CK pruning (default 0.9)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key of the recipe (repeatable; pruning.amount is 0.9 by default)",
+    )
     parser.add_argument("--run", type=Path, help="folder of a finished run, instead of training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.run or trained(arguments.amount, Path(temporary) / "run")
+        folder = arguments.run or trained(arguments.overrides, Path(temporary) / "run")
         model = exported(folder)
     images, labels = validation_images()
     smaller, report = compact(model, images[:2])
@@ -49,9 +56,9 @@ def main() -> None:
     print(f"| left | | {shares[0]:.1%} | {shares[1]:.1%} |")
 
 
-def trained(amount: float, folder: Path) -> Path:
-    """The folder of a run of the quickstart at another amount."""
-    train(load_recipe(RECIPE, [f"pruning.amount={amount}"]), folder)
+def trained(overrides: list[str], folder: Path) -> Path:
+    """The folder of a run of the quickstart with other settings."""
+    train(load_recipe(RECIPE, ["pruning.amount=0.9", *overrides]), folder)
     return folder
 
 
@@ -64,8 +71,9 @@ def exported(folder: Path) -> nn.Module:
 
 def validation_images() -> tuple[Tensor, Tensor]:
     """The digits that were not trained on: images `(N, 3, 32, 32)` and labels `(N,)`."""
-    images, labels = zip(*load_datasets("digits", image_size=IMAGE_SIZE).val, strict=True)
-    return torch.stack([torch.as_tensor(image) for image in images]), torch.tensor(labels)
+    digits = load_datasets("digits", image_size=IMAGE_SIZE).val
+    images, labels = zip(*build_loader(digits, 100, train=False), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 @torch.no_grad()

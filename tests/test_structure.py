@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -196,14 +196,11 @@ NETWORKS = {
 }
 
 
-def some(*names: str) -> list[Any]:
-    """All networks, but for these slow to test."""
-    return [
-        pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in NETWORKS
-    ]
+def some(*names: str, slow: Iterable[str]) -> list[Any]:
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
 
 
-@pytest.mark.parametrize("name", some("vgg16_bn", "densenet121", "se-resnet"))
+@pytest.mark.parametrize("name", some("vgg16_bn", "densenet121", slow=NETWORKS))
 def test_constants_are_what_networks_show(name):
     model = sparse_network(NETWORKS[name])
     channels = analyse(model.float(), 32)
@@ -218,7 +215,9 @@ def test_constants_are_what_networks_show(name):
     assert channels.unknown == ()
 
 
-@pytest.mark.parametrize("name", some("vgg16_bn"))
+@pytest.mark.parametrize(
+    "name", some("vgg16_bn", slow=("resnet50", "resnext50", "mobilenetv2", "densenet121"))
+)
 def test_zero_inputs_are_zero_in_training_and_in_eval(name):
     model = sparse_network(NETWORKS[name], dtype=torch.float32)
     zero = ChannelAnalysis(model, images(size=32)).zero_inputs()
