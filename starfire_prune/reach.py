@@ -133,6 +133,11 @@ def _after_concatenation(user: fx.Node, dim: int) -> int | None:
     return dim if along % len(shape_of(user)) == dim else None
 
 
+def _after_padding(user: fx.Node, dim: int) -> int | None:
+    pad: Any = user.args[1]
+    return dim if dim < len(shape_of(user)) - len(pad) // 2 else None
+
+
 def _after_item(user: fx.Node, dim: int) -> int | None:
     return dim if user.args[1] == 0 else None
 
@@ -142,6 +147,7 @@ _STEPS: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
     **dict.fromkeys(constant_rules.REDUCTIONS, _after_reduction),
     aten.permute.default: _after_permute,
     aten.cat.default: _after_concatenation,
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _after_padding),
     constant_rules.ITEM: _after_item,
 }
 _REFUSED = {

@@ -184,6 +184,13 @@ def test_padding_leaves_weights_that_read_another_constant():
     assert "pads its input by zeros" in str(report.layers[0].reason)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_by_the_image_itself_lets_constants_pass(mode):
+    _, folded, report = folded_chain(nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode))
+    assert not folded[1].weight[:, 0].any()
+    assert report.folded == 36
+
+
 def test_without_bias_and_norm_weights_stay():
     model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, bias=False), nn.ReLU())
     assert torch.equal(folded[1].weight, model[1].weight)
