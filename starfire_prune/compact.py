@@ -86,10 +86,11 @@ def compact(
 ) -> tuple[nn.Module, CompactReport]:
     """A smaller dense model with the outputs of a sparse one, in eval mode.
 
-    Constants are folded first (`fold_constants`). Then the channels go that no layer reads, in all
-    layers that share them. A grouped convolution loses as many channels in each of its groups as
-    all groups can spare, a depthwise one follows what it reads, and each layer keeps a channel.
-    The model's output, and channels that reach operations which mix them, stay.
+    Constants are folded first (`fold_constants`). Under padding, which folding doesn't pass, one
+    constant channel stands for all that a layer reads. Then the channels go that no layer reads,
+    in all layers that share them. A grouped convolution loses as many channels in each of its
+    groups as all groups can spare, a depthwise one follows what it reads, and each layer keeps a
+    channel. The model's output, and channels that reach operations which mix them, stay.
 
     Args:
         model: in any phase of pruning; it is left as it is.
@@ -117,7 +118,7 @@ def compact(
     smaller = dense_copy(model).eval()
     analysis = ChannelAnalysis(smaller, example)
     before = _measured(smaller, example)
-    fold = fold_in_place(smaller, analysis)
+    fold = fold_in_place(smaller, analysis, merge=True)
     unfolded = {layer.name: layer.reason for layer in fold.layers if layer.reason is not None}
     pinned = pinned_layers(analysis.graph)
     after, stayed = _cut(pruning, smaller, example, pinned, unfolded)

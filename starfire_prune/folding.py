@@ -89,16 +89,21 @@ def fold_constants(
     return folded, fold_in_place(folded, ChannelAnalysis(folded, example_input))
 
 
-def fold_in_place(model: nn.Module, analysis: ChannelAnalysis) -> FoldReport:
+def fold_in_place(
+    model: nn.Module, analysis: ChannelAnalysis, *, merge: bool = False
+) -> FoldReport:
     """`fold_constants` on the model itself, which must have no pruning hooks.
 
     Args:
         model: is changed.
         analysis: of this model.
+        merge: where constants can't be folded, as under padding, let one constant channel stand
+            for all that a layer (or each of its groups) reads. That is exact at the border too and
+            never adds weights, but it puts them where pruning may have taken them.
     """
     channels = analysis.run()
     norms = _norms_after(analysis.graph)
-    layers = [_fold(model, layer, norms.get(layer.name)) for layer in channels.layers]
+    layers = [_fold(model, layer, norms.get(layer.name), merge) for layer in channels.layers]
     return FoldReport(tuple(filter(None, layers)), channels.unknown)
 
 
@@ -115,12 +120,15 @@ class _Sink:
 
 
 @torch.no_grad()
-def _fold(model: nn.Module, layer: LayerChannels, norm: str | None) -> FoldedLayer | None:
+def _fold(
+    model: nn.Module, layer: LayerChannels, norm: str | None, merge: bool
+) -> FoldedLayer | None:
     module: Any = model.get_submodule(layer.name)
     weight: Tensor = module.weight
     constants = _over_weights(layer.inputs.to(weight.device), weight)
     useless = (weight != 0) & (constants == 0)
-    foldable = (weight != 0) & constants.isfinite() & (constants != 0)
+    constant = constants.isfinite() & (constants != 0)
+    foldable = (weight != 0) & constant
     number, dropped = int(foldable.sum()), int(useless.sum())
     if not number and not dropped:
         return None
@@ -129,15 +137,31 @@ def _fold(model: nn.Module, layer: LayerChannels, norm: str | None) -> FoldedLay
     if sink is not None:
         sink.add((weight * constants.nan_to_num(nan=0.0)).flatten(1).sum(1))
         weight.masked_fill_(foldable, 0.0)
-    left = number if sink is None else 0
+    elif merge:
+        _merge(weight, layer.inputs.to(weight.device))
+    left = int(((weight != 0) & constant).sum())
+    into = f"{layer.name}.weight" if sink is None else sink.name
     return FoldedLayer(
         name=layer.name,
         useless=dropped,
         folded=number - left,
-        into=None if sink is None else sink.name,
+        into=into if left < number else None,
         left=left,
         reason=_why_left(layer) if left else None,
     )
+
+
+def _merge(weight: Tensor, inputs: Tensor) -> None:
+    """Give the weights that read constants to the largest constant, in each group."""
+    groups = len(inputs) // weight.shape[1]
+    for kernels, values in zip(weight.chunk(groups), inputs.view(groups, -1), strict=True):
+        constant = (values.isfinite() & (values != 0)).nonzero().flatten()
+        if len(constant) > 1:
+            chosen = constant[values[constant].abs().argmax()]
+            shares = (values[constant] / values[chosen]).view(-1, *[1] * (weight.ndim - 2))
+            total = (kernels[:, constant] * shares).sum(1)
+            kernels[:, constant] = 0.0
+            kernels[:, chosen] = total.to(weight)
 
 
 def _over_weights(inputs: Tensor, weight: Tensor) -> Tensor:

@@ -109,6 +109,20 @@ def test_what_a_dead_channel_alone_reads_goes_too():
     assert [layer.out_channels for layer in smaller] == [3, 4, 6]
 
 
+def test_one_constant_channel_stands_for_all_under_padding():
+    model: Any = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 3, padding=1)).eval()
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+        model[0].bias[:4] = torch.tensor([1.0, -3.0, 2.0, 0.0])
+    smaller: Any
+    smaller, report = compact(model, images(size=8))
+    assert smaller[0].out_channels == 3
+    assert -3.0 in smaller[0].bias.tolist()
+    assert report["0"].stayed == 1
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images(size=8)), model(images(size=8)))
+
+
 def test_every_layer_keeps_a_channel():
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 1)).eval()
     with torch.no_grad():
@@ -149,7 +163,7 @@ def test_the_report_says_why_dead_channels_stay():
         model[1].weight[3] = 0
     _, report = compact(model, images(size=8))
     assert (report["0"].stayed, report["0"].reason) == (
-        2,
+        1,
         "read by 1 (it pads its input by zeros, so that its output differs at the border)",
     )
     assert (report["1"].stayed, report["1"].reason) == (1, "its channels are the model's output")
