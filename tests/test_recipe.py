@@ -226,7 +226,8 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     (line,) = refusal_of(load_recipe, file)
     assert line == (
         f"{file}: training.speed: unknown key (got 3); the keys here are mixed_precision, "
-        "gradient_accumulation, clip_grad_norm, label_smoothing, channels_last, threads"
+        "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, channels_last, "
+        "compile, trackers, threads"
     )
 
 
@@ -596,7 +597,7 @@ def test_schema_refuses(change):
 def test_schema_describes_every_field():
     schema = recipe_schema()
     sections = [schema, *(part for part in schema["$defs"].values() if "properties" in part)]
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert all(field["description"] for part in sections for field in part["properties"].values())
 
 

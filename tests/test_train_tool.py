@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_with_the_same_command(tool, recipe, tmp_path
     )
     ended = tool(*arguments, "--resume")
     assert ended.status == 0
-    assert ended.stdout.startswith(f"resumed {tmp_path}/run after 2 of 4 epochs\n")
+    assert f"\nresumed {tmp_path}/run after 2 of 4 epochs\n" in ended.stdout
 
 
 # Refusals: the status is 2, and the lines tell what is wrong

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from starfire_prune import Pruner, checkpoint, training
+from starfire_prune import Pruner, checkpoint, preparation, run_folder, training
 from starfire_prune.checkpoint import CheckpointError, read_metadata
 from starfire_prune.models import create_model
-from starfire_prune.recipe import LrSchedule, Recipe, differing_keys, load_recipe
-from starfire_prune.training import RunError, evaluate, learning_rate_factor, train
+from starfire_prune.recipe import Recipe, differing_keys, load_recipe
+from starfire_prune.training import RunError, evaluate, train
 from tests.runs import (
     Moment,
     few_digits,
@@ -58,6 +58,7 @@ METRICS = [
     "sparsity",
     "sparsity_network",
     "images_per_s",
+    "pruner_cpu_share",
 ]
 
 # Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
@@ -102,41 +103,12 @@ def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # The learning rate
 
 
-@pytest.mark.parametrize(
-    ("epoch", "factor"), [(0, 1.0), (29, 1.0), (30, 0.1), (59, 0.1), (60, 0.01), (99, 0.01)]
-)
-def test_the_learning_rate_falls_at_the_start_of_each_milestone(epoch, factor):
-    schedule = LrSchedule(milestones=(30, 60), gamma=0.1)
-    assert learning_rate_factor(schedule, epoch) == pytest.approx(factor)
-
-
-def test_without_milestones_the_learning_rate_is_constant():
-    assert [learning_rate_factor(LrSchedule(), epoch) for epoch in (0, 7, 500)] == [1.0] * 3
-
-
-def test_the_learning_rate_rises_linearly_to_its_value_after_the_warmup():
-    schedule = LrSchedule(warmup_epochs=3)
-    assert [learning_rate_factor(schedule, epoch) for epoch in range(5)] == [
-        0.25,
-        0.5,
-        0.75,
-        1.0,
-        1.0,
-    ]
-
-
-def test_a_milestone_within_the_warmup_counts_after_it():
-    schedule = LrSchedule(milestones=(1,), gamma=0.5, warmup_epochs=2)
-    assert learning_rate_factor(schedule, 1) == pytest.approx(2 / 3)
-    assert learning_rate_factor(schedule, 2) == 0.5
-
-
 def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
     rates: list[float] = []
 
-    def note(run: Any, epoch: int) -> tuple[float, int]:
+    def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append(run.optimizer.param_groups[0]["lr"])
-        return 0.0, 1
+        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
 
     runs.setattr(training, "_train_epoch", note)
     train(
@@ -150,9 +122,9 @@ def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
 def test_layer_wise_rates_of_timm_hold(runs, tmp_path):
     rates: list[list[float]] = []
 
-    def note(run: Any, epoch: int) -> tuple[float, int]:
+    def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append([group["lr"] for group in run.optimizer.param_groups])
-        return 0.0, 1
+        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
 
     runs.setattr(training, "_train_epoch", note)
     overrides = ("optimizer.options={layer_decay: 0.5}", "lr_schedule={milestones: [2]}")
@@ -285,9 +257,9 @@ def test_the_commit_is_that_of_the_packages_own_repository(finished, monkeypatch
         head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         assert environment["commit"] == head.stdout.strip()
     # installed within another project's repository
-    package = ROOT / ".installed" / "site-packages" / "starfire_prune" / "training.py"
-    monkeypatch.setattr(training, "__file__", str(package))
-    assert training._commit() is None
+    package = ROOT / ".installed" / "site-packages" / "starfire_prune" / "run_folder.py"
+    monkeypatch.setattr(run_folder, "__file__", str(package))
+    assert run_folder._commit() is None
 
 
 def test_the_picture_of_a_run_is_a_png(finished):
@@ -459,7 +431,7 @@ def first_loss_and_step(tmp_path: Path, *overrides: str) -> tuple[float, float]:
             moved.extend(parameter.detach().clone() for parameter in model.parameters())
             return model
 
-        patch.setattr(training, "create_model", create)
+        patch.setattr(preparation, "create_model", create)
         train(recipe, folder)
     model = fresh_model(recipe)
     model.load_state_dict(exported(folder))
@@ -599,7 +571,7 @@ def unbroken(
             "training={threads: 1, gradient_accumulation: 2}",
         )
     with small_runs() as patch:
-        patch.setattr(checkpoint, "_KEPT_CHECKPOINTS", EPOCHS)
+        patch.setattr(checkpoint, "KEPT_CHECKPOINTS", EPOCHS)
         train(recipe, folder / "run")
     return recipe, folder / "run"
 
@@ -625,10 +597,10 @@ def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
 @pytest.fixture
 def overflowing(runs: pytest.MonkeyPatch) -> None:
     """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
-    accelerator_of, loss_of = training._accelerator, nn.CrossEntropyLoss.forward
+    accelerator_of, loss_of = training.create_accelerator, nn.CrossEntropyLoss.forward
 
-    def scaled(recipe: Recipe) -> Accelerator:
-        accelerator = accelerator_of(recipe)
+    def scaled(recipe: Recipe, folder: Path) -> Accelerator:
+        accelerator = accelerator_of(recipe, folder)
         accelerator.scaler = torch.amp.GradScaler(
             "cpu", init_scale=2.0**127, backoff_factor=0.1, growth_interval=3
         )
@@ -637,7 +609,7 @@ def overflowing(runs: pytest.MonkeyPatch) -> None:
     def large(module: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
         return 1e3 * loss_of(module, logits, labels)
 
-    runs.setattr(training, "_accelerator", scaled)
+    runs.setattr(training, "create_accelerator", scaled)
     runs.setattr(nn.CrossEntropyLoss, "forward", large)
 
 
@@ -695,7 +667,7 @@ def test_a_line_of_metrics_that_a_kill_cut_short_is_dropped(broken):
 def test_resume_goes_on_after_the_epochs_that_are_done(broken, capsys):
     new_process()
     train(small_recipe(broken.parent), broken, resume=True)
-    assert capsys.readouterr().out.startswith(f"resumed {broken} after 2 of 4 epochs\nepoch 3/4 ")
+    assert f"\nresumed {broken} after 2 of 4 epochs\nepoch 3/4 " in capsys.readouterr().out
 
 
 def test_only_the_last_two_checkpoints_are_kept(broken):
