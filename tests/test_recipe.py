@@ -226,8 +226,8 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     (line,) = refusal_of(load_recipe, file)
     assert line == (
         f"{file}: training.speed: unknown key (got 3); the keys here are mixed_precision, "
-        "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, channels_last, "
-        "compile, trackers, threads"
+        "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, "
+        "channels_last, compile, trackers, threads"
     )
 
 

@@ -81,7 +81,8 @@ def test_a_finished_run(ck, tmp_path):
     leave(ck, tmp_path)
     result = read_result(ck, tmp_path)
     assert (result.epochs, result.finished, result.problem) == (4, True, "")
-    assert (result.amount, result.sparsity) == (0.6, pytest.approx(0.6))
+    assert result.amount == 0.6
+    assert result.sparsity == pytest.approx(0.6)
 
 
 def test_a_run_that_has_not_begun(ck, tmp_path):

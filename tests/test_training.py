@@ -597,7 +597,7 @@ def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
 @pytest.fixture
 def overflowing(runs: pytest.MonkeyPatch) -> None:
     """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
-    accelerator_of, loss_of = training.create_accelerator, nn.CrossEntropyLoss.forward
+    accelerator_of, loss_of = preparation.create_accelerator, nn.CrossEntropyLoss.forward
 
     def scaled(recipe: Recipe, folder: Path) -> Accelerator:
         accelerator = accelerator_of(recipe, folder)
