@@ -230,11 +230,11 @@ def _pruning_line(run: Run) -> str:
     pruning = run.recipe.pruning
     if pruning == "none":
         return "none: dense training"
+    first, end = pruning.era
     updates = run.updates_per_epoch
-    first, end = (epoch * updates for epoch in pruning.era)
     return (
-        f"{pruning.method} to {pruning.amount:.1%}, {pruning.schedule}, in the epochs "
-        f"{pruning.era[0]} to {pruning.era[1] - 1}: updates {first + 1:,} to {end:,}"
+        f"{pruning.method} to {pruning.amount:.1%}, {pruning.schedule}, era [{first}, {end}]: "
+        f"updates {first * updates + 1:,} to {end * updates:,} of {run.recipe.epochs * updates:,}"
     )
 
 
