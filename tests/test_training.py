@@ -1,16 +1,11 @@
-"""Training runs: what they leave behind, what they refuse, and that a kill changes nothing."""
+"""Training runs: what they leave behind, and what they refuse."""
 
 import json
 import math
 import os
-import random
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,28 +19,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from starfire_prune import Pruner, checkpoint, preparation, run_folder, training
-from starfire_prune.checkpoint import CheckpointError, read_metadata
+from starfire_prune import preparation, run_folder, training
+from starfire_prune.checkpoint import read_metadata
 from starfire_prune.models import create_model
 from starfire_prune.recipe import Recipe, differing_keys, load_recipe
 from starfire_prune.training import RunError, evaluate, train
+from tests.processes import exported, launch, output_of
 from tests.runs import (
-    Moment,
     few_digits,
     files_of,
-    make_photographs,
     metrics_of,
     new_process,
     small_recipe,
     small_runs,
-    train_killed,
     train_on,
     write_recipe,
 )
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = 4
-MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "within the epoch"]
 METRICS = [
     "epoch",
     "train_loss",
@@ -60,9 +52,6 @@ METRICS = [
     "images_per_s",
     "pruner_cpu_share",
 ]
-
-# Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
-forks = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
 
 
 @pytest.fixture

@@ -1,0 +1,315 @@
+"""Training runs that meet with kills, full disks and skipped steps end as unbroken ones do."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from starfire_prune import Pruner, checkpoint, preparation, training
+from starfire_prune.checkpoint import CheckpointError
+from starfire_prune.recipe import Recipe
+from starfire_prune.training import RunError, train
+from tests.processes import exported, launch, output_of, same_exports, wait_for_line
+from tests.runs import (
+    Moment,
+    files_of,
+    make_photographs,
+    metrics_of,
+    new_process,
+    small_recipe,
+    small_runs,
+    train_killed,
+    train_on,
+    write_recipe,
+)
+
+EPOCHS = 4
+MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "within the epoch"]
+
+# Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
+forks = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
+
+
+@pytest.fixture
+def runs() -> Iterator[pytest.MonkeyPatch]:
+    """Runs of a second; a patch of what a test wants else."""
+    with small_runs() as patch:
+        yield patch
+
+
+@pytest.fixture(
+    scope="module", params=["sgd on digits", pytest.param("adam on photographs", marks=forks)]
+)
+def unbroken(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    """A recipe, and the folder of its run that nothing has killed, with all checkpoints."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = small_recipe(folder)
+    if request.param == "adam on photographs":
+        root = make_photographs(folder / "photographs")
+        recipe = small_recipe(
+            folder,
+            f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
+            "model.num_classes=2",
+            "optimizer={name: adam, lr: 0.01}",
+            "training={threads: 1, gradient_accumulation: 2}",
+        )
+    with small_runs() as patch:
+        patch.setattr(checkpoint, "KEPT_CHECKPOINTS", EPOCHS)
+        train(recipe, folder / "run")
+    return recipe, folder / "run"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
+    moment, unbroken, runs, tmp_path
+):
+    recipe, whole = unbroken
+    broken = tmp_path / "run"
+    for epoch in range(EPOCHS):
+        train_killed(recipe, broken, epoch, moment)
+        last = f"checkpoints/epoch-{epoch + (moment == 'after the checkpoint'):04d}"
+        assert files_of(broken / last) == files_of(whole / last)
+    train_on(recipe, broken)
+    assert metrics_of(broken) == metrics_of(whole)
+    assert files_of(broken / "checkpoints" / "epoch-0004") == files_of(
+        whole / "checkpoints" / "epoch-0004"
+    )
+    assert same_exports(broken, whole)
+
+
+@pytest.fixture
+def overflowing(runs: pytest.MonkeyPatch) -> None:
+    """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
+    accelerator_of, loss_of = preparation.create_accelerator, nn.CrossEntropyLoss.forward
+
+    def scaled(recipe: Recipe, folder: Path) -> Accelerator:
+        accelerator = accelerator_of(recipe, folder)
+        accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0**127, backoff_factor=0.1, growth_interval=3
+        )
+        return accelerator
+
+    def large(module: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
+        return 1e3 * loss_of(module, logits, labels)
+
+    runs.setattr(training, "create_accelerator", scaled)
+    runs.setattr(nn.CrossEntropyLoss, "forward", large)
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_steps_that_a_gradient_scaler_skips_are_no_updates(runs, tmp_path):
+    steps: list[bool] = []
+    step = Pruner.step
+
+    def note(pruner: Pruner, updated: bool = True) -> None:
+        steps.append(updated)
+        step(pruner, updated)
+
+    runs.setattr(Pruner, "step", note)
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+    train(recipe, tmp_path / "run")
+    assert 0 < steps.index(True) < 12
+    thresholds = [row["threshold"] for row in metrics_of(tmp_path / "run")]
+    done = [sum(steps[:end]) for end in (4, 8, 12)]
+    assert thresholds == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
+
+
+@pytest.mark.usefixtures("overflowing")
+def test_a_run_with_a_gradient_scaler_is_resumed_with_its_state(tmp_path):
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+    train_on(recipe, tmp_path / "whole")
+    for epoch in range(EPOCHS):
+        train_killed(recipe, tmp_path / "broken", epoch, "after the checkpoint")
+    train_on(recipe, tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
+    assert same_exports(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.fixture
+def broken(runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a run that was killed in its third epoch."""
+    train_killed(small_recipe(tmp_path), tmp_path / "run", 2, "within the epoch")
+    return tmp_path / "run"
+
+
+def test_a_kill_before_the_first_checkpoint_starts_anew(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "epochs=3")
+    train_killed(recipe, tmp_path / "run", 0, "before the checkpoint")
+    assert len(metrics_of(tmp_path / "run")) == 1
+    train_on(recipe, tmp_path / "run")
+    assert [row["epoch"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_line_of_metrics_that_a_kill_cut_short_is_dropped(broken):
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "train_l')
+    train_on(small_recipe(broken.parent), broken)
+    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
+
+
+def test_resume_goes_on_after_the_epochs_that_are_done(broken, capsys):
+    new_process()
+    train(small_recipe(broken.parent), broken, resume=True)
+    assert f"\nresumed {broken} after 2 of 4 epochs\nepoch 3/4 " in capsys.readouterr().out
+
+
+def test_only_the_last_two_checkpoints_are_kept(broken):
+    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == [
+        "epoch-0001",
+        "epoch-0002",
+    ]
+
+
+def test_resume_of_another_recipe_is_refused_with_the_keys_that_differ(broken):
+    before = files_of(broken)
+    other = small_recipe(broken.parent, "pruning.amount=0.7", "data.batch_size=8")
+    with pytest.raises(RunError) as caught:
+        train_on(other, broken)
+    assert str(caught.value) == (
+        f"{broken} holds the run of another recipe (data.batch_size: 16 there, 8 now; "
+        f"pruning.amount: 0.6 there, 0.7 now): choose another --output, or delete the folder"
+    )
+    assert files_of(broken) == before
+
+
+def test_a_run_killed_before_its_export_is_finished(broken, runs):
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = small_recipe(broken.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "export_weights", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_on(recipe, broken)
+    train_on(recipe, broken)
+    assert exported(broken)
+    assert len(metrics_of(broken)) == EPOCHS
+
+
+def test_another_number_of_threads_is_refused_with_the_way_to_launch(runs, tmp_path):
+    torch.set_num_threads(1)
+    recipe = small_recipe(tmp_path, "training={}")
+    train_killed(recipe, tmp_path / "run", 1, "within the epoch")
+    torch.set_num_threads(2)
+    with pytest.raises(
+        RunError,
+        match=r"was trained with threads = 1, and now it is 2: .*: OMP_NUM_THREADS=1$",
+    ):
+        train_on(recipe, tmp_path / "run")
+
+
+def test_the_threads_of_the_recipe_count_whatever_the_launch(broken):
+    torch.set_num_threads(2)
+    train_on(small_recipe(broken.parent), broken)
+    assert torch.get_num_threads() == 1
+
+
+def test_checkpoints_without_their_recipe_are_refused(broken):
+    (broken / "recipe.yaml").unlink()
+    with pytest.raises(RunError, match=r"run holds checkpoints but not the recipe\.yaml they"):
+        train_on(small_recipe(broken.parent, "pruning.amount=0.7"), broken)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"seed": 3}'])
+def test_an_environment_that_cannot_be_read_is_refused(content, broken):
+    (broken / "environment.json").unlink()
+    if content is not None:
+        (broken / "environment.json").write_text(content)
+    with pytest.raises(RunError, match=r"environment\.json of the run can't be read: restore it"):
+        train_on(small_recipe(broken.parent), broken)
+
+
+@pytest.mark.parametrize("line", ["not JSON", "3", "{}", '{"epoch": null}'])
+def test_damaged_metrics_are_refused_with_their_file(line, broken):
+    (broken / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): mend or delete it$"):
+        train_on(small_recipe(broken.parent), broken)
+
+
+def test_lost_metrics_do_not_keep_a_run_from_its_end(runs, tmp_path):
+    recipe = small_recipe(tmp_path)
+    train_killed(recipe, tmp_path / "run", 3, "after the checkpoint")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train_on(recipe, tmp_path / "run")
+    assert exported(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(broken):
+    recipe, last = small_recipe(broken.parent), broken / "checkpoints" / "epoch-0002"
+    (last / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.pt can't be loaded: .*delete the folder"
+    ):
+        train_on(recipe, broken)
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    train_on(recipe, broken)
+    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
+
+
+def test_a_checkpoint_of_other_data_is_refused(runs, tmp_path):
+    root = make_photographs(tmp_path / "photographs")
+    data = f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 0}}"
+    recipe = small_recipe(tmp_path, data, "model.num_classes=2")
+    train_killed(recipe, tmp_path / "run", 2, "within the epoch")
+    for index in range(10, 14):
+        (root / "train" / "ant" / f"{index}.png").unlink()
+        (root / "train" / "bee" / f"{index}.png").unlink()
+    with pytest.raises(CheckpointError, match="other settings of updates_per_epoch: resume with"):
+        train_on(recipe, tmp_path / "run")
+
+
+def test_a_full_disk_costs_the_epoch_that_was_under_way(unbroken, runs, tmp_path):
+    recipe, whole = unbroken
+    run, save = tmp_path / "run", torch.save
+
+    def fill(state: Any, file: Any) -> None:
+        if "epoch-0003" in str(file.name):
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", fill)
+        with pytest.raises(CheckpointError) as caught:
+            train_on(recipe, run)
+    assert str(caught.value) == (
+        f"{run}/checkpoints/epoch-0003 can't be written: No space left on device; what was saved "
+        f"before is whole: make room and run the same command again"
+    )
+    assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
+    train_on(recipe, run)
+    assert same_exports(run, whole)
+    assert metrics_of(run) == metrics_of(whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_by_a_signal_at_any_time_ends_with_the_same_bits(tmp_path):
+    root = make_photographs(tmp_path / "photographs", train=200)
+    arguments: list[str | Path] = [
+        write_recipe(tmp_path),
+        f"--set=data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
+        "--set=model.num_classes=2",
+    ]
+    output_of(launch(*arguments, "--output", tmp_path / "whole"))
+    broken, times = tmp_path / "broken", random.Random(0)
+    for _ in range(5):
+        process = launch(*arguments, "--output", broken)
+        wait_for_line(process, "epoch 1/4 ", f"resumed {broken} ")
+        time.sleep(times.uniform(0.0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    output_of(launch(*arguments, "--output", broken, "--resume"))
+    assert metrics_of(broken) == metrics_of(tmp_path / "whole")
+    assert same_exports(broken, tmp_path / "whole")
+    assert files_of(broken / "checkpoints") == files_of(tmp_path / "whole" / "checkpoints")
