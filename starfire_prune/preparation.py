@@ -96,8 +96,8 @@ def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     _refuse_sharding_launch()
     check_trackers(recipe.training.trackers)
     if recipe.training.compile:
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, _COMPILED_GRAPHS)
+        config = torch._dynamo.config  # cache_size_limit: recompile_limit from torch 2.7 on
+        config.cache_size_limit = max(config.cache_size_limit, _COMPILED_GRAPHS)
     try:
         accelerator = Accelerator(
             mixed_precision=recipe.training.mixed_precision,
