@@ -182,7 +182,7 @@ def prepare_run(
     set_seed(recipe.seed)
     datasets = _datasets(recipe)
     pretrained = recipe.model.pretrained if fresh else False
-    with accelerator.main_process_first():  # which downloads
+    with accelerator.local_main_process_first():  # which downloads
         model, fresh_keys = _model(recipe.model, pretrained)
     model = model.to(accelerator.device)
     if recipe.training.channels_last:
