@@ -32,8 +32,8 @@ def check_run(run: Run) -> None:
 
     Raises:
         DataError: if the first image of a part can't be read.
-        RunError: if the model can't take the images, a compiler is missing, or the disk is too full
-            for the run's checkpoints.
+        RunError: if the model can't take the images, a compiler is missing, the optimizer can't
+            take a step, or the disk is too full for the run's checkpoints.
     """
     for dataset in (run.datasets.train, run.datasets.val):
         _first(dataset)
@@ -156,7 +156,13 @@ def _optimizer_bytes(run: Run) -> float:
     probe = nn.Parameter(torch.zeros(16, 16))
     optimizer = create_optimizer(run.recipe.optimizer, [probe])
     probe.grad = torch.zeros_like(probe)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        raise RunError(
+            f"optimizer.name (={run.recipe.optimizer.name}) can't take a step by gradients alone: "
+            f"{error}"
+        ) from error
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
     share = sum(value.nbytes for value in state if value.ndim) / probe.nbytes
     return share * sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
