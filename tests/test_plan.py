@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from starfire_prune import plan, training
+from starfire_prune import training
 from starfire_prune.checkpoint import save_checkpoint
 from starfire_prune.data import DataError
 from starfire_prune.plan import check_run, checkpoint_bytes, plan_text
@@ -264,7 +264,7 @@ def test_a_missing_compiler_is_refused_with_the_way_out(runs, tmp_path, monkeypa
         return fail
 
     run = prepared(small_recipe(tmp_path, "training.compile=true"), tmp_path / "run")
-    monkeypatch.setattr(plan.torch, "compile", compiles_nothing)
+    monkeypatch.setattr(torch, "compile", compiles_nothing)
     with pytest.raises(RunError) as caught:
         check_run(run)
     assert str(caught.value) == (
@@ -274,7 +274,7 @@ def test_a_missing_compiler_is_refused_with_the_way_out(runs, tmp_path, monkeypa
 
 
 def test_without_compiling_no_compiler_is_looked_for(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.torch, "compile", None)
+    monkeypatch.setattr(torch, "compile", None)
     check_run(prepared(small_recipe(tmp_path), tmp_path / "run"))
 
 

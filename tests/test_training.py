@@ -1,11 +1,8 @@
-"""Training runs: what they leave behind, and what they refuse."""
+"""Training runs: how they train, and what they leave behind."""
 
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,28 +12,28 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from starfire_prune import preparation, run_folder, training
-from starfire_prune.checkpoint import read_metadata
+from starfire_prune import preparation, training
+from starfire_prune.checkpoint import plain_state_dict, read_metadata
 from starfire_prune.models import create_model
-from starfire_prune.recipe import Recipe, differing_keys, load_recipe
-from starfire_prune.training import RunError, evaluate, train
-from tests.processes import exported, launch, output_of
+from starfire_prune.recipe import Recipe, load_recipe
+from starfire_prune.training import evaluate, train
+from tests.processes import exported, same_exports
 from tests.runs import (
     few_digits,
-    files_of,
     metrics_of,
     new_process,
     small_recipe,
     small_runs,
+    train_killed,
     train_on,
-    write_recipe,
 )
 
-ROOT = Path(__file__).parent.parent
 EPOCHS = 4
 METRICS = [
     "epoch",
@@ -157,12 +154,6 @@ def test_a_run_leaves_what_train_says(finished):
     )
 
 
-def test_the_recipe_of_a_run_loads_to_the_recipe_it_trained(finished):
-    saved = load_recipe(finished / "recipe.yaml")
-    assert differing_keys(saved, load_recipe(finished.parent / "small.yaml")) == {}
-    assert "momentum: 0.9" in (finished / "recipe.yaml").read_text()  # defaults written out
-
-
 def test_the_metrics_hold_an_object_an_epoch(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [METRICS] * EPOCHS
@@ -186,54 +177,6 @@ def test_the_metrics_are_those_of_the_exported_model(finished):
         result = evaluate(model, loader, Accelerator(cpu=True), nn.CrossEntropyLoss())
     last = metrics_of(finished)[-1]
     assert {key: last[key] for key in result} == pytest.approx(result, rel=1e-5)
-
-
-def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
-    recipe = small_recipe(tmp_path, "optimizer.lr=1.0e+30", "pruning=none", "epochs=3")
-    train(recipe, tmp_path / "run")
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
-    assert "NaN" not in text
-    assert "Infinity" not in text
-
-
-def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(runs, tmp_path, monkeypatch):
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("needs /proc to see which file is synced")
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def note(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append(path.parent.name if path.name == "model.safetensors" else path.name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    train(small_recipe(tmp_path, "epochs=1", "pruning=none", "lr_schedule={}"), tmp_path / "run")
-    assert synced.index("metrics.jsonl") < synced.index(".epoch-0001.tmp")
-
-
-def test_the_environment_tells_what_the_run_depends_on(finished):
-    environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["timm"] == timm.__version__
-    assert {name: environment[name] for name in ("seed", "processes", "threads")} == {
-        "seed": 3,
-        "processes": 1,
-        "threads": 1,
-    }
-    assert {"command", "python", "commit", "device", "cpus"} <= environment.keys()
-
-
-def test_the_commit_is_that_of_the_packages_own_repository(finished, monkeypatch, tmp_path):
-    environment = json.loads((finished / "environment.json").read_text())
-    if (ROOT / ".git").exists():
-        command = ["git", "rev-parse", "HEAD"]
-        head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert environment["commit"] == head.stdout.strip()
-    # installed within another project's repository
-    package = ROOT / ".installed" / "site-packages" / "starfire_prune" / "run_folder.py"
-    monkeypatch.setattr(run_folder, "__file__", str(package))
-    assert run_folder._commit() is None
 
 
 def test_the_picture_of_a_run_is_a_png(finished):
@@ -321,6 +264,9 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
         ["optimizer={name: adamw, lr: 0.01, filter_bias_and_bn: true}"],
         ["training.clip_grad_norm=0.01", "training.label_smoothing=0.1"],
         ["training.channels_last=true", "training.gradient_accumulation=3"],
+        ["training.ema={decay: 0.9}", "training.channels_last=true"],
+        ["training.ema={decay: 0.9, warmup: true}", "pruning.method=intra", "pruning.era=[0, 2]"],
+        ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -458,154 +404,216 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
     assert formats == {(True, True)}
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "model.num_classes=12",
-            "model.num_classes (=12) must be the number of classes in the data, 10: "
-            "--set model.num_classes=10",
-        ),
-        ("model.name=resnet19", "unknown model 'resnet19': did you mean resnet18"),
-        (
-            "model.options={depth: 3}",
-            "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
-            "argument 'depth'",
-        ),
-        (
-            "optimizer.name=sdg",
-            "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd",
-        ),
-        (
-            "optimizer.options={nesterof: true}",
-            "optimizer: sgd refuses its options: SGD.__init__() got an unexpected keyword argument "
-            "'nesterof'",
-        ),
-        (
-            "optimizer={name: adam, lr: 0.1, options: {betas: [2.0, 0.9]}}",
-            "optimizer: adam refuses its options: Invalid beta parameter at index 0: 2.0",
-        ),
-        (
-            "pruning.exclude=[layer9.*]",
-            "pruning.exclude: the pattern 'layer9.*' matches no convolution",
-        ),
-        (
-            "training.mixed_precision=fp16",
-            "training.mixed_precision (=fp16) needs a GPU: on a CPU, set",
-        ),
-    ],
-    ids=lambda value: value.partition("=")[0] if "=" in value else None,
-)
-def test_what_does_not_fit_is_refused_in_a_sentence(override, message, runs, tmp_path):
-    with pytest.raises((RunError, ValueError)) as caught:
-        train(small_recipe(tmp_path, override), tmp_path / "run")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+# What a run prints
 
 
-def test_an_optimizer_without_its_package_is_refused_in_a_sentence(runs, tmp_path):
-    with pytest.raises(RunError, match=r"^optimizer: fusedsgd refuses its options: .*required"):
-        train(small_recipe(tmp_path, "optimizer.name=fusedsgd"), tmp_path / "run")
+def test_the_pruners_share_of_the_cpu_time_is_told_by_phase(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path), tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    dense, *era, fixed = (json.loads(line)["pruner_cpu_share"] for line in text.splitlines())
+    assert 0 < fixed < statistics.mean(era) < 1
+    assert (
+        f"\npruner's share of the CPU time: dense {dense:.2%}, era {statistics.mean(era):.2%}, "
+        f"fixed {fixed:.2%}\n"
+    ) in capsys.readouterr().out
 
 
-def test_processes_that_would_train_alone_are_refused(runs, tmp_path, monkeypatch):
-    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    with pytest.raises(RunError, match=r"^MASTER_ADDR \(=10\.0\.0\.1\) announces .* by torchrun"):
-        train(small_recipe(tmp_path), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_dense_training_tells_no_share_of_a_pruner(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
+    assert "pruner" not in capsys.readouterr().out
 
 
-def test_a_refused_run_makes_no_folder(runs, tmp_path):
-    with pytest.raises(RunError):
-        train(small_recipe(tmp_path, "model.num_classes=12"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-# What a folder holds already
-
-
-def test_resume_with_nothing_to_resume_is_refused(runs, tmp_path):
-    with pytest.raises(RunError, match=r"run holds no checkpoint to resume from$"):
-        train(small_recipe(tmp_path), tmp_path / "run", resume=True)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_finished_run_is_refused_and_stays_as_it_is(resume, finished):
-    before = files_of(finished)
-    with small_runs(), pytest.raises(RunError, match="holds a finished run of this recipe: choose"):
-        train(small_recipe(finished.parent), finished, resume=resume)
-    assert files_of(finished) == before
-
-
-def test_a_recipe_kept_in_the_folder_of_its_run_is_left_as_it_is(runs, tmp_path):
+def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys):
     run = tmp_path / "run"
-    run.mkdir()
-    written = write_recipe(run).rename(run / "recipe.yaml")
-    text = "# mine\n" + written.read_text()
-    written.write_text(text)
-    train(load_recipe(written), run)
-    assert written.read_text() == text
+    train(small_recipe(tmp_path), run)
+    top1, _, weights, picture = capsys.readouterr().out.splitlines()[-4:]
+    last = metrics_of(run)[-1]
+    assert top1 == f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after 4 epochs"
+    assert weights == f"weights: {run}/export/model.safetensors"
+    assert picture == f"picture: {run}/training.png"
 
 
-# Shipped recipes
+# The average of the weights
+
+DECAY = 0.7
 
 
-def part_of(root: Path, target: Path, count: int) -> Path:
-    """The first images of each class of Tiny-ImageNet for training, and of all for validation."""
-    for folder in sorted((root / "train").iterdir()):
-        (target / "train" / folder.name / "images").mkdir(parents=True)
-        for image in sorted((folder / "images").iterdir())[:count]:
-            shutil.copy(image, target / "train" / folder.name / "images")
-    (target / "val" / "images").mkdir(parents=True)
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines(keepends=True)[:count]
-    (target / "val" / "val_annotations.txt").write_text("".join(lines))
-    for line in lines:
-        shutil.copy(root / "val" / "images" / line.split("\t")[0], target / "val" / "images")
-    return target
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
+    """The folder of a run with an average, and the plain weights after each of its updates."""
+    folder, states = tmp_path_factory.mktemp("averaged"), []
+    follow = training._follow_update
+
+    def note(run: Any, cpu: Any) -> None:
+        follow(run, cpu)
+        states.append(plain_state_dict(run.model))
+
+    with small_runs() as patch:
+        patch.setattr(training, "_follow_update", note)
+        train(small_recipe(folder, f"training.ema={{decay: {DECAY}}}"), folder / "run")
+    return folder / "run", states
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "images"), [("test_resnet", 500), ("resnet50_v1", 40)])
-def test_an_epoch_of_the_tiny_imagenet_recipe_ends_as_sparse_as_asked(
-    model, images, tiny_imagenet, tmp_path, monkeypatch
-):
-    root = tiny_imagenet if images == 500 else part_of(tiny_imagenet, tmp_path / "part", images)
-    monkeypatch.setenv("TINY_IMAGENET", str(root))
-    arguments = (
-        ROOT / "recipes" / "tiny_imagenet_resnet50.yaml",
-        f"--set=model={{name: {model}, num_classes: 20}}",
-        "--set=data.image_size=32",
-        "--set=data.workers=2",
-        "--set=lr_schedule.milestones=[]",
-        "--set=epochs=1",
-        "--set=pruning.era=[0, 1]",
-        "--set=training.threads=1",
-    )
-    output_of(launch(*arguments, "--output", tmp_path / "run"))
-    weights = exported(tmp_path / "run")
-    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+def average_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The moving average, worked out plainly: it begins with the first update."""
+    average = dict(states[0])
+    for state in states[1:]:
+        for name, value in state.items():
+            if value.is_floating_point():
+                average[name] = DECAY * average[name] + (1 - DECAY) * value
+            else:
+                average[name] = value
+    return average
+
+
+def test_the_export_is_the_average_under_the_final_masks(averaged):
+    run, states = averaged
+    assert len(states) == 4 * EPOCHS
+    weights, pruned = exported(run), states[-1]
+    for name, value in average_of(states).items():
+        sparse = pruned[name].ndim > 1
+        expected = value * (pruned[name] != 0) if sparse else value
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_exported_average_is_exactly_as_sparse_as_the_model(averaged):
+    run, states = averaged
+    metadata = read_metadata(run / "export" / "model.safetensors")
+    weights = exported(run)
+    assert metadata["average_decay"] == DECAY
     assert len(metadata["weights"]) == len(convolutions(weights)) + 1
-    for name, weight in convolutions(weights).items():
-        asked = math.floor(0.6 * weight.shape[0] + 0.5)
-        gone = ~weight.flatten(2).any(2)
-        assert gone.sum(0).tolist() == [asked] * weight.shape[1], name
-    assert metrics_of(tmp_path / "run")[0]["sparsity"] == pytest.approx(0.6, abs=0.005)
+    for name, entry in metadata["weights"].items():
+        assert torch.equal(weights[name] == 0, states[-1][name] == 0)
+        assert int((weights[name] == 0).sum()) == entry["zeros"]
+
+
+def test_the_exported_average_is_that_of_the_last_checkpoint(averaged):
+    run, states = averaged
+    checkpoint = run / "checkpoints" / "epoch-0004"
+    average, model = (
+        load_file(checkpoint / f"{name}.safetensors") for name in ("average", "model")
+    )
+    assert all(torch.equal(value, average[name]) for name, value in exported(run).items())
+    assert all(torch.equal(value, model[name]) for name, value in states[-1].items())
+    assert not torch.equal(average["conv1.weight"], model["conv1.weight"])
+
+
+def test_the_metrics_of_the_average_are_those_of_the_export(averaged):
+    run, _ = averaged
+    recipe = load_recipe(run / "recipe.yaml")
+    model = fresh_model(recipe)
+    model.load_state_dict(exported(run))
+    loader: Any = DataLoader(few_digits("digits", image_size=recipe.data.image_size).val, 5)
+    with small_runs():
+        result = evaluate(model, loader, Accelerator(cpu=True), nn.CrossEntropyLoss())
+    last = metrics_of(run)[-1]
+    assert {key: last[f"ema_{key}"] for key in result} == pytest.approx(result, rel=1e-5)
+
+
+def test_the_model_trains_as_it_does_without_an_average(averaged, finished):
+    run, _ = averaged
+    plain = [
+        {key: value for key, value in row.items() if not key.startswith("ema_")}
+        for row in metrics_of(run)
+    ]
+    assert plain == metrics_of(finished)
+
+
+def test_the_average_of_dense_training_is_exported(runs, tmp_path):
+    train(small_recipe(tmp_path, "pruning=none", "training.ema={decay: 0.5}"), tmp_path / "run")
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert metadata == {"format_version": 1, "method": None, "average_decay": 0.5, "weights": {}}
+    average = load_file(tmp_path / "run" / "checkpoints" / "epoch-0004" / "average.safetensors")
+    assert all(
+        torch.equal(value, average[key]) for key, value in exported(tmp_path / "run").items()
+    )
+
+
+def test_a_run_tells_the_accuracy_of_its_average(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path, "training.ema={decay: 0.5}"), tmp_path / "run")
+    printed, last = capsys.readouterr().out, metrics_of(tmp_path / "run")[-1]
+    assert f"  average {last['ema_top1']:.2%}  phase fixed  " in printed
+    assert (
+        f"average of the weights: top-1 {last['ema_top1']:.2%}, top-5 {last['ema_top5']:.2%}\n"
+    ) in printed
+    assert f"\nweights (the average): {tmp_path}/run/export/model.safetensors\n" in printed
+
+
+def test_only_updates_that_happen_are_averaged(runs, tmp_path):
+    steps: list[int] = []
+    update = ModelEmaV3.update
+
+    def note(average: ModelEmaV3, model: nn.Module, step: int) -> None:
+        steps.append(step)
+        update(average, model, step)
+
+    runs.setattr(ModelEmaV3, "update", note)
+    settings = ("training.ema={}", "training.gradient_accumulation=3")
+    train(small_recipe(tmp_path, *settings), tmp_path / "run")
+    assert steps == list(range(1, 2 * EPOCHS + 1))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.ema={decay: 0.7, warmup: true}"],
+        ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
+    ],
+    ids=["average", "mixing"],
+)
+def test_a_killed_run_ends_with_the_same_bits_with(overrides, runs, tmp_path):
+    recipe = small_recipe(tmp_path, *overrides)
+    train_on(recipe, tmp_path / "whole")
+    for epoch in range(1, EPOCHS):
+        train_killed(recipe, tmp_path / "broken", epoch, "within the epoch")
+    train_on(recipe, tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
+    assert same_exports(tmp_path / "broken", tmp_path / "whole")
+
+
+# Mixed images
+
+
+def test_mixed_images_train_on_shares_of_classes_and_are_evaluated_on_labels(runs, tmp_path):
+    targets: list[Tensor] = []
+    soft, hard = SoftTargetCrossEntropy.forward, nn.CrossEntropyLoss.forward
+
+    def note_soft(loss: SoftTargetCrossEntropy, logits: Tensor, shares: Tensor) -> Tensor:
+        targets.append(shares)
+        value: Tensor = soft(loss, logits, shares)
+        return value
+
+    def note_hard(loss: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
+        targets.append(labels)
+        return hard(loss, logits, labels)
+
+    runs.setattr(SoftTargetCrossEntropy, "forward", note_soft)
+    runs.setattr(nn.CrossEntropyLoss, "forward", note_hard)
+    settings = ("training.mixup=0.4", "data.batch_size=9", "data.eval_batch_size=24", "epochs=3")
+    train(small_recipe(tmp_path, *settings), tmp_path / "run")
+    epoch = [*[(9, 10)] * 6, (2, 10), (24,)]
+    assert [tuple(target.shape) for target in targets] == epoch * 3
+    for shares in targets[:7]:
+        assert shares.sum(1).tolist() == pytest.approx([1.0] * len(shares))
+    mixed = torch.cat(targets[:7])
+    assert ((mixed > 0) & (mixed < 1)).any(1).sum() > 20
+
+
+# Compiled
 
 
 @pytest.mark.slow
-def test_the_quickstart_prunes_at_a_cost_of_at_most_a_percent(tmp_path):
-    def mean_top1(name: str, *overrides: str) -> float:
-        accuracies: list[float] = []
-        for seed in range(3):
-            settings = (*overrides, f"seed={seed}", "training.threads=2")
-            recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
-            train_on(recipe, tmp_path / f"{name}-{seed}")
-            accuracies.append(metrics_of(tmp_path / f"{name}-{seed}")[-1]["top1"])
-        return statistics.mean(accuracies)
-
-    pruned, dense = mean_top1("pruned"), mean_top1("dense", "pruning=none")
-    assert pruned >= 0.97
-    assert dense - pruned <= 0.01
+def test_a_compiled_run_trains_and_leaves_what_a_plain_one_does(runs, tmp_path):
+    settings = ("training.ema={decay: 0.7}", "data.batch_size=28", "epochs=3")
+    train_on(small_recipe(tmp_path, *settings), tmp_path / "plain")
+    recipe = small_recipe(tmp_path, *settings, "training.compile=true")
+    train_on(recipe, tmp_path / "compiled")
+    plain, compiled = exported(tmp_path / "plain"), exported(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    rows = (metrics_of(tmp_path / name) for name in ("plain", "compiled"))
+    for one, other in zip(*rows, strict=True):
+        assert one["sparsity"] == other["sparsity"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05)
+    metadata = read_metadata(tmp_path / "compiled" / "export" / "model.safetensors")
+    for name, entry in metadata["weights"].items():
+        assert entry["zeros"] == int((compiled[name] == 0).sum()) > 0
