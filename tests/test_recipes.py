@@ -104,6 +104,7 @@ def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     plan = plan_of(recipe, tmp_path / "run", capsys)
     parameters, images, updates = PLANS[path.stem]
     classes = recipe.model.num_classes
+    assert recipe.pruning != "none"
     assert f"  model      {recipe.model.name}, {parameters} parameters, {classes} classes\n" in plan
     assert f": {images} images to train on, " in plan
     assert f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era)}: {updates}\n" in plan
@@ -126,7 +127,7 @@ def test_every_run_of_the_shipped_tables_can_be_trained(tmp_path, capsys):
     for path in sorted((RECIPES / "tables").glob("*.yaml")):
         for run in load_table(path).runs:
             pruning = run.recipe.pruning
-            kind = "dense" if pruning == "none" else pruning.method
+            kind: str = "dense" if pruning == "none" else pruning.method
             kinds.setdefault((run.recipe_path.stem, kind), run.recipe)
     assert len(kinds) == 15
     for (_, kind), recipe in kinds.items():
