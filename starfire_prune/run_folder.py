@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "existing_part",
     "exported_file",
     "read_metrics",
+    "writing",
 ]
 
 
@@ -120,16 +122,33 @@ def begin_folder(
     write_text(_metrics_file(folder), "".join(json.dumps(row) + "\n" for row in done))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a write that fails within a run into RunError: a full disk's own error names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} can't be written: {error.strerror or error}; what was saved before is whole: "
+            f"make room and run the same command again"
+        ) from error
+
+
 # Metrics
 
 
 def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Add the object of an epoch to `metrics.jsonl`; numbers that are not finite become null."""
+    """Add the object of an epoch to `metrics.jsonl`; numbers that are not finite become null.
+
+    Raises:
+        RunError: if the disk is full.
+    """
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in metrics.items()
     }
-    with _metrics_file(folder).open("a", encoding="utf-8") as file:
+    path = _metrics_file(folder)
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite) + "\n")
         file.flush()
         os.fsync(file.fileno())

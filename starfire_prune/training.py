@@ -37,6 +37,7 @@ from starfire_prune.run_folder import (
     checkpoints_of,
     exported_file,
     read_metrics,
+    writing,
 )
 from starfire_prune.tracking import log_metrics, start_trackers
 
@@ -290,7 +291,8 @@ def _finish(run: Run) -> None:
     picture, exported = run.folder / "training.png", exported_file(run.folder)
     rows = read_metrics(run.folder)
     if run.accelerator.is_main_process:
-        plot_training(rows, picture, title=run.folder.name)
+        with writing(picture):
+            plot_training(rows, picture, title=run.folder.name)
     model, decay = run.model, None
     if run.average is not None:
         model, decay = run.average.module, run.average.decay

@@ -60,6 +60,11 @@ def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def setting(*overrides: str) -> list[str]:
+    """Overrides as arguments of `tools/train.py`."""
+    return [f"--set={override}" for override in overrides]
+
+
 def launch(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """`tools/train.py` as a process."""
     return start(sys.executable, ROOT / "tools" / "train.py", *arguments, **environment)

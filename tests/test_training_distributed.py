@@ -27,6 +27,7 @@ from tests.processes import (
     notes_of,
     output_of,
     same_exports,
+    setting,
     torchrun,
     wait_for_line,
 )
@@ -55,11 +56,6 @@ def runs() -> Iterator[pytest.MonkeyPatch]:
     """Runs of a second; a patch of what a test wants else."""
     with small_runs() as patch:
         yield patch
-
-
-def setting(*overrides: str) -> list[str]:
-    """Overrides as arguments of `tools/train.py`."""
-    return [f"--set={override}" for override in overrides]
 
 
 @pytest.fixture(scope="module")

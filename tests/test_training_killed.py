@@ -2,9 +2,12 @@
 
 import os
 import random
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from starfire_prune import Pruner, checkpoint, preparation, training
-from starfire_prune.checkpoint import CheckpointError
+from starfire_prune import Pruner, checkpoint, preparation, run_folder, training
+from starfire_prune.checkpoint import CheckpointError, load_checkpoint
+from starfire_prune.data import load_datasets
+from starfire_prune.preparation import create_accelerator, prepare_run
 from starfire_prune.recipe import Recipe
+from starfire_prune.run_folder import exported_file
 from starfire_prune.training import RunError, train
-from tests.processes import exported, launch, output_of, same_exports, wait_for_line
+from tests.processes import exported, launch, output_of, same_exports, setting, wait_for_line
 from tests.runs import (
     Moment,
     files_of,
@@ -32,6 +38,8 @@ from tests.runs import (
 )
 
 EPOCHS = 4
+# In the order in which they are written
+CHECKPOINT_FILES = ["model.safetensors", "optimizer.pt", "masks.safetensors", "state.json"]
 MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "within the epoch"]
 
 # Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
@@ -67,6 +75,9 @@ def unbroken(
         patch.setattr(checkpoint, "KEPT_CHECKPOINTS", EPOCHS)
         train(recipe, folder / "run")
     return recipe, folder / "run"
+
+
+on_digits = pytest.mark.parametrize("unbroken", ["sgd on digits"], indirect=True)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -293,23 +304,198 @@ def test_a_full_disk_costs_the_epoch_that_was_under_way(unbroken, runs, tmp_path
     assert metrics_of(run) == metrics_of(whole)
 
 
+# Real disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, "size=4m", "-t", "tmpfs", "tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def mount(disk: Path, options: str, *arguments: str) -> None:
+    command = ["mount", "-o", options, *arguments, str(disk)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs mount")
+    if done.returncode:
+        pytest.skip(f"can't mount a tmpfs: {done.stderr.strip()}")
+
+
+def fill(disk: Path, left: int = 0) -> None:
+    """Write a file that leaves so many pages of 4 KiB."""
+    with (disk / "filler").open("wb", buffering=0) as file:
+        with suppress(OSError):  # that no space is left
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - 4096 * left)
+
+
+def make_room(disk: Path) -> None:
+    mount(disk, "remount,size=8m")
+
+
+def assert_same_runs(run: Path, whole: Path) -> None:
+    """That a broken run has ended with what the unbroken one has left."""
+    assert metrics_of(run) == metrics_of(whole)
+    assert same_exports(run, whole)
+    last = max((whole / "checkpoints").iterdir())
+    assert files_of(run / "checkpoints" / last.name) == files_of(last)
+
+
+def assert_checkpoints_load(recipe: Recipe, run: Path) -> None:
+    """Load each checkpoint of a run, as resuming does it, which compares the files' hashes."""
+    new_process()
+    for checkpoint_of_epoch in (run / "checkpoints").glob("epoch-*"):
+        own = prepare_run(recipe, run, create_accelerator(recipe, run), fresh=False)
+        load_checkpoint(checkpoint_of_epoch, own.model, own.optimizer, own.pruner)
+
+
+@on_digits
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
+def test_a_disk_that_is_full_at_any_file_of_a_checkpoint_costs_one_epoch(
+    file, unbroken, small_disk, runs
+):
+    recipe, whole = unbroken
+    run, append = small_disk / "run", run_folder.append_metrics
+    files = list(map((whole / "checkpoints" / "epoch-0003").joinpath, CHECKPOINT_FILES))
+    left = sum(-(-path.stat().st_size // 4096) for path in files[: CHECKPOINT_FILES.index(file)])
+
+    def append_and_fill(folder: Path, metrics: Any) -> None:
+        append(folder, metrics)
+        if metrics["epoch"] == 2:
+            fill(small_disk, left)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "append_metrics", append_and_fill)
+        with pytest.raises(
+            CheckpointError,
+            match=r"epoch-0003 can't be written: .*No space left on device.*; what was saved "
+            r"before is whole: make room and run the same command again$",
+        ):
+            train_on(recipe, run)
+    assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
+    assert_checkpoints_load(recipe, run)
+    make_room(small_disk)
+    train_on(recipe, run)
+    assert_same_runs(run, whole)
+
+
+@on_digits
+@pytest.mark.parametrize("file", ["metrics.jsonl", "training.png"])
+def test_a_disk_that_is_full_at_the_metrics_or_the_picture_is_named(file, unbroken, small_disk):
+    recipe, whole = unbroken
+    run = small_disk / "run"
+    name = "append_metrics" if file == "metrics.jsonl" else "plot_training"
+    write = getattr(training, name)
+
+    def fill_and_write(*args: Any, **options: Any) -> None:
+        fill(small_disk)
+        write(*args, **options)
+
+    with small_runs(plot=True) as patch:
+        patch.setattr(training, name, fill_and_write)
+        with pytest.raises(RunError) as caught:
+            train_on(recipe, run)
+    assert str(caught.value) == (
+        f"{run}/{file} can't be written: No space left on device; what was saved before is whole: "
+        f"make room and run the same command again"
+    )
+    make_room(small_disk)
+    with small_runs():
+        train_on(recipe, run)
+    assert_same_runs(run, whole)
+
+
 @pytest.mark.slow
-def test_a_run_killed_by_a_signal_at_any_time_ends_with_the_same_bits(tmp_path):
-    root = make_photographs(tmp_path / "photographs", train=200)
-    arguments: list[str | Path] = [
-        write_recipe(tmp_path),
-        f"--set=data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
-        "--set=model.num_classes=2",
-    ]
-    output_of(launch(*arguments, "--output", tmp_path / "whole"))
-    broken, times = tmp_path / "broken", random.Random(0)
-    for _ in range(5):
-        process = launch(*arguments, "--output", broken)
-        wait_for_line(process, "epoch 1/4 ", f"resumed {broken} ")
-        time.sleep(times.uniform(0.0, 1.5))
+def test_the_command_tells_a_full_disk_and_goes_on_once_there_is_room(small_disk, runs, tmp_path):
+    runs.setattr(preparation, "load_datasets", load_datasets)
+    overrides = ("epochs=20", "pruning.era=[5, 15]", "data.batch_size=200")
+    recipe = small_recipe(tmp_path, *overrides)
+    arguments: list[str | Path] = [write_recipe(tmp_path), *setting(*overrides)]
+    whole, run = tmp_path / "whole", small_disk / "run"
+    output_of(launch(*arguments, "--output", whole))
+    process = launch(*arguments, "--output", run)
+    wait_for_line(process, "epoch 1/20 ")
+    fill(small_disk)
+    last = output_of(process, status=2).splitlines()[-1]
+    failed = re.fullmatch(
+        rf"train\.py: {re.escape(str(run))}/checkpoints/epoch-(\d{{4}}) can't be written: "
+        r".*No space left on device.*; what was saved before is whole: make room and run the same "
+        r"command again",
+        last,
+    )
+    assert failed
+    kept = [epoch for epoch in (int(failed[1]) - 2, int(failed[1]) - 1) if epoch]
+    assert sorted(os.listdir(run / "checkpoints")) == [f"epoch-{epoch:04d}" for epoch in kept]
+    assert_checkpoints_load(recipe, run)
+    make_room(small_disk)
+    output_of(launch(*arguments, "--output", run, "--resume"))
+    assert_same_runs(run, whole)
+
+
+# Real kills
+
+
+def half_written(run: Path) -> bool:
+    """Whether a checkpoint is being written or removed, or a kill has left one so."""
+    return any((run / "checkpoints").glob(".epoch-*"))
+
+
+def kill_after(process: subprocess.Popen[str], wait_s: float) -> bool:
+    """Kill a process and its children after a while; whether it still lived then."""
+    try:
+        output, _ = process.communicate(timeout=wait_s)
+    except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    output_of(launch(*arguments, "--output", broken, "--resume"))
-    assert metrics_of(broken) == metrics_of(tmp_path / "whole")
-    assert same_exports(broken, tmp_path / "whole")
-    assert files_of(broken / "checkpoints") == files_of(tmp_path / "whole" / "checkpoints")
+        return True
+    assert process.returncode == 0, output
+    return False
+
+
+def wait_for_a_save(process: subprocess.Popen[str], run: Path) -> None:
+    """Wait until a process writes a checkpoint, or ends."""
+    while process.poll() is None and not half_written(run):
+        time.sleep(0.0005)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_20_moments_of_its_life_ends_with_the_same_bits(runs, tmp_path):
+    """Of four kills of a run, three are at random moments and one is within a save."""
+    root = make_photographs(tmp_path / "photographs", train=40)
+    overrides = (
+        f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
+        "model.num_classes=2",
+        "epochs=12",
+        "pruning.era=[2, 10]",
+    )
+    recipe = small_recipe(tmp_path, *overrides)
+    arguments: list[str | Path] = [write_recipe(tmp_path), *setting(*overrides)]
+    whole, moments = tmp_path / "whole", random.Random(0)
+    began = time.perf_counter()
+    output_of(launch(*arguments, "--output", whole))
+    life_s = time.perf_counter() - began
+    run, kills, kills_within_a_save, ended = tmp_path / "run0", 0, 0, 0
+    while kills < 20:
+        process = launch(*arguments, "--output", run)
+        is_last = kills % 4 == 3
+        if is_last:
+            wait_for_a_save(process, run)
+        killed = kill_after(process, moments.uniform(0.0, 0.01 if is_last else life_s))
+        kills += killed
+        kills_within_a_save += half_written(run)
+        assert_checkpoints_load(recipe, run)
+        if killed and is_last and not exported_file(run).is_file():
+            output_of(launch(*arguments, "--output", run))
+        if exported_file(run).is_file():
+            assert_same_runs(run, whole)
+            ended += 1
+            run = tmp_path / f"run{ended}"
+    assert ended >= 5
+    assert kills_within_a_save >= 1
