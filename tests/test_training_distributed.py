@@ -3,12 +3,11 @@
 import json
 import math
 import os
-import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -85,21 +84,28 @@ def test_ranks_have_the_same_masks_after_every_update(two_ranks):
     assert len(set(hashes[2 * UPDATES - 1 :])) == 1
 
 
-@pytest.mark.slow
-def test_ranks_refuse_masks_that_differ_at_the_next_checkpoint(tmp_path):
-    arguments = (QUICKSTART, *setting(*ON_TWO), "--output", tmp_path / "run")
-    tampered = UPDATES + 5  # in the second epoch, the first of the era
-    output_of(torchrun(tmp_path, *arguments, TAMPER=str(tampered)), status=1)
-    one, other = (notes_of(tmp_path, rank, "update") for rank in range(2))
-    assert one[:tampered] == other[:tampered]
-    assert all(a[-1] != b[-1] for a, b in zip(one[tampered:], other[tampered:], strict=True))
+TAMPERED = UPDATES + 5  # the update after which rank 1 loses a weight, in the era's first epoch
+
+
+def assert_refused(folder: Path) -> None:
+    """That both ranks of a tampered run have ended with an error where epoch 2 would be saved."""
+    one, other = (notes_of(folder, rank, "update") for rank in range(2))
+    assert one[:TAMPERED] == other[:TAMPERED]
+    assert all(a[-1] != b[-1] for a, b in zip(one[TAMPERED:], other[TAMPERED:], strict=True))
     assert len(one) == len(other) == 2 * UPDATES
     for rank in range(2):
-        assert notes_of(tmp_path, rank, "error") == [
+        assert notes_of(folder, rank, "error") == [
             "the pruning masks of rank(s) 1 differ from those of rank 0: the ranks' weights have "
             "drifted apart"
         ]
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["epoch-0001"]
+    assert os.listdir(folder / "run" / "checkpoints") == ["epoch-0001"]
+
+
+@pytest.mark.slow
+def test_ranks_refuse_masks_that_differ_at_the_next_checkpoint(tmp_path):
+    arguments = (QUICKSTART, *setting(*ON_TWO), "--output", tmp_path / "run")
+    output_of(torchrun(tmp_path, *arguments, TAMPER=str(TAMPERED)), status=1)
+    assert_refused(tmp_path)
 
 
 @pytest.mark.slow
@@ -121,57 +127,73 @@ def test_ranks_are_sent_batch_norms_buffers_and_no_masks(two_ranks):
 @pytest.fixture
 def machines() -> Iterator[list[str]]:
     """Two network namespaces, joined by `link0`: 10.0.0.1 and 10.0.0.2."""
-    if shutil.which("ip") is None:
-        pytest.skip("needs iproute2 to make network namespaces")
     names = [f"starfire-{os.getpid()}-{number}" for number in range(2)]
     made: list[str] = []
     try:
         for name in names:
-            added = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-            if added.returncode:
-                pytest.skip(f"can't make network namespaces: {added.stderr.strip()}")
+            ip("netns", "add", name)
             made.append(name)
-        peer = ["link0", "netns", names[0], "type", "veth", "peer", "name", "link0"]
-        subprocess.run(["ip", "link", "add", *peer, "netns", names[1]], check=True)
+        link = ("link0", "netns", names[0], "type", "veth", "peer", "name", "link0")
+        ip("link", "add", *link, "netns", names[1])
         for number, name in enumerate(names):
-            address = f"10.0.0.{number + 1}/24"
-            for command in (
-                f"address add {address} dev link0",
-                "link set link0 up",
-                "link set lo up",
-            ):
-                subprocess.run(["ip", "-netns", name, *command.split()], check=True)
+            ip("-netns", name, "address", "add", f"10.0.0.{number + 1}/24", "dev", "link0")
+            ip("-netns", name, "link", "set", "link0", "up")
+            ip("-netns", name, "link", "set", "lo", "up")
         yield names
     finally:
         for name in made:
-            left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-            for process in left.stdout.split():
-                os.kill(int(process), 9)
-            subprocess.run(["ip", "netns", "delete", name], check=True)
+            for process in ip("netns", "pids", name).split():
+                os.kill(int(process), signal.SIGKILL)
+            ip("netns", "delete", name)
 
 
-def on_machine(machines: list[str], number: int, notes: Path, *arguments: Any) -> Any:
+def ip(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs iproute2 to make network namespaces")
+    if done.returncode:
+        pytest.skip(f"can't make network namespaces: {done.stderr.strip()}")
+    return done.stdout
+
+
+def on_machine(
+    machines: list[str], number: int, notes: Path, **environment: str
+) -> subprocess.Popen[str]:
+    """The quickstart's run on one of two machines, in `run` beside the notes."""
     options = ("--nnodes=2", f"--node_rank={number}", "--nproc_per_node=1")
     return torchrun(
         notes,
-        *arguments,
+        QUICKSTART,
+        *setting(*ON_TWO),
+        "--output",
+        notes / "run",
         options=(*options, "--master_addr=10.0.0.1", "--master_port=29500"),
         before=("ip", "netns", "exec", machines[number]),
         GLOO_SOCKET_IFNAME="link0",
+        **environment,
     )
 
 
 @pytest.mark.slow
 def test_two_machines_train_with_the_masks_of_two_processes(machines, two_ranks, tmp_path):
-    arguments = (QUICKSTART, *setting(*ON_TWO), "--output", tmp_path / "run")
-    processes = [on_machine(machines, number, tmp_path, *arguments) for number in range(2)]
-    for process in processes:
+    for process in [on_machine(machines, number, tmp_path) for number in range(2)]:
         output_of(process)
     for rank in range(2):
         for kind in ("update", "broadcast"):
             assert notes_of(tmp_path, rank, kind) == notes_of(two_ranks, rank, kind)
     assert metrics_of(tmp_path / "run") == metrics_of(two_ranks / "run")
     assert same_exports(tmp_path / "run", two_ranks / "run")
+
+
+@pytest.mark.slow
+def test_two_machines_refuse_masks_that_differ(machines, tmp_path):
+    processes = [
+        on_machine(machines, number, tmp_path, TAMPER=str(TAMPERED)) for number in range(2)
+    ]
+    for process in processes:
+        output_of(process, status=1)
+    assert_refused(tmp_path)
 
 
 # Resumed
