@@ -1,5 +1,6 @@
 """Training runs that meet with kills, full disks and skipped steps end as unbroken ones do."""
 
+import math
 import os
 import random
 import re
@@ -99,14 +100,21 @@ def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
 
 
 @pytest.fixture
-def overflowing(runs: pytest.MonkeyPatch) -> None:
-    """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
+def overflowing(request: pytest.FixtureRequest, runs: pytest.MonkeyPatch) -> str:
+    """A gradient scaler, and gradients that are too large for its first steps; the precision.
+
+    On a GPU (the parameter) it scales fp16; on the CPU, which has none, float32 as if it were so.
+    """
+    device = getattr(request, "param", "cpu")
     accelerator_of, loss_of = preparation.create_accelerator, nn.CrossEntropyLoss.forward
 
     def scaled(recipe: Recipe, folder: Path) -> Accelerator:
         accelerator = accelerator_of(recipe, folder)
         accelerator.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=2.0**127, backoff_factor=0.1, growth_interval=3
+            device,
+            init_scale=2.0**127 if device == "cpu" else 2.0**30,
+            backoff_factor=0.1,
+            growth_interval=3,
         )
         return accelerator
 
@@ -115,24 +123,61 @@ def overflowing(runs: pytest.MonkeyPatch) -> None:
 
     runs.setattr(training, "create_accelerator", scaled)
     runs.setattr(nn.CrossEntropyLoss, "forward", large)
+    if device == "cpu":
+        return "no"
+    runs.delenv("ACCELERATE_USE_CPU")
+    return "fp16"
 
 
-@pytest.mark.usefixtures("overflowing")
-def test_steps_that_a_gradient_scaler_skips_are_no_updates(runs, tmp_path):
-    steps: list[bool] = []
+@pytest.fixture
+def noted_steps(runs: pytest.MonkeyPatch) -> list[tuple[bool, str, float]]:
+    """Of every step of the pruner, whether it was an update, the phase and the threshold."""
+    noted: list[tuple[bool, str, float]] = []
     step = Pruner.step
 
     def note(pruner: Pruner, updated: bool = True) -> None:
-        steps.append(updated)
         step(pruner, updated)
+        noted.append((updated, pruner.phase, pruner.threshold))
 
     runs.setattr(Pruner, "step", note)
-    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+    return noted
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+scaled_devices = pytest.mark.parametrize(
+    "overflowing", ["cpu", pytest.param("cuda", marks=needs_a_gpu)], indirect=True
+)
+
+
+@scaled_devices
+def test_steps_that_a_gradient_scaler_skips_are_no_updates(overflowing, noted_steps, tmp_path):
+    precision = f"training={{threads: 1, mixed_precision: '{overflowing}'}}"
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5", precision)
     train(recipe, tmp_path / "run")
-    assert 0 < steps.index(True) < 12
+    updated = [is_update for is_update, _, _ in noted_steps]
+    assert 0 < updated.index(True) < 12
+    for steps, (_, _, threshold) in enumerate(noted_steps, start=1):
+        assert threshold == pytest.approx(0.6 * sum(updated[:steps]) / 16)
     thresholds = [row["threshold"] for row in metrics_of(tmp_path / "run")]
-    done = [sum(steps[:end]) for end in (4, 8, 12)]
+    done = [sum(updated[:end]) for end in (4, 8, 12)]
     assert thresholds == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
+
+
+@scaled_devices
+def test_skipped_steps_leave_the_end_of_the_era_exact(overflowing, noted_steps, tmp_path):
+    precision = f"training={{threads: 1, mixed_precision: '{overflowing}'}}"
+    recipe = small_recipe(tmp_path, "pruning.era=[0, 3]", "optimizer.lr=5.0e-5", precision)
+    train(recipe, tmp_path / "run")
+    assert not all(is_update for is_update, _, _ in noted_steps[:12])
+    assert [phase for _, phase, _ in noted_steps[11:]] == ["era", *["fixed"] * 4]
+    assert noted_steps[11][2] < 0.6  # the schedule was short of it
+    rows = metrics_of(tmp_path / "run")
+    assert [row["threshold"] for row in rows[2:]] == [0.6, 0.6]
+    for name, weight in exported(tmp_path / "run").items():
+        if weight.ndim == 4:
+            gone = ~weight.flatten(2).any(2)
+            asked = math.floor(0.6 * weight.shape[0] + 0.5)
+            assert gone.sum(0).tolist() == [asked] * weight.shape[1], name
 
 
 @pytest.mark.usefixtures("overflowing")
@@ -442,9 +487,13 @@ def test_the_command_tells_a_full_disk_and_goes_on_once_there_is_room(small_disk
 # Real kills
 
 
-def half_written(run: Path) -> bool:
-    """Whether a checkpoint is being written or removed, or a kill has left one so."""
-    return any((run / "checkpoints").glob(".epoch-*"))
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written or removed, or that a kill has left so, and since when."""
+    found = set()
+    for path in (run / "checkpoints").glob(".epoch-*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def kill_after(process: subprocess.Popen[str], wait_s: float) -> bool:
@@ -452,16 +501,17 @@ def kill_after(process: subprocess.Popen[str], wait_s: float) -> bool:
     try:
         output, _ = process.communicate(timeout=wait_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return True
-    assert process.returncode == 0, output
-    return False
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), output
+    return process.returncode != 0
 
 
 def wait_for_a_save(process: subprocess.Popen[str], run: Path) -> None:
     """Wait until a process writes a checkpoint, or ends."""
-    while process.poll() is None and not half_written(run):
+    left = half_written(run)
+    while process.poll() is None and not half_written(run) - left:
         time.sleep(0.0005)
 
 
@@ -483,13 +533,19 @@ def test_a_run_killed_at_20_moments_of_its_life_ends_with_the_same_bits(runs, tm
     life_s = time.perf_counter() - began
     run, kills, kills_within_a_save, ended = tmp_path / "run0", 0, 0, 0
     while kills < 20:
+        assert ended < 20, "runs end before they are killed"
+        left, is_last = half_written(run), kills % 4 == 3
         process = launch(*arguments, "--output", run)
-        is_last = kills % 4 == 3
         if is_last:
             wait_for_a_save(process, run)
-        killed = kill_after(process, moments.uniform(0.0, 0.01 if is_last else life_s))
+            wait_s = 0.0025 * (kills // 4)  # a save takes about 10 ms
+        else:
+            wait_s = moments.uniform(0.0, life_s)
+        killed = kill_after(process, wait_s)
         kills += killed
-        kills_within_a_save += half_written(run)
+        if not killed:  # resumed runs are shorter, and the machine may be faster now
+            life_s *= 0.8
+        kills_within_a_save += bool(half_written(run) - left)
         assert_checkpoints_load(recipe, run)
         if killed and is_last and not exported_file(run).is_file():
             output_of(launch(*arguments, "--output", run))
