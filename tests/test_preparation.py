@@ -129,10 +129,10 @@ def test_an_optimizer_without_its_package_is_refused_in_a_sentence(refusal):
 
 def test_an_optimizer_takes_a_list_of_parameters_as_it_takes_a_model():
     weight = nn.Parameter(torch.zeros(3, 2))
-    settings = Optimizer(name="adamw", lr=0.5, weight_decay=0.25, options={"betas": [0.5, 0.75]})
+    settings = Optimizer(name="adamw", lr=0.5, weight_decay=0.25, options={"eps": 0.125})
     (group,) = create_optimizer(settings, [weight]).param_groups
     assert group["params"] == [weight]
-    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.5, 0.75))
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.5, 0.25, 0.125)
 
 
 # Launches
@@ -265,7 +265,7 @@ def test_timms_weights_without_a_network_are_refused_in_a_sentence(refusal, runs
     def fail(*args: object, **options: object) -> None:
         raise OSError("We couldn't connect to\n'https://huggingface.co'")
 
-    runs.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    runs.setattr("timm.models._builder.load_pretrained", fail)
     assert refusal("model={name: resnet18.a1_in1k, num_classes: 10, pretrained: true}") == (
         "model.pretrained: timm's weights of resnet18.a1_in1k can't be downloaded (We couldn't "
         "connect to 'https://huggingface.co'): give a safetensors file"
