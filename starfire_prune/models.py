@@ -110,7 +110,7 @@ def create_pretrained(
         model = create_model(name, num_classes, pretrained=True, **options)
     except (OSError, RuntimeError) as error:  # without a network, or without weights
         raise PretrainedError(
-            f"timm's weights of {name} can't be downloaded "
+            f"timm's weights of {name} can't be had "
             f"({textwrap.shorten(str(error), 200, placeholder=' …')}): give a safetensors file"
         ) from error
     trained_classes = model.pretrained_cfg["num_classes"]  # type: ignore[index]
@@ -192,14 +192,18 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
         The model, randomly initialised as timm does.
 
     Raises:
-        ValueError: If pretrained weights or an option that moves the strides is asked for.
+        PretrainedError: If pretrained weights are asked for.
+        ValueError: If an option that moves the strides is given.
 
     Example:
         >>> resnet50_v1(num_classes=10).layer2[0].conv1.stride
         (2, 2)
     """
     if pretrained:
-        raise ValueError("resnet50_v1 has no pretrained weights: use pretrained=False")
+        raise PretrainedError(
+            "resnet50_v1 has no pretrained weights: give a safetensors file, or use "
+            "pretrained=False"
+        )
     return build_model_with_cfg(_build_resnet50_v1, "resnet50_v1", pretrained, **options)  # type: ignore[no-any-return]
 
 

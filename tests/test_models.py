@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from starfire_prune.models import (
     PretrainedError,
@@ -73,6 +74,17 @@ def test_v1_has_the_parameters_of_the_published_network(v1):
     assert sum(parameter.numel() for parameter in v1.parameters()) == 25_557_032
 
 
+@pytest.mark.parametrize(
+    ("name", "multiplications"), [("resnet50_v1", 3_857_973_248), ("resnet50", 4_089_184_256)]
+)
+def test_v1_multiplies_less_than_timms_resnet50(name, multiplications):
+    """He et al. (2015) give 3.8 billion; v1.5 has the 3x3 of a stage's start at twice the size."""
+    model = create_model(name, num_classes=1000).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == 2 * multiplications
+
+
 def test_v1_exchanges_weights_with_timms_resnet50(v1, v15):
     assert list(shapes(v1).items()) == list(shapes(v15).items())
 
@@ -130,7 +142,8 @@ def test_options_reach_the_model(model_name):
         ({"aa_layer": nn.AvgPool2d}, f"aa_layer (={nn.AvgPool2d!r}) of resnet50_v1 must be None"),
         (
             {"pretrained": True},
-            "resnet50_v1 has no pretrained weights: use pretrained=False",
+            "resnet50_v1 has no pretrained weights: give a safetensors file, or use "
+            "pretrained=False",
         ),
     ],
 )
@@ -263,7 +276,7 @@ def test_weights_that_cannot_be_downloaded_are_refused(error, monkeypatch):
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
     reason = str(error).replace("\n", " ")
     assert refusal_of(create_pretrained, "test_resnet", 3) == (
-        f"timm's weights of test_resnet can't be downloaded ({reason}): give a safetensors file"
+        f"timm's weights of test_resnet can't be had ({reason}): give a safetensors file"
     )
 
 

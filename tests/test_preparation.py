@@ -267,14 +267,17 @@ def test_timms_weights_without_a_network_are_refused_in_a_sentence(refusal, runs
 
     runs.setattr("timm.models._builder.load_pretrained", fail)
     assert refusal("model={name: resnet18.a1_in1k, num_classes: 10, pretrained: true}") == (
-        "model.pretrained: timm's weights of resnet18.a1_in1k can't be downloaded (We couldn't "
+        "model.pretrained: timm's weights of resnet18.a1_in1k can't be had (We couldn't "
         "connect to 'https://huggingface.co'): give a safetensors file"
     )
 
 
 def test_timms_weights_of_a_model_without_any_are_refused(refusal):
     sentence = refusal("model={name: resnet50_v1, num_classes: 10, pretrained: true}")
-    assert sentence == "resnet50_v1 has no pretrained weights: use pretrained=False"
+    assert sentence == (
+        "model.pretrained: resnet50_v1 has no pretrained weights: give a safetensors file, or use "
+        "pretrained=False"
+    )
 
 
 # Losses and mixing
