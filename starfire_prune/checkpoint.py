@@ -26,12 +26,13 @@ from torch import Tensor, distributed, nn
 
 from starfire_prune.files import replaced_file, replaced_folder
 from starfire_prune.layers import clean_name, prunable_layers, unwrap
-from starfire_prune.report import effective_weight
+from starfire_prune.report import effective_weight, measure_sparsity
 
 if TYPE_CHECKING:
     from starfire_prune.engine import Pruner
 
 __all__ = [
+    "KEPT_CHECKPOINTS",
     "CheckpointError",
     "export_weights",
     "latest_checkpoint",
@@ -41,7 +42,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-_KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2
 _METADATA_KEY = "starfire_prune"
 # What json, safetensors, torch and optimizers raise for files that are damaged or of another model
 _DAMAGE = (
@@ -68,6 +69,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     pruner: Pruner | None = None,
     extra: Mapping[str, Any] | None = None,
+    average: nn.Module | None = None,
 ) -> Path:
     """Write `folder/epoch-NNNN` and remove all but the last two checkpoints.
 
@@ -80,6 +82,7 @@ def save_checkpoint(
         optimizer: built from it.
         pruner: of the model.
         extra: plain numbers and strings to keep along.
+        average: of the model's weights, which the pruner mirrors.
 
     Raises:
         RuntimeError: from `pruner.check()`: nothing is written then.
@@ -93,6 +96,8 @@ def save_checkpoint(
     state: dict[str, Any] = {"epoch": epoch, "extra": dict(extra or {}), "pruner": None}
     with _writing(path), replaced_folder(path) as temporary:
         save_model(unwrap(model), str(temporary / "model.safetensors"))
+        if average is not None:
+            save_model(average, str(temporary / "average.safetensors"))
         with (temporary / "optimizer.pt").open("wb") as file:
             torch.save(optimizer.state_dict(), file)
         if pruner is not None:
@@ -109,7 +114,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, pruner: Pruner | None = None
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pruner: Pruner | None = None,
+    average: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote; the result holds `epoch` and `extra`.
 
@@ -135,6 +144,9 @@ def load_checkpoint(
             _restore_pruner(pruner, {**saved, "masks": masks}, path)
     with _reading(path / "model.safetensors") as file:
         load_model(unwrap(model), file)
+    if average is not None:
+        with _reading(path / "average.safetensors") as file:
+            load_model(average, file)
     with _reading(path / "optimizer.pt"):
         optimizer.load_state_dict(optimizer_state)
     return state
@@ -171,12 +183,23 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -> None:
+def export_weights(
+    path: Path,
+    model: nn.Module,
+    pruner: Pruner | None = None,
+    average_decay: float | None = None,
+) -> None:
     """Write a safetensors file with plain keys, that a fresh timm model loads strictly.
 
     Its metadata holds, as JSON under `starfire_prune`, the method, amount and era, and for each
     pruned weight the method, the target, the zeros and the size. Call it on every rank: the ranks'
     masks are compared, and rank 0 writes.
+
+    Args:
+        path: of the file.
+        model: that the pruner prunes, or mirrors.
+        pruner: None for a dense model.
+        average_decay: noted where the model is a moving average of the weights.
 
     Raises:
         RuntimeError: if a pruned weight is not zero.
@@ -186,7 +209,7 @@ def export_weights(path: Path, model: nn.Module, pruner: Pruner | None = None) -
         pruner.check()
     if not _is_writer():
         return
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner))}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner, average_decay))}
     with _writing(path), replaced_file(path) as temporary:
         save_file(plain_state_dict(model), str(temporary), metadata=metadata)
 
@@ -206,16 +229,20 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return content
 
 
-def _metadata(model: nn.Module, pruner: Pruner | None) -> dict[str, Any]:
+def _metadata(
+    model: nn.Module, pruner: Pruner | None, average_decay: float | None
+) -> dict[str, Any]:
+    average = {} if average_decay is None else {"average_decay": average_decay}
     if pruner is None:
-        return {"format_version": 1, "method": None, "weights": {}}
-    sparsity = pruner.sparsity()
+        return {"format_version": 1, "method": None, **average, "weights": {}}
+    sparsity = measure_sparsity(model, pruner.layers)
     return {
         "format_version": 1,
         "method": pruner.pruning.method,
         "amount": pruner.pruning.amount,
         "era": list(pruner.pruning.era),
         "phase": pruner.phase,
+        **average,
         "weights": {
             f"{name}.weight": {
                 "method": layer.method,
@@ -237,7 +264,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _remove_old(folder: Path) -> None:
     """Keep the last two checkpoints, and nothing that a kill has left half written or removed."""
-    for path in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
+    for path in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         hidden = path.with_name(f".{path.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)  # at once out of sight: a checkpoint is never half there

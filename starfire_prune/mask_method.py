@@ -153,6 +153,10 @@ class MaskMethod(prune.BasePruningMethod):
             TypeError, ValueError: for an amount or options that don't fit the shape.
         """
 
+    def locales(self, shape: torch.Size) -> int:
+        """In how many locales the units of a weight of this shape compete: one, the layer."""
+        return 1
+
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, as `prune.remove` does, in the parameter's own memory."""
         name = self._tensor_name

@@ -63,6 +63,9 @@ class WindowStructured(MaskMethod):
         size = math.prod(shape if self.spread else shape[2:])
         return ((masks.count(self.amount, size), size),)
 
+    def locales(self, shape: torch.Size) -> int:
+        return 1 if self.spread else math.prod(shape[:2])
+
 
 class CKStructured(MaskMethod):
     """Prune whole kernels by their largest magnitude; see `masks.ck_mask`."""
@@ -99,6 +102,9 @@ class CKStructured(MaskMethod):
         )
         return ((masks.count(self.amount, size), size),)
 
+    def locales(self, shape: torch.Size) -> int:
+        return 1 if self.scope == "layer" else shape[1] * self.groups
+
 
 class IntraStructured(MaskMethod):
     """Prune kernels and the weights inside those that stay; see `masks.intra_mask`."""
@@ -133,6 +139,9 @@ class IntraStructured(MaskMethod):
         _, kernel_amount = masks.intra_shares(self.amount, self.share)
         total = shape.numel()
         return (masks.count(kernel_amount, size), size), (masks.count(self.amount, total), total)
+
+    def locales(self, shape: torch.Size) -> int:
+        return 1 if self.scope == "layer" else shape[1] * self.groups
 
 
 class FCBlock(MaskMethod):

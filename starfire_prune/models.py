@@ -7,9 +7,14 @@ timm's ``resnet50`` is version 1.5: the first block of a stage strides in its 3Ã
 from __future__ import annotations
 
 import difflib
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 try:
     import timm
@@ -22,7 +27,7 @@ except ModuleNotFoundError as error:
         f"models need {package}: pip install 'starfire-prune[train]'", name=error.name
     ) from error
 
-__all__ = ["create_model", "resnet50_v1"]
+__all__ = ["PretrainedError", "create_model", "create_pretrained", "load_weights", "resnet50_v1"]
 
 # Read by register_model, which looks for this name
 default_cfgs = generate_default_cfgs(
@@ -40,6 +45,10 @@ default_cfgs = generate_default_cfgs(
         }
     }
 )
+
+
+class PretrainedError(ValueError):
+    """Weights to start from that can't be had or don't fit; the message says why in a sentence."""
 
 
 def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -70,6 +79,107 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     return model
 
 
+def create_pretrained(
+    name: str, num_classes: int, file: Path | None = None, **options: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Create a model with weights that were trained before.
+
+    Args:
+        name: As for `create_model`; its tag chooses among timm's weights.
+        num_classes: Outputs of the classifier, which is left freshly initialised where the weights
+            are of another number of classes.
+        file: A safetensors file with the model's keys; by default timm's weights are downloaded.
+        **options: Passed to the model.
+
+    Returns:
+        The model in training mode, and the keys that are freshly initialised.
+
+    Raises:
+        PretrainedError: If the weights can't be had, or don't fit but for the classifier.
+        ValueError: If there is no model, or no tag, of this name.
+
+    Example:
+        >>> model, fresh = create_pretrained("resnet18", 10)  # doctest: +SKIP
+        >>> fresh  # doctest: +SKIP
+        ('fc.weight', 'fc.bias')
+    """
+    if file is not None:
+        model = create_model(name, num_classes, **options)
+        return model, load_weights(model, file)
+    try:
+        model = create_model(name, num_classes, pretrained=True, **options)
+    except (OSError, RuntimeError) as error:  # without a network, or without weights
+        raise PretrainedError(
+            f"timm's weights of {name} can't be had "
+            f"({textwrap.shorten(str(error), 200, placeholder=' â€¦')}): give a safetensors file"
+        ) from error
+    trained_classes = model.pretrained_cfg["num_classes"]  # type: ignore[index]
+    return model, () if trained_classes == num_classes else _classifier_keys(model)
+
+
+def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
+    """Load a safetensors file of plain keys, but a classifier of another number of classes.
+
+    Args:
+        model: Of timm, dense, in any state.
+        file: Such as the export of a run; it has to hold every other key in the model's shape.
+
+    Returns:
+        The keys of the classifier that are left as they were; none where its shape is the same.
+
+    Raises:
+        PretrainedError: If there is no such file, it is no safetensors file, or it doesn't fit.
+    """
+    weights = _read_weights(file)
+    own = model.state_dict()
+    misshapen = [key for key in own if key in weights and weights[key].shape != own[key].shape]
+    classifier = _classifier_keys(model)
+    fresh = classifier if set(misshapen) & set(classifier) else ()
+    _check_keys(file, own, {key: weights[key] for key in weights if key not in fresh}, fresh)
+    model.load_state_dict({**own, **{key: weights[key] for key in own if key not in fresh}})
+    return fresh
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise PretrainedError(f"there is no file {file}")
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(
+            f"{file} is no whole safetensors file ({error}): restore it, or convert it by "
+            f"safetensors.torch.save_file"
+        ) from error
+
+
+def _check_keys(
+    file: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor], fresh: Iterable[str]
+) -> None:
+    shared = [key for key in own if key in weights]
+    differing = [key for key in shared if weights[key].shape != own[key].shape]
+    shapes = [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in differing]
+    problems = {
+        "lacks": [key for key in own if key not in weights and key not in fresh],
+        "also holds": [key for key in weights if key not in own],
+        "has other shapes:": shapes,
+    }
+    told = [f"{what} {_few(keys)}" for what, keys in problems.items() if keys]
+    if told:
+        raise PretrainedError(f"{file} is of another model: it {' and '.join(told)}")
+
+
+def _few(keys: list[str], most: int = 3) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest
+
+
+def _classifier_keys(model: nn.Module) -> tuple[str, ...]:
+    """The keys of timm's classifier, which its configuration names, one or several."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return tuple(key for key in model.state_dict() if key.startswith(prefixes))
+
+
 def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
     """Build ResNet-50 v1, whose weights have the names and shapes of timm's ``resnet50``.
 
@@ -82,14 +192,18 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
         The model, randomly initialised as timm does.
 
     Raises:
-        ValueError: If pretrained weights or an option that moves the strides is asked for.
+        PretrainedError: If pretrained weights are asked for.
+        ValueError: If an option that moves the strides is given.
 
     Example:
         >>> resnet50_v1(num_classes=10).layer2[0].conv1.stride
         (2, 2)
     """
     if pretrained:
-        raise ValueError("resnet50_v1 has no pretrained weights: use pretrained=False")
+        raise PretrainedError(
+            "resnet50_v1 has no pretrained weights: give a safetensors file, or use "
+            "pretrained=False"
+        )
     return build_model_with_cfg(_build_resnet50_v1, "resnet50_v1", pretrained, **options)  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from starfire_prune.layers import layer_weight, prunable_layers
 
-__all__ = ["LayerSparsity", "Sparsity", "effective_weight", "format_table", "measure_sparsity"]
+__all__ = [
+    "LayerSparsity",
+    "Sparsity",
+    "effective_weight",
+    "format_columns",
+    "format_table",
+    "measure_sparsity",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +124,37 @@ def format_table(sparsity: Sparsity) -> str:
         )
         for layer in sparsity.layers
     ]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, tuple("-" * width for width in widths), *rows]
-    ]
+    lines = [format_columns(header, rows, left=3)]
     lines.append(
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"
     )
     return "\n".join(lines)
+
+
+def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lines of a table: its header, a rule and the rows, in columns two spaces apart.
+
+    Args:
+        header: of each column.
+        rows: a cell a column.
+        left: so many columns are aligned to the left, the others to the right.
+
+    Example:
+        >>> print(format_columns(("run", "top1"), [("ck", "75.33")]))
+        run   top1
+        ---  -----
+        ck   75.33
+    """
+    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, rule, *rows]
+    )
 
 
 def _measured(name: str, module: nn.Module, selected: bool) -> LayerSparsity:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from starfire_prune.recipe import Recipe, RecipeError, differing_keys, load_recipe
+from starfire_prune.report import format_columns
+from starfire_prune.run_folder import RunError, exported_file, read_metrics
 from starfire_prune.tables import Column, Run, Table
 
 __all__ = ["RunResult", "format_results", "read_result"]
@@ -107,15 +108,13 @@ def read_result(run: Run, output: Path) -> RunResult:
         return RunResult(run)
     try:
         differing = _differing(load_recipe(folder / "recipe.yaml"), run.recipe)
-        metrics = _read_metrics(folder / "metrics.jsonl")
-    except (RecipeError, OSError) as error:
+        metrics = {row["epoch"] + 1: row for row in read_metrics(folder)}
+    except (RecipeError, RunError, OSError) as error:
         return RunResult(run, problem=str(error).splitlines()[0])
-    except (LookupError, TypeError, ValueError) as error:
-        return RunResult(run, problem=f"{folder / 'metrics.jsonl'} is damaged: {error}")
     if differing:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in differing)
         return RunResult(run, problem=f"{folder} holds the run of another recipe ({listed})")
-    return RunResult(run, metrics, (folder / "export" / "model.safetensors").is_file())
+    return RunResult(run, metrics, exported_file(folder).is_file())
 
 
 def format_results(table: Table, results: Sequence[RunResult]) -> str:
@@ -149,15 +148,7 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
         for name, seeds in by_name.items()
     ]
     problems = [f"{result.run.folder}: {result.problem}" for result in results if result.problem]
-    return "\n".join([table.title, "", *_aligned([header, *rows]), *problems])
-
-
-def _read_metrics(path: Path) -> Metrics:
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill cuts the last short
-    return {int(row["epoch"]) + 1: row for row in rows}
+    return "\n".join([table.title, "", format_columns(header, rows), *problems])
 
 
 def _number(value: object) -> float | None:
@@ -212,15 +203,3 @@ def _mean(values: Sequence[float], seeds: int, digits: int) -> str:
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.{digits}f}"
     return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [rows[0], rule, *rows[1:]]
-    ]

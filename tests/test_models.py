@@ -1,15 +1,33 @@
+"""Models by their names, ResNet-50 v1, and weights to start from."""
+
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from starfire_prune.models import create_model, resnet50_v1
+from starfire_prune.models import (
+    PretrainedError,
+    create_model,
+    create_pretrained,
+    load_weights,
+    resnet50_v1,
+)
+
+CLASSIFIERS = {
+    "test_resnet": ("fc.weight", "fc.bias"),
+    "test_efficientnet": ("classifier.weight", "classifier.bias"),
+    "mobilenetv2_035": ("classifier.weight", "classifier.bias"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +72,17 @@ def test_v1_differs_from_timms_resnet50_in_these_strides_alone(v1, v15):
 
 def test_v1_has_the_parameters_of_the_published_network(v1):
     assert sum(parameter.numel() for parameter in v1.parameters()) == 25_557_032
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplications"), [("resnet50_v1", 3_857_973_248), ("resnet50", 4_089_184_256)]
+)
+def test_v1_multiplies_less_than_timms_resnet50(name, multiplications):
+    """He et al. (2015) give 3.8 billion; v1.5 has the 3x3 of a stage's start at twice the size."""
+    model = create_model(name, num_classes=1000).to("meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == 2 * multiplications
 
 
 def test_v1_exchanges_weights_with_timms_resnet50(v1, v15):
@@ -113,7 +142,8 @@ def test_options_reach_the_model(model_name):
         ({"aa_layer": nn.AvgPool2d}, f"aa_layer (={nn.AvgPool2d!r}) of resnet50_v1 must be None"),
         (
             {"pretrained": True},
-            "resnet50_v1 has no pretrained weights: use pretrained=False",
+            "resnet50_v1 has no pretrained weights: give a safetensors file, or use "
+            "pretrained=False",
         ),
     ],
 )
@@ -162,3 +192,132 @@ def test_without_timm_the_import_says_what_to_install():
     assert done.stderr.endswith(
         "ModuleNotFoundError: models need timm: pip install 'starfire-prune[train]'\n"
     )
+
+
+# Weights to start from
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The weights of a model of three classes."""
+    path = tmp_path / "weights.safetensors"
+    save_file(state_of("test_resnet", 3), path)
+    return path
+
+
+def state_of(name: str, num_classes: int) -> dict[str, Tensor]:
+    return create_model(name, num_classes).state_dict()
+
+
+def refusal_of(call: Callable[..., object], *arguments: Any) -> str:
+    """The sentence of the PretrainedError."""
+    with pytest.raises(PretrainedError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_loading_gives_the_model_every_weight_of_the_file(file):
+    model = create_model("test_resnet", 3)
+    saved = load_file(file)
+    assert load_weights(model, file) == ()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_of_other_classes_is_left_as_it_was(name, tmp_path):
+    saved, model = state_of(name, 5), create_model(name, 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file(saved, tmp_path / "weights.safetensors")
+    fresh = load_weights(model, tmp_path / "weights.safetensors")
+    assert fresh == CLASSIFIERS[name]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key in fresh else saved[key])
+
+
+def test_weights_keep_the_type_of_the_model(file):
+    save_file({key: value.half() for key, value in state_of("test_resnet", 3).items()}, file)
+    model = create_model("test_resnet", 3)
+    load_weights(model, file)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_create_pretrained_reads_a_file(file):
+    model, fresh = create_pretrained("test_resnet", 3, file)
+    saved = load_file(file)
+    assert fresh == ()
+    assert model.training
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("num_classes", "fresh"), [(1000, ()), (7, ("fc.weight", "fc.bias"))])
+def test_create_pretrained_tells_what_timm_has_not_loaded(num_classes, fresh, monkeypatch):
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        "timm.models._builder.load_pretrained", lambda *args, **options: asked.append(True)
+    )
+    _, keys = create_pretrained("test_resnet.r160_in1k", num_classes)
+    assert (asked, keys) == ([True], fresh)
+
+
+def test_options_reach_a_pretrained_model(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(create_model("test_resnet", 3, in_chans=1).state_dict(), path)
+    model: Any
+    model, _ = create_pretrained("test_resnet", 3, path, in_chans=1)
+    assert model.conv1[0].in_channels == 1
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("no weights")])
+def test_weights_that_cannot_be_downloaded_are_refused(error, monkeypatch):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
+    reason = str(error).replace("\n", " ")
+    assert refusal_of(create_pretrained, "test_resnet", 3) == (
+        f"timm's weights of test_resnet can't be had ({reason}): give a safetensors file"
+    )
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    model = create_model("test_resnet", 3)
+    sentence = refusal_of(load_weights, model, tmp_path / "none.safetensors")
+    assert sentence == f"there is no file {tmp_path}/none.safetensors"
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "another format"])
+def test_a_file_that_is_no_whole_safetensors_file_is_refused(damage, file):
+    content = {"cut short": file.read_bytes()[:-100], "empty": b"", "another format": b"PK" * 50}
+    file.write_bytes(content[damage])
+    sentence = refusal_of(load_weights, create_model("test_resnet", 3), file)
+    assert sentence.startswith(f"{file} is no whole safetensors file (")
+    assert sentence.endswith("): restore it, or convert it by safetensors.torch.save_file")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"fc.bias": None}, "lacks fc.bias"),
+        ({"more": torch.zeros(1)}, "also holds more"),
+        (
+            {"conv1.0.weight": torch.zeros(2)},
+            "has other shapes: conv1.0.weight (2,) for (16, 3, 3, 3)",
+        ),
+        (
+            {"bn1.bias": None, "more": torch.zeros(1)},
+            "lacks bn1.bias and also holds more",
+        ),
+        (
+            {f"more{index}": torch.zeros(1) for index in range(5)},
+            "also holds more0, more1, more2 and 2 more",
+        ),
+    ],
+)
+def test_a_file_of_another_model_is_refused_with_what_differs(change, fault, file):
+    state = {**state_of("test_resnet", 3), **change}
+    save_file({name: value for name, value in state.items() if value is not None}, file)
+    model = create_model("test_resnet", 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert refusal_of(load_weights, model, file) == f"{file} is of another model: it {fault}"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

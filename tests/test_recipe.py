@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from starfire_prune.recipe import (
+    Ema,
     Fc,
     Pruning,
     Recipe,
@@ -153,6 +154,20 @@ def test_root_expands_variables_and_home(file, monkeypatch):
     assert recipe.data.root == "/home/ada/imagenet/x"
 
 
+def test_pretrained_is_a_switch_or_a_file(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("RUN", "first")
+    settings = ("false", "true", "a.safetensors", "'~/${RUN}/model.safetensors'")
+    read = [load_recipe(file, [f"model.pretrained={value}"]).model.pretrained for value in settings]
+    assert read == [False, True, "a.safetensors", "/home/ada/first/model.safetensors"]
+    assert load_recipe(file).model.pretrained is False
+
+
+def test_an_average_has_timms_decay_unless_told_otherwise(file):
+    assert load_recipe(file).training.ema is None
+    assert load_recipe(file, ["training.ema={}"]).training.ema == Ema(decay=0.9999, warmup=False)
+
+
 def test_recipe_is_frozen(file):
     recipe = load_recipe(file)
     with pytest.raises(ValidationError, match="frozen"):
@@ -226,7 +241,8 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     (line,) = refusal_of(load_recipe, file)
     assert line == (
         f"{file}: training.speed: unknown key (got 3); the keys here are mixed_precision, "
-        "gradient_accumulation, clip_grad_norm, label_smoothing, channels_last, threads"
+        "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, "
+        "channels_last, compile, trackers, threads"
     )
 
 
@@ -271,6 +287,22 @@ def test_missing_key_says_what_it_is(file):
         ),
         ("pruning.include=[]", "must be a list of at least one (got [])"),
         ("data.root=/data", "has no effect with data digits (got '/data'); remove it"),
+        ("data.hflip=0.5", "has no effect with data digits (got 0.5); remove it"),
+        ("data.train_split=train", "has no effect with data digits (got 'train'); remove it"),
+        (
+            "data.name=digit",
+            "must be one of digits, folder, tiny_imagenet, hfds/…, wds/…, torch/… "
+            "(got 'digit'); did you mean digits?",
+        ),
+        ("model.pretrained=3", "must be true, false or a safetensors file (got 3, an int)"),
+        ("model.pretrained=''", "must be true, false or a safetensors file (got '', a str)"),
+        ("training.compile=1", "must be true or false (got 1, an int)"),
+        ("training.mixup=-0.1", "must be at least 0 (got -0.1)"),
+        ("training.cutmix=big", "must be a number (got 'big', a str)"),
+        ("training.ema=true", "must be a mapping (got True, a bool)"),
+        ("training.ema.decay=1.0", "must be below 1 (got 1.0)"),
+        ("training.ema.dekay=0.9", "unknown key (got 0.9); did you mean decay?"),
+        ("training.trackers=tensorboard", "must be a list (got 'tensorboard', a str)"),
     ],
 )
 def test_refused_value(file, setting, fault):
@@ -320,6 +352,13 @@ def test_milestone_outside_the_run(file):
     file.write_text(RECIPE.replace("[6, 8]", "[6, 10]"), encoding="utf-8")
     expected = f"{file}: lr_schedule.milestones.1: must be below epochs = 10 (got 10)"
     assert refusal_of(load_recipe, file) == [expected]
+
+
+def test_milestones_have_no_effect_on_a_cosine(file):
+    expected = (
+        "lr_schedule.milestones: has no effect with lr_schedule cosine (got [6, 8]); remove it"
+    )
+    assert refusal_of(load_recipe, file, ["lr_schedule.name=cosine"]) == [f"{file}: {expected}"]
 
 
 def test_folder_data_need_a_root(file):
@@ -506,6 +545,18 @@ SETTINGS: list[list[str]] = [
     [],
     ["pruning=none", "model.options={a: [1, {b: ~}], c: '1e-4', d: 'no', e: 1e-9, f: é}"],
     ["training={clip_grad_norm: 1.0, mixed_precision: bf16}", "data.eval_batch_size=1"],
+    [
+        "training={ema: {decay: 0.9, warmup: true}, mixup: 0.2, cutmix: 1.0, compile: true, "
+        "trackers: [tensorboard, wandb]}",
+        "model.pretrained=a.safetensors",
+        "lr_schedule={name: cosine, warmup_epochs: 2}",
+    ],
+    [
+        "data={name: hfds/some/set, batch_size: 1, train_split: 'train[:10%]', mean: [0, 0.5, 1], "
+        "std: [1, 1, 1], auto_augment: rand-m9-mstd0.5, random_erasing: 0.1, hflip: 0.0, "
+        "options: {input_key: img}}",
+        "model.pretrained=true",
+    ],
     ["pruning={method: window, amount: 0.5, era: [0, 1], pointwise: none, fc: none}"],
     ["pruning={method: window, amount: 0.5, era: [0, 1], spread: true, group: 2}"],
     ["pruning={method: inter, amount: 1.0, era: [0, 1], fc: {method: random}, seed: 3}"],
@@ -596,7 +647,7 @@ def test_schema_refuses(change):
 def test_schema_describes_every_field():
     schema = recipe_schema()
     sections = [schema, *(part for part in schema["$defs"].values() if "properties" in part)]
-    assert len(sections) == 9
+    assert len(sections) == 10
     assert all(field["description"] for part in sections for field in part["properties"].values())
 
 

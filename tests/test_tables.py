@@ -169,6 +169,23 @@ def test_all_tables_of_trained_networks_are_there():
 
 
 @pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("quickstart", {4: 0}),
+        ("table1", {35: 35}),
+        ("table2", {5: 7}),
+        ("table5", {10: 30}),
+        ("table6", {32: 32}),
+        ("table7", {32: 32}),
+        ("table8", {7: 7}),
+    ],
+)
+def test_table_has_as_many_runs_and_numbers_as_the_papers(name, numbers):
+    runs = shipped(name).runs
+    assert {len(runs): sum(len(run.paper) for run in runs)} == numbers
+
+
+@pytest.mark.parametrize(
     ("name", "run", "recipe"),
     [
         ("table1", "ck-start40-60", "resnet50_v15"),
@@ -297,13 +314,36 @@ def test_accuracies_of_table_8_are_those_of_table_1_and_its_improvements():
     assert paper_of("table8", "top1") == pytest.approx(expected, abs=ROUNDING)
 
 
-def test_paper_numbers_of_a_few_runs():
-    assert paper_of("table1", "top1")["ck-start40-60"] == 75.33
-    assert run_of(shipped("table2"), "dense").paper == {"epoch 90": 74.94}
-    both = {"epoch 90": 74.60, "epoch 100": 75.36}
-    assert run_of(shipped("table2"), "ck-start40-60").paper == both
-    window = {"top1": 52.09, "convergence": 40, "true sparsity": 69.0}
-    assert run_of(shipped("table5"), "window-60").paper == window
+@pytest.mark.parametrize(
+    ("name", "run", "paper"),
+    [
+        ("table1", "dense", {"top1": 76.29}),
+        ("table1", "ck-start40-40", {"top1": 75.82}),
+        ("table1", "ck-start40-60", {"top1": 75.33}),
+        ("table1", "window-start0-80", {"top1": 70.25}),
+        ("table1", "intra-start40-era30-70", {"top1": 75.14}),
+        ("table2", "dense", {"epoch 90": 74.94}),
+        ("table2", "ck-start40-60", {"epoch 90": 74.60, "epoch 100": 75.36}),
+        ("table2", "intra-start40-60", {"epoch 90": 74.68, "epoch 100": 75.37}),
+        ("table2", "window-start0-60", {"epoch 90": 74.78}),
+        ("table2", "ck-start30-80", {"epoch 100": 73.66}),
+        ("table5", "dense-window", {"top1": 52.03, "convergence": 40, "true sparsity": 1.0}),
+        ("table5", "window-60", {"top1": 52.09, "convergence": 40, "true sparsity": 69.0}),
+        ("table5", "window-80", {"top1": 51.16, "convergence": 36, "true sparsity": 84.0}),
+        ("table5", "dense-ck", {"top1": 51.84, "convergence": 31, "true sparsity": 2.1}),
+        ("table5", "ck-60", {"top1": 52.56, "convergence": 31, "true sparsity": 60.2}),
+        ("table6", "dense", {"top1": 75.25}),
+        ("table6", "intra-start20-80", {"top1": 72.22}),
+        ("table6", "window-start0-70", {"top1": 71.79}),
+        ("table7", "dense", {"gain": 1.04}),
+        ("table7", "ck-start20-80", {"gain": 0.30}),
+        ("table7", "window-start30-60", {"gain": 1.17}),
+        ("table8", "ck-start40-60", {"top1": 75.39}),
+        ("table8", "window-start0-60", {"top1": 73.89}),
+    ],
+)
+def test_paper_numbers_of_a_run(name, run, paper):
+    assert run_of(shipped(name), run).paper == paper
 
 
 # What a table resolves to

@@ -1,6 +1,7 @@
 """tools/train.py: what it takes, and what it says where a run can't start or go on."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,15 @@ import pytest
 import torch
 
 from starfire_prune import training
-from tests.runs import make_photographs, metrics_of, small_runs, write_recipe
+from tests.runs import (
+    files_of,
+    make_photographs,
+    metrics_of,
+    small_recipe,
+    small_runs,
+    train_killed,
+    write_recipe,
+)
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "train.py"
@@ -110,7 +119,63 @@ def test_an_interrupted_run_goes_on_with_the_same_command(tool, recipe, tmp_path
     )
     ended = tool(*arguments, "--resume")
     assert ended.status == 0
-    assert ended.stdout.startswith(f"resumed {tmp_path}/run after 2 of 4 epochs\n")
+    assert f"\nresumed {tmp_path}/run after 2 of 4 epochs\n" in ended.stdout
+
+
+# A dry run
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tool, recipe, tmp_path):
+    ended = tool(recipe, "--output", tmp_path / "runs" / "run", "--dry-run")
+    assert (ended.status, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(f"plan of {tmp_path}/runs/run\n  model      resnet18, ")
+    assert "epoch 1/4" not in ended.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_dry_run_starts_no_tracker(tool, recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    ended = tool(
+        recipe, "--output", tmp_path / "run", "--dry-run", "--set=training.trackers=[tensorboard]"
+    )
+    assert ended.status == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_an_unfinished_run_leaves_it_byte_for_byte(tool, recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_killed(small_recipe(tmp_path), run, 2, "within the epoch")
+    capsys.readouterr()
+    before = files_of(run)
+    ended = tool(recipe, "--output", run, "--dry-run")
+    assert (ended.status, ended.stderr) == (0, "")
+    assert f"\n  start      goes on from {run}/checkpoints/epoch-0002\n" in ended.stdout
+    assert f"\nresumed {run} after 2 of 4 epochs\n" in ended.stdout
+    assert "epoch 3/4" not in ended.stdout
+    assert files_of(run) == before
+
+
+def test_a_dry_run_of_a_finished_run_is_refused_and_leaves_it_byte_for_byte(tool, recipe, tmp_path):
+    run = tmp_path / "run"
+    assert tool(recipe, "--output", run).status == 0
+    before = files_of(run)
+    ended = tool(recipe, "--output", run, "--dry-run")
+    assert (ended.status, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(f"train.py: {run} holds a finished run of this recipe: ")
+    assert files_of(run) == before
+
+
+def test_a_run_goes_on_as_its_dry_run_said(tool, recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_killed(small_recipe(tmp_path), run, 2, "within the epoch")
+    capsys.readouterr()
+    dry, ended = tool(recipe, "--output", run, "--dry-run"), tool(recipe, "--output", run)
+    assert without_free_space(ended.stdout).startswith(without_free_space(dry.stdout))
+    assert ended.stdout.endswith(f"picture: {run}/training.png\n")
+
+
+def without_free_space(printed: str) -> str:
+    return re.sub(r"[\d.]+ [GM]B free", "", printed)
 
 
 # Refusals: the status is 2, and the lines tell what is wrong
@@ -151,6 +216,22 @@ def test_an_interrupted_run_goes_on_with_the_same_command(tool, recipe, tmp_path
                 "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
                 "argument 'depth'"
             ],
+        ),
+        (
+            ["training.mixed_precision=fp16"],
+            ["training.mixed_precision (=fp16) needs a GPU: on a CPU, set bf16 or no"],
+        ),
+        (
+            ["model.pretrained=/nowhere/model.safetensors"],
+            ["model.pretrained: there is no file /nowhere/model.safetensors"],
+        ),
+        (
+            ["training.trackers=[tensorbord]"],
+            ["--set: training.trackers.0: must be one of tensorboard, wandb, "],
+        ),
+        (
+            ["optimizer={name: adahessian, lr: 0.1}"],
+            ["optimizer.name (=adahessian) can't take a step by gradients alone: "],
         ),
         (
             ["pruning.include=[stage*]"],
@@ -327,4 +408,7 @@ def test_accelerate_launches_a_run(recipe, tmp_path):
 def test_help_tells_every_option():
     ended = command("--help")
     assert ended.status == 0
-    assert all(option in ended.stdout for option in ("recipe", "--set", "--output", "--resume"))
+    assert all(
+        option in ended.stdout
+        for option in ("recipe", "--set", "--output", "--resume", "--dry-run")
+    )

@@ -1,16 +1,8 @@
-"""Training runs: what they leave behind, what they refuse, and that a kill changes nothing."""
+"""Training runs: how they train, and what they leave behind."""
 
 import json
 import math
-import os
-import random
-import shutil
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,32 +12,29 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from starfire_prune import Pruner, checkpoint, training
-from starfire_prune.checkpoint import CheckpointError, read_metadata
+from starfire_prune import preparation, training
+from starfire_prune.checkpoint import plain_state_dict, read_metadata
 from starfire_prune.models import create_model
-from starfire_prune.recipe import LrSchedule, Recipe, differing_keys, load_recipe
-from starfire_prune.training import RunError, evaluate, learning_rate_factor, train
+from starfire_prune.recipe import Recipe, load_recipe
+from starfire_prune.training import evaluate, train
+from tests.processes import exported, same_exports
 from tests.runs import (
-    Moment,
     few_digits,
-    files_of,
-    make_photographs,
     metrics_of,
     new_process,
     small_recipe,
     small_runs,
     train_killed,
     train_on,
-    write_recipe,
 )
 
-ROOT = Path(__file__).parent.parent
 EPOCHS = 4
-MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "within the epoch"]
 METRICS = [
     "epoch",
     "train_loss",
@@ -58,10 +47,8 @@ METRICS = [
     "sparsity",
     "sparsity_network",
     "images_per_s",
+    "pruner_cpu_share",
 ]
-
-# Loaders fork, and Python 3.12 and later warn of that in a process with threads, as torch has
-forks = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
 
 
 @pytest.fixture
@@ -80,21 +67,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def exported(run: Path) -> dict[str, Tensor]:
-    return load_file(run / "export" / "model.safetensors")
-
-
-def same_exports(one: Path, other: Path) -> bool:
-    """Whether weights and metadata are equal; safetensors gives metadata in any order."""
-    first, second = exported(one), exported(other)
-    files = [run / "export" / "model.safetensors" for run in (one, other)]
-    return (
-        first.keys() == second.keys()
-        and all(torch.equal(first[name], second[name]) for name in first)
-        and read_metadata(files[0]) == read_metadata(files[1])
-    )
-
-
 def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if weight.ndim == 4}
 
@@ -102,41 +74,12 @@ def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # The learning rate
 
 
-@pytest.mark.parametrize(
-    ("epoch", "factor"), [(0, 1.0), (29, 1.0), (30, 0.1), (59, 0.1), (60, 0.01), (99, 0.01)]
-)
-def test_the_learning_rate_falls_at_the_start_of_each_milestone(epoch, factor):
-    schedule = LrSchedule(milestones=(30, 60), gamma=0.1)
-    assert learning_rate_factor(schedule, epoch) == pytest.approx(factor)
-
-
-def test_without_milestones_the_learning_rate_is_constant():
-    assert [learning_rate_factor(LrSchedule(), epoch) for epoch in (0, 7, 500)] == [1.0] * 3
-
-
-def test_the_learning_rate_rises_linearly_to_its_value_after_the_warmup():
-    schedule = LrSchedule(warmup_epochs=3)
-    assert [learning_rate_factor(schedule, epoch) for epoch in range(5)] == [
-        0.25,
-        0.5,
-        0.75,
-        1.0,
-        1.0,
-    ]
-
-
-def test_a_milestone_within_the_warmup_counts_after_it():
-    schedule = LrSchedule(milestones=(1,), gamma=0.5, warmup_epochs=2)
-    assert learning_rate_factor(schedule, 1) == pytest.approx(2 / 3)
-    assert learning_rate_factor(schedule, 2) == 0.5
-
-
 def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
     rates: list[float] = []
 
-    def note(run: Any, epoch: int) -> tuple[float, int]:
+    def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append(run.optimizer.param_groups[0]["lr"])
-        return 0.0, 1
+        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
 
     runs.setattr(training, "_train_epoch", note)
     train(
@@ -150,9 +93,9 @@ def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
 def test_layer_wise_rates_of_timm_hold(runs, tmp_path):
     rates: list[list[float]] = []
 
-    def note(run: Any, epoch: int) -> tuple[float, int]:
+    def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append([group["lr"] for group in run.optimizer.param_groups])
-        return 0.0, 1
+        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
 
     runs.setattr(training, "_train_epoch", note)
     overrides = ("optimizer.options={layer_decay: 0.5}", "lr_schedule={milestones: [2]}")
@@ -211,12 +154,6 @@ def test_a_run_leaves_what_train_says(finished):
     )
 
 
-def test_the_recipe_of_a_run_loads_to_the_recipe_it_trained(finished):
-    saved = load_recipe(finished / "recipe.yaml")
-    assert differing_keys(saved, load_recipe(finished.parent / "small.yaml")) == {}
-    assert "momentum: 0.9" in (finished / "recipe.yaml").read_text()  # defaults written out
-
-
 def test_the_metrics_hold_an_object_an_epoch(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [METRICS] * EPOCHS
@@ -240,54 +177,6 @@ def test_the_metrics_are_those_of_the_exported_model(finished):
         result = evaluate(model, loader, Accelerator(cpu=True), nn.CrossEntropyLoss())
     last = metrics_of(finished)[-1]
     assert {key: last[key] for key in result} == pytest.approx(result, rel=1e-5)
-
-
-def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
-    recipe = small_recipe(tmp_path, "optimizer.lr=1.0e+30", "pruning=none", "epochs=3")
-    train(recipe, tmp_path / "run")
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
-    assert "NaN" not in text
-    assert "Infinity" not in text
-
-
-def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(runs, tmp_path, monkeypatch):
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("needs /proc to see which file is synced")
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def note(descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append(path.parent.name if path.name == "model.safetensors" else path.name)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
-    train(small_recipe(tmp_path, "epochs=1", "pruning=none", "lr_schedule={}"), tmp_path / "run")
-    assert synced.index("metrics.jsonl") < synced.index(".epoch-0001.tmp")
-
-
-def test_the_environment_tells_what_the_run_depends_on(finished):
-    environment = json.loads((finished / "environment.json").read_text())
-    assert environment["packages"]["timm"] == timm.__version__
-    assert {name: environment[name] for name in ("seed", "processes", "threads")} == {
-        "seed": 3,
-        "processes": 1,
-        "threads": 1,
-    }
-    assert {"command", "python", "commit", "device", "cpus"} <= environment.keys()
-
-
-def test_the_commit_is_that_of_the_packages_own_repository(finished, monkeypatch, tmp_path):
-    environment = json.loads((finished / "environment.json").read_text())
-    if (ROOT / ".git").exists():
-        command = ["git", "rev-parse", "HEAD"]
-        head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert environment["commit"] == head.stdout.strip()
-    # installed within another project's repository
-    package = ROOT / ".installed" / "site-packages" / "starfire_prune" / "training.py"
-    monkeypatch.setattr(training, "__file__", str(package))
-    assert training._commit() is None
 
 
 def test_the_picture_of_a_run_is_a_png(finished):
@@ -375,6 +264,9 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
         ["optimizer={name: adamw, lr: 0.01, filter_bias_and_bn: true}"],
         ["training.clip_grad_norm=0.01", "training.label_smoothing=0.1"],
         ["training.channels_last=true", "training.gradient_accumulation=3"],
+        ["training.ema={decay: 0.9}", "training.channels_last=true"],
+        ["training.ema={decay: 0.9, warmup: true}", "pruning.method=intra", "pruning.era=[0, 2]"],
+        ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -459,7 +351,7 @@ def first_loss_and_step(tmp_path: Path, *overrides: str) -> tuple[float, float]:
             moved.extend(parameter.detach().clone() for parameter in model.parameters())
             return model
 
-        patch.setattr(training, "create_model", create)
+        patch.setattr(preparation, "create_model", create)
         train(recipe, folder)
     model = fresh_model(recipe)
     model.load_state_dict(exported(folder))
@@ -512,495 +404,216 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
     assert formats == {(True, True)}
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        (
-            "model.num_classes=12",
-            "model.num_classes (=12) must be the number of classes in the data, 10: "
-            "--set model.num_classes=10",
-        ),
-        ("model.name=resnet19", "unknown model 'resnet19': did you mean resnet18"),
-        (
-            "model.options={depth: 3}",
-            "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
-            "argument 'depth'",
-        ),
-        (
-            "optimizer.name=sdg",
-            "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd",
-        ),
-        (
-            "optimizer.options={nesterof: true}",
-            "optimizer: sgd refuses its options: SGD.__init__() got an unexpected keyword argument "
-            "'nesterof'",
-        ),
-        (
-            "optimizer={name: adam, lr: 0.1, options: {betas: [2.0, 0.9]}}",
-            "optimizer: adam refuses its options: Invalid beta parameter at index 0: 2.0",
-        ),
-        (
-            "pruning.exclude=[layer9.*]",
-            "pruning.exclude: the pattern 'layer9.*' matches no convolution",
-        ),
-        (
-            "training.mixed_precision=fp16",
-            "training.mixed_precision (=fp16) needs a GPU: on a CPU, set",
-        ),
-    ],
-    ids=lambda value: value.partition("=")[0] if "=" in value else None,
-)
-def test_what_does_not_fit_is_refused_in_a_sentence(override, message, runs, tmp_path):
-    with pytest.raises((RunError, ValueError)) as caught:
-        train(small_recipe(tmp_path, override), tmp_path / "run")
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+# What a run prints
 
 
-def test_an_optimizer_without_its_package_is_refused_in_a_sentence(runs, tmp_path):
-    with pytest.raises(RunError, match=r"^optimizer: fusedsgd refuses its options: .*required"):
-        train(small_recipe(tmp_path, "optimizer.name=fusedsgd"), tmp_path / "run")
+def test_the_pruners_share_of_the_cpu_time_is_told_by_phase(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path), tmp_path / "run")
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    dense, *era, fixed = (json.loads(line)["pruner_cpu_share"] for line in text.splitlines())
+    assert 0 < fixed < statistics.mean(era) < 1
+    assert (
+        f"\npruner's share of the CPU time: dense {dense:.2%}, era {statistics.mean(era):.2%}, "
+        f"fixed {fixed:.2%}\n"
+    ) in capsys.readouterr().out
 
 
-def test_processes_that_would_train_alone_are_refused(runs, tmp_path, monkeypatch):
-    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    with pytest.raises(RunError, match=r"^MASTER_ADDR \(=10\.0\.0\.1\) announces .* by torchrun"):
-        train(small_recipe(tmp_path), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_dense_training_tells_no_share_of_a_pruner(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
+    assert "pruner" not in capsys.readouterr().out
 
 
-def test_a_refused_run_makes_no_folder(runs, tmp_path):
-    with pytest.raises(RunError):
-        train(small_recipe(tmp_path, "model.num_classes=12"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(small_recipe(tmp_path), run)
+    top1, _, weights, picture = capsys.readouterr().out.splitlines()[-4:]
+    last = metrics_of(run)[-1]
+    assert top1 == f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after 4 epochs"
+    assert weights == f"weights: {run}/export/model.safetensors"
+    assert picture == f"picture: {run}/training.png"
 
 
-# Killed and resumed
+# The average of the weights
+
+DECAY = 0.7
 
 
-@pytest.fixture(
-    scope="module", params=["sgd on digits", pytest.param("adam on photographs", marks=forks)]
-)
-def unbroken(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Recipe, Path]:
-    """A recipe, and the folder of its run that nothing has killed, with all checkpoints."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    recipe = small_recipe(folder)
-    if request.param == "adam on photographs":
-        root = make_photographs(folder / "photographs")
-        recipe = small_recipe(
-            folder,
-            f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
-            "model.num_classes=2",
-            "optimizer={name: adam, lr: 0.01}",
-            "training={threads: 1, gradient_accumulation: 2}",
-        )
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
+    """The folder of a run with an average, and the plain weights after each of its updates."""
+    folder, states = tmp_path_factory.mktemp("averaged"), []
+    follow = training._follow_update
+
+    def note(run: Any, cpu: Any) -> None:
+        follow(run, cpu)
+        states.append(plain_state_dict(run.model))
+
     with small_runs() as patch:
-        patch.setattr(checkpoint, "_KEPT_CHECKPOINTS", EPOCHS)
-        train(recipe, folder / "run")
-    return recipe, folder / "run"
+        patch.setattr(training, "_follow_update", note)
+        train(small_recipe(folder, f"training.ema={{decay: {DECAY}}}"), folder / "run")
+    return folder / "run", states
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
-    moment, unbroken, runs, tmp_path
-):
-    recipe, whole = unbroken
-    broken = tmp_path / "run"
-    for epoch in range(EPOCHS):
-        train_killed(recipe, broken, epoch, moment)
-        last = f"checkpoints/epoch-{epoch + (moment == 'after the checkpoint'):04d}"
-        assert files_of(broken / last) == files_of(whole / last)
-    train_on(recipe, broken)
-    assert metrics_of(broken) == metrics_of(whole)
-    assert files_of(broken / "checkpoints" / "epoch-0004") == files_of(
-        whole / "checkpoints" / "epoch-0004"
+def average_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The moving average, worked out plainly: it begins with the first update."""
+    average = dict(states[0])
+    for state in states[1:]:
+        for name, value in state.items():
+            if value.is_floating_point():
+                average[name] = DECAY * average[name] + (1 - DECAY) * value
+            else:
+                average[name] = value
+    return average
+
+
+def test_the_export_is_the_average_under_the_final_masks(averaged):
+    run, states = averaged
+    assert len(states) == 4 * EPOCHS
+    weights, pruned = exported(run), states[-1]
+    for name, value in average_of(states).items():
+        sparse = pruned[name].ndim > 1
+        expected = value * (pruned[name] != 0) if sparse else value
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_exported_average_is_exactly_as_sparse_as_the_model(averaged):
+    run, states = averaged
+    metadata = read_metadata(run / "export" / "model.safetensors")
+    weights = exported(run)
+    assert metadata["average_decay"] == DECAY
+    assert len(metadata["weights"]) == len(convolutions(weights)) + 1
+    for name, entry in metadata["weights"].items():
+        assert torch.equal(weights[name] == 0, states[-1][name] == 0)
+        assert int((weights[name] == 0).sum()) == entry["zeros"]
+
+
+def test_the_exported_average_is_that_of_the_last_checkpoint(averaged):
+    run, states = averaged
+    checkpoint = run / "checkpoints" / "epoch-0004"
+    average, model = (
+        load_file(checkpoint / f"{name}.safetensors") for name in ("average", "model")
     )
-    assert same_exports(broken, whole)
+    assert all(torch.equal(value, average[name]) for name, value in exported(run).items())
+    assert all(torch.equal(value, model[name]) for name, value in states[-1].items())
+    assert not torch.equal(average["conv1.weight"], model["conv1.weight"])
 
 
-@pytest.fixture
-def overflowing(runs: pytest.MonkeyPatch) -> None:
-    """A gradient scaler, as fp16 has it, and gradients that are too large for its first steps."""
-    accelerator_of, loss_of = training._accelerator, nn.CrossEntropyLoss.forward
-
-    def scaled(recipe: Recipe) -> Accelerator:
-        accelerator = accelerator_of(recipe)
-        accelerator.scaler = torch.amp.GradScaler(
-            "cpu", init_scale=2.0**127, backoff_factor=0.1, growth_interval=3
-        )
-        return accelerator
-
-    def large(module: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
-        return 1e3 * loss_of(module, logits, labels)
-
-    runs.setattr(training, "_accelerator", scaled)
-    runs.setattr(nn.CrossEntropyLoss, "forward", large)
+def test_the_metrics_of_the_average_are_those_of_the_export(averaged):
+    run, _ = averaged
+    recipe = load_recipe(run / "recipe.yaml")
+    model = fresh_model(recipe)
+    model.load_state_dict(exported(run))
+    loader: Any = DataLoader(few_digits("digits", image_size=recipe.data.image_size).val, 5)
+    with small_runs():
+        result = evaluate(model, loader, Accelerator(cpu=True), nn.CrossEntropyLoss())
+    last = metrics_of(run)[-1]
+    assert {key: last[f"ema_{key}"] for key in result} == pytest.approx(result, rel=1e-5)
 
 
-@pytest.mark.usefixtures("overflowing")
-def test_steps_that_a_gradient_scaler_skips_are_no_updates(runs, tmp_path):
-    steps: list[bool] = []
-    step = Pruner.step
-
-    def note(pruner: Pruner, updated: bool = True) -> None:
-        steps.append(updated)
-        step(pruner, updated)
-
-    runs.setattr(Pruner, "step", note)
-    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
-    train(recipe, tmp_path / "run")
-    assert 0 < steps.index(True) < 12
-    thresholds = [row["threshold"] for row in metrics_of(tmp_path / "run")]
-    done = [sum(steps[:end]) for end in (4, 8, 12)]
-    assert thresholds == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
+def test_the_model_trains_as_it_does_without_an_average(averaged, finished):
+    run, _ = averaged
+    plain = [
+        {key: value for key, value in row.items() if not key.startswith("ema_")}
+        for row in metrics_of(run)
+    ]
+    assert plain == metrics_of(finished)
 
 
-@pytest.mark.usefixtures("overflowing")
-def test_a_run_with_a_gradient_scaler_is_resumed_with_its_state(tmp_path):
-    recipe = small_recipe(tmp_path, "pruning.era=[0, 4]", "optimizer.lr=5.0e-5")
+def test_the_average_of_dense_training_is_exported(runs, tmp_path):
+    train(small_recipe(tmp_path, "pruning=none", "training.ema={decay: 0.5}"), tmp_path / "run")
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert metadata == {"format_version": 1, "method": None, "average_decay": 0.5, "weights": {}}
+    average = load_file(tmp_path / "run" / "checkpoints" / "epoch-0004" / "average.safetensors")
+    assert all(
+        torch.equal(value, average[key]) for key, value in exported(tmp_path / "run").items()
+    )
+
+
+def test_a_run_tells_the_accuracy_of_its_average(runs, tmp_path, capsys):
+    train(small_recipe(tmp_path, "training.ema={decay: 0.5}"), tmp_path / "run")
+    printed, last = capsys.readouterr().out, metrics_of(tmp_path / "run")[-1]
+    assert f"  average {last['ema_top1']:.2%}  phase fixed  " in printed
+    assert (
+        f"average of the weights: top-1 {last['ema_top1']:.2%}, top-5 {last['ema_top5']:.2%}\n"
+    ) in printed
+    assert f"\nweights (the average): {tmp_path}/run/export/model.safetensors\n" in printed
+
+
+def test_only_updates_that_happen_are_averaged(runs, tmp_path):
+    steps: list[int] = []
+    update = ModelEmaV3.update
+
+    def note(average: ModelEmaV3, model: nn.Module, step: int) -> None:
+        steps.append(step)
+        update(average, model, step)
+
+    runs.setattr(ModelEmaV3, "update", note)
+    settings = ("training.ema={}", "training.gradient_accumulation=3")
+    train(small_recipe(tmp_path, *settings), tmp_path / "run")
+    assert steps == list(range(1, 2 * EPOCHS + 1))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.ema={decay: 0.7, warmup: true}"],
+        ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
+    ],
+    ids=["average", "mixing"],
+)
+def test_a_killed_run_ends_with_the_same_bits_with(overrides, runs, tmp_path):
+    recipe = small_recipe(tmp_path, *overrides)
     train_on(recipe, tmp_path / "whole")
-    for epoch in range(EPOCHS):
-        train_killed(recipe, tmp_path / "broken", epoch, "after the checkpoint")
+    for epoch in range(1, EPOCHS):
+        train_killed(recipe, tmp_path / "broken", epoch, "within the epoch")
     train_on(recipe, tmp_path / "broken")
     assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
     assert same_exports(tmp_path / "broken", tmp_path / "whole")
 
 
-@pytest.fixture
-def broken(runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of a run that was killed in its third epoch."""
-    train_killed(small_recipe(tmp_path), tmp_path / "run", 2, "within the epoch")
-    return tmp_path / "run"
+# Mixed images
 
 
-def test_a_kill_before_the_first_checkpoint_starts_anew(runs, tmp_path):
-    recipe = small_recipe(tmp_path, "epochs=3")
-    train_killed(recipe, tmp_path / "run", 0, "before the checkpoint")
-    assert len(metrics_of(tmp_path / "run")) == 1
-    train_on(recipe, tmp_path / "run")
-    assert [row["epoch"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
+def test_mixed_images_train_on_shares_of_classes_and_are_evaluated_on_labels(runs, tmp_path):
+    targets: list[Tensor] = []
+    soft, hard = SoftTargetCrossEntropy.forward, nn.CrossEntropyLoss.forward
+
+    def note_soft(loss: SoftTargetCrossEntropy, logits: Tensor, shares: Tensor) -> Tensor:
+        targets.append(shares)
+        value: Tensor = soft(loss, logits, shares)
+        return value
+
+    def note_hard(loss: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
+        targets.append(labels)
+        return hard(loss, logits, labels)
+
+    runs.setattr(SoftTargetCrossEntropy, "forward", note_soft)
+    runs.setattr(nn.CrossEntropyLoss, "forward", note_hard)
+    settings = ("training.mixup=0.4", "data.batch_size=9", "data.eval_batch_size=24", "epochs=3")
+    train(small_recipe(tmp_path, *settings), tmp_path / "run")
+    epoch = [*[(9, 10)] * 6, (2, 10), (24,)]
+    assert [tuple(target.shape) for target in targets] == epoch * 3
+    for shares in targets[:7]:
+        assert shares.sum(1).tolist() == pytest.approx([1.0] * len(shares))
+    mixed = torch.cat(targets[:7])
+    assert ((mixed > 0) & (mixed < 1)).any(1).sum() > 20
 
 
-def test_a_line_of_metrics_that_a_kill_cut_short_is_dropped(broken):
-    with (broken / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 2, "train_l')
-    train_on(small_recipe(broken.parent), broken)
-    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
-
-
-def test_resume_goes_on_after_the_epochs_that_are_done(broken, capsys):
-    new_process()
-    train(small_recipe(broken.parent), broken, resume=True)
-    assert capsys.readouterr().out.startswith(f"resumed {broken} after 2 of 4 epochs\nepoch 3/4 ")
-
-
-def test_only_the_last_two_checkpoints_are_kept(broken):
-    assert sorted(path.name for path in (broken / "checkpoints").iterdir()) == [
-        "epoch-0001",
-        "epoch-0002",
-    ]
-
-
-def test_resume_with_nothing_to_resume_is_refused(runs, tmp_path):
-    with pytest.raises(RunError, match=r"run holds no checkpoint to resume from$"):
-        train(small_recipe(tmp_path), tmp_path / "run", resume=True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_of_another_recipe_is_refused_with_the_keys_that_differ(broken):
-    before = files_of(broken)
-    other = small_recipe(broken.parent, "pruning.amount=0.7", "data.batch_size=8")
-    with pytest.raises(RunError) as caught:
-        train_on(other, broken)
-    assert str(caught.value) == (
-        f"{broken} holds the run of another recipe (data.batch_size: 16 there, 8 now; "
-        f"pruning.amount: 0.6 there, 0.7 now): choose another --output, or delete the folder"
-    )
-    assert files_of(broken) == before
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_finished_run_is_refused_and_stays_as_it_is(resume, finished):
-    before = files_of(finished)
-    with small_runs(), pytest.raises(RunError, match="holds a finished run of this recipe: choose"):
-        train(small_recipe(finished.parent), finished, resume=resume)
-    assert files_of(finished) == before
-
-
-def test_a_run_killed_before_its_export_is_finished(broken, runs):
-    def die(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    recipe = small_recipe(broken.parent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "export_weights", die)
-        with pytest.raises(KeyboardInterrupt):
-            train_on(recipe, broken)
-    train_on(recipe, broken)
-    assert exported(broken)
-    assert len(metrics_of(broken)) == EPOCHS
-
-
-def test_another_number_of_threads_is_refused_with_the_way_to_launch(runs, tmp_path):
-    torch.set_num_threads(1)
-    recipe = small_recipe(tmp_path, "training={}")
-    train_killed(recipe, tmp_path / "run", 1, "within the epoch")
-    torch.set_num_threads(2)
-    with pytest.raises(
-        RunError,
-        match=r"was trained with threads = 1, and now it is 2: .*: OMP_NUM_THREADS=1$",
-    ):
-        train_on(recipe, tmp_path / "run")
-
-
-def test_the_threads_of_the_recipe_count_whatever_the_launch(broken):
-    torch.set_num_threads(2)
-    train_on(small_recipe(broken.parent), broken)
-    assert torch.get_num_threads() == 1
-
-
-def test_checkpoints_without_their_recipe_are_refused(broken):
-    (broken / "recipe.yaml").unlink()
-    with pytest.raises(RunError, match=r"run holds checkpoints but not the recipe\.yaml they"):
-        train_on(small_recipe(broken.parent, "pruning.amount=0.7"), broken)
-
-
-@pytest.mark.parametrize("content", [None, "", "[]", '{"seed": 3}'])
-def test_an_environment_that_cannot_be_read_is_refused(content, broken):
-    (broken / "environment.json").unlink()
-    if content is not None:
-        (broken / "environment.json").write_text(content)
-    with pytest.raises(RunError, match=r"environment\.json of the run can't be read: restore it"):
-        train_on(small_recipe(broken.parent), broken)
-
-
-@pytest.mark.parametrize("line", ["not JSON", "3", "{}", '{"epoch": null}'])
-def test_damaged_metrics_are_refused_with_their_file(line, broken):
-    (broken / "metrics.jsonl").write_text(f"{line}\n")
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): mend or delete it$"):
-        train_on(small_recipe(broken.parent), broken)
-
-
-def test_lost_metrics_do_not_keep_a_run_from_its_end(runs, tmp_path):
-    recipe = small_recipe(tmp_path)
-    train_killed(recipe, tmp_path / "run", 3, "after the checkpoint")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    train_on(recipe, tmp_path / "run")
-    assert exported(tmp_path / "run")
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_goes_on(broken):
-    recipe, last = small_recipe(broken.parent), broken / "checkpoints" / "epoch-0002"
-    (last / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"optimizer\.pt can't be loaded: .*delete the folder"
-    ):
-        train_on(recipe, broken)
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    train_on(recipe, broken)
-    assert [row["epoch"] for row in metrics_of(broken)] == list(range(EPOCHS))
-
-
-def test_a_checkpoint_of_other_data_is_refused(runs, tmp_path):
-    root = make_photographs(tmp_path / "photographs")
-    data = f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 0}}"
-    recipe = small_recipe(tmp_path, data, "model.num_classes=2")
-    train_killed(recipe, tmp_path / "run", 2, "within the epoch")
-    for index in range(10, 14):
-        (root / "train" / "ant" / f"{index}.png").unlink()
-        (root / "train" / "bee" / f"{index}.png").unlink()
-    with pytest.raises(CheckpointError, match="other settings of updates_per_epoch: resume with"):
-        train_on(recipe, tmp_path / "run")
-
-
-def test_a_full_disk_costs_the_epoch_that_was_under_way(unbroken, runs, tmp_path):
-    recipe, whole = unbroken
-    run, save = tmp_path / "run", torch.save
-
-    def fill(state: Any, file: Any) -> None:
-        if "epoch-0003" in str(file.name):
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", fill)
-        with pytest.raises(CheckpointError) as caught:
-            train_on(recipe, run)
-    assert str(caught.value) == (
-        f"{run}/checkpoints/epoch-0003 can't be written: No space left on device; what was saved "
-        f"before is whole: make room and run the same command again"
-    )
-    assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
-    train_on(recipe, run)
-    assert same_exports(run, whole)
-    assert metrics_of(run) == metrics_of(whole)
-
-
-def test_a_recipe_kept_in_the_folder_of_its_run_is_left_as_it_is(runs, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    written = write_recipe(run).rename(run / "recipe.yaml")
-    text = "# mine\n" + written.read_text()
-    written.write_text(text)
-    train(load_recipe(written), run)
-    assert written.read_text() == text
-
-
-# With processes of their own
-
-
-def launch(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "train.py", *arguments],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **environment},
-    )
-
-
-def output_of(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+# Compiled
 
 
 @pytest.mark.slow
-def test_a_run_killed_by_a_signal_at_any_time_ends_with_the_same_bits(tmp_path):
-    root = make_photographs(tmp_path / "photographs", train=200)
-    arguments: list[str | Path] = [
-        write_recipe(tmp_path),
-        f"--set=data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 2}}",
-        "--set=model.num_classes=2",
-    ]
-    output_of(launch(*arguments, "--output", tmp_path / "whole"))
-    broken, times = tmp_path / "broken", random.Random(0)
-    for _ in range(5):
-        process = launch(*arguments, "--output", broken)
-        wait_for_line(process, "epoch 1/4 ", f"resumed {broken} ")
-        time.sleep(times.uniform(0.0, 1.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    output_of(launch(*arguments, "--output", broken, "--resume"))
-    assert metrics_of(broken) == metrics_of(tmp_path / "whole")
-    assert same_exports(broken, tmp_path / "whole")
-    assert files_of(broken / "checkpoints") == files_of(tmp_path / "whole" / "checkpoints")
-
-
-def wait_for_line(process: subprocess.Popen[str], *starts: str) -> None:
-    """Read what a process prints up to a line with one of these starts."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(starts):
-            return
-    pytest.fail("".join(lines))
-
-
-def launch_two(*arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """The processes of a distributed run on the CPU, the main one first."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    return [
-        launch(
-            *arguments,
-            OMP_NUM_THREADS="1",
-            MASTER_ADDR="localhost",
-            MASTER_PORT=port,
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-        )
-        for rank in range(2)
-    ]
-
-
-@pytest.mark.slow
-def test_two_processes_train_and_resume_as_one_run(tmp_path):
-    arguments: list[str | Path] = [write_recipe(tmp_path), "--set=data.batch_size=200"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for process in launch_two(*arguments, "--output", whole):
-        output_of(process)
-    processes = launch_two(*arguments, "--output", broken)
-    wait_for_line(processes[0], "epoch 2/4 ")
-    for process in processes:
-        process.kill()
-        process.communicate()
-    for process in launch_two(*arguments, "--output", broken, "--resume"):
-        output_of(process)
-    assert json.loads((whole / "environment.json").read_text())["processes"] == 2
-    images = [row["top1"] * 360 for row in metrics_of(whole)]  # each is evaluated once
-    assert images == pytest.approx([round(count) for count in images], abs=1e-6)
-    assert metrics_of(broken) == metrics_of(whole)
-    assert same_exports(broken, whole)
-
-
-# Shipped recipes
-
-
-def part_of(root: Path, target: Path, count: int) -> Path:
-    """The first images of each class of Tiny-ImageNet for training, and of all for validation."""
-    for folder in sorted((root / "train").iterdir()):
-        (target / "train" / folder.name / "images").mkdir(parents=True)
-        for image in sorted((folder / "images").iterdir())[:count]:
-            shutil.copy(image, target / "train" / folder.name / "images")
-    (target / "val" / "images").mkdir(parents=True)
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines(keepends=True)[:count]
-    (target / "val" / "val_annotations.txt").write_text("".join(lines))
-    for line in lines:
-        shutil.copy(root / "val" / "images" / line.split("\t")[0], target / "val" / "images")
-    return target
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "images"), [("test_resnet", 500), ("resnet50_v1", 40)])
-def test_an_epoch_of_the_tiny_imagenet_recipe_ends_as_sparse_as_asked(
-    model, images, tiny_imagenet, tmp_path, monkeypatch
-):
-    root = tiny_imagenet if images == 500 else part_of(tiny_imagenet, tmp_path / "part", images)
-    monkeypatch.setenv("TINY_IMAGENET", str(root))
-    arguments = (
-        ROOT / "recipes" / "tiny_imagenet_resnet50.yaml",
-        f"--set=model={{name: {model}, num_classes: 20}}",
-        "--set=data.image_size=32",
-        "--set=data.workers=2",
-        "--set=lr_schedule.milestones=[]",
-        "--set=epochs=1",
-        "--set=pruning.era=[0, 1]",
-        "--set=training.threads=1",
-    )
-    output_of(launch(*arguments, "--output", tmp_path / "run"))
-    weights = exported(tmp_path / "run")
-    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
-    assert len(metadata["weights"]) == len(convolutions(weights)) + 1
-    for name, weight in convolutions(weights).items():
-        asked = math.floor(0.6 * weight.shape[0] + 0.5)
-        gone = ~weight.flatten(2).any(2)
-        assert gone.sum(0).tolist() == [asked] * weight.shape[1], name
-    assert metrics_of(tmp_path / "run")[0]["sparsity"] == pytest.approx(0.6, abs=0.005)
-
-
-@pytest.mark.slow
-def test_the_quickstart_prunes_at_a_cost_of_at_most_a_percent(tmp_path):
-    def mean_top1(name: str, *overrides: str) -> float:
-        accuracies: list[float] = []
-        for seed in range(3):
-            settings = (*overrides, f"seed={seed}", "training.threads=2")
-            recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
-            train_on(recipe, tmp_path / f"{name}-{seed}")
-            accuracies.append(metrics_of(tmp_path / f"{name}-{seed}")[-1]["top1"])
-        return statistics.mean(accuracies)
-
-    pruned, dense = mean_top1("pruned"), mean_top1("dense", "pruning=none")
-    assert pruned >= 0.97
-    assert dense - pruned <= 0.01
+def test_a_compiled_run_trains_and_leaves_what_a_plain_one_does(runs, tmp_path):
+    settings = ("training.ema={decay: 0.7}", "data.batch_size=28", "epochs=3")
+    train_on(small_recipe(tmp_path, *settings), tmp_path / "plain")
+    recipe = small_recipe(tmp_path, *settings, "training.compile=true")
+    train_on(recipe, tmp_path / "compiled")
+    plain, compiled = exported(tmp_path / "plain"), exported(tmp_path / "compiled")
+    assert plain.keys() == compiled.keys()
+    rows = (metrics_of(tmp_path / name) for name in ("plain", "compiled"))
+    for one, other in zip(*rows, strict=True):
+        assert one["sparsity"] == other["sparsity"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.05)
+    metadata = read_metadata(tmp_path / "compiled" / "export" / "model.safetensors")
+    for name, entry in metadata["weights"].items():
+        assert entry["zeros"] == int((compiled[name] == 0).sum()) > 0

@@ -21,6 +21,9 @@ def main() -> int:
         "--output", type=Path, help="folder of the run; default: runs/<name of the recipe>"
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start from nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print and check the plan, and train nothing"
+    )
     arguments = parser.parse_args()
     folder = arguments.output or Path("runs") / arguments.recipe.stem
     try:
@@ -35,7 +38,7 @@ def main() -> int:
     except RecipeError as error:
         return _fail(str(error))
     try:
-        train(recipe, folder, resume=arguments.resume)
+        train(recipe, folder, resume=arguments.resume, dry_run=arguments.dry_run)
     except DataError as error:
         return _fail(error_sentence(error))
     except (RunError, ValueError, OSError, ModuleNotFoundError) as error:

@@ -1,0 +1,314 @@
+"""From a recipe to what its training loop needs: processes, data, model, optimizer and pruner."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from pathlib import Path
+
+import timm.optim
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    ProjectConfiguration,
+    set_seed,
+)
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from starfire_prune.data import Datasets, build_loader, load_datasets, prepare_loader
+from starfire_prune.engine import Pruner
+from starfire_prune.models import PretrainedError, create_model, create_pretrained
+from starfire_prune.recipe import Model, Optimizer, Recipe, Training
+from starfire_prune.run_folder import RunError
+from starfire_prune.tracking import check_trackers
+
+__all__ = ["Batch", "Run", "create_accelerator", "create_optimizer", "prepare_run"]
+
+Batch = tuple[Tensor, Tensor]
+
+_COMPILER = "inductor"
+# Graphs of one model: training and evaluation, whole and last batches, dense and masked weights
+_COMPILED_GRAPHS = 16
+
+
+@dataclasses.dataclass
+class Run:
+    """What one process needs to train.
+
+    Attributes:
+        recipe: that it follows.
+        folder: that it is kept in.
+        accelerator: of this process.
+        datasets: behind the loaders.
+        train_loader, val_loader: of this process's part of them.
+        model, optimizer: as Accelerate wraps them.
+        pruner: of the model; None in dense training.
+        average: the moving average of the weights, if there is one.
+        mixup: timm's, if images are mixed.
+        train_loss: of logits `(N, classes)` and labels `(N,)`, or shares of classes where images
+            are mixed.
+        loss: in evaluation.
+        fresh_keys: weights that pretrained ones have not replaced.
+        average_updates: that the average has followed.
+    """
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    datasets: Datasets
+    train_loader: DataLoader[Batch]
+    val_loader: DataLoader[Batch]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner | None
+    average: ModelEmaV3 | None
+    mixup: Mixup | None
+    train_loss: nn.Module
+    loss: nn.Module
+    fresh_keys: tuple[str, ...] = ()
+    average_updates: int = 0
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps an epoch, where no gradient scaler skips one."""
+        return math.ceil(len(self.train_loader) / self.recipe.training.gradient_accumulation)
+
+
+# Processes
+
+
+def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """The accelerator of this process, by the recipe and by how the process was launched.
+
+    Raises:
+        RunError: for a launch or a precision that can't train the recipe, and for trackers that
+            are not installed.
+    """
+    _refuse_lonely_ranks()
+    _refuse_sharding_launch()
+    check_trackers(recipe.training.trackers)
+    if recipe.training.compile:
+        config = torch._dynamo.config  # cache_size_limit: recompile_limit from torch 2.7 on
+        config.cache_size_limit = max(config.cache_size_limit, _COMPILED_GRAPHS)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.training.mixed_precision,
+            gradient_accumulation_steps=recipe.training.gradient_accumulation,
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=recipe.seed
+            ),
+            dynamo_backend=_COMPILER if recipe.training.compile else None,
+            log_with=[*recipe.training.trackers] or None,  # of an empty list it warns
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+        )
+    except ValueError as error:  # Accelerate knows which devices can't take bf16
+        raise RunError(
+            f"training.mixed_precision (={recipe.training.mixed_precision}): {error}"
+        ) from error
+    _check_device(accelerator)
+    if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
+        torch.set_num_threads(recipe.training.threads)
+    return accelerator
+
+
+def _check_device(accelerator: Accelerator) -> None:
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision == "fp16" and device == "cpu":  # Accelerate would train in float32
+        raise RunError("training.mixed_precision (=fp16) needs a GPU: on a CPU, set bf16 or no")
+    emulated = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and emulated:
+        raise RunError("training.mixed_precision (=bf16) is not for this GPU: set fp16 or no")
+    if accelerator.distributed_type in _SHARDING.values():  # by a plugin, not by the launcher
+        raise RunError(_sharding_sentence(accelerator.distributed_type.value))
+
+
+def _refuse_lonely_ranks() -> None:
+    """`accelerate launch` starts CPU processes through MPI only, and without it just this one."""
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in ranks):
+        raise RunError(
+            f"MASTER_ADDR (={os.environ['MASTER_ADDR']}) announces several processes, but RANK and "
+            f"WORLD_SIZE are not set, so that each would train alone: start CPU processes by "
+            f"torchrun --nproc_per_node N tools/train.py …, or unset MASTER_ADDR for a single one"
+        )
+
+
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
+
+
+def _refuse_sharding_launch() -> None:
+    for variable, kind in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise RunError(_sharding_sentence(kind.value))
+
+
+def _sharding_sentence(kind: str) -> str:
+    return (
+        f"launched with {kind}, which shards weights or takes over the optimizer, so that masks "
+        f"can't be worked out: launch with plain data parallelism, accelerate launch --multi_gpu"
+    )
+
+
+# The parts of a run
+
+
+def prepare_run(
+    recipe: Recipe, folder: Path, accelerator: Accelerator, *, fresh: bool = True
+) -> Run:
+    """Load the data, create all that trains on it and let Accelerate wrap it.
+
+    Args:
+        recipe: of the run.
+        folder: of the run; nothing is written.
+        accelerator: of this process.
+        fresh: load pretrained weights; not where a checkpoint follows.
+
+    Raises:
+        RunError: for settings that the data, the model or the optimizer refuse.
+        DataError, ValueError: for data, layers and models that don't fit.
+    """
+    set_seed(recipe.seed)
+    datasets = _datasets(recipe)
+    pretrained = recipe.model.pretrained if fresh else False
+    with accelerator.local_main_process_first():  # which downloads
+        model, fresh_keys = _model(recipe.model, pretrained)
+    model = model.to(accelerator.device)
+    if recipe.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(recipe.optimizer, model)
+    train_loader, val_loader = _loaders(recipe, datasets, accelerator)
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        datasets=datasets,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        model=model,
+        optimizer=optimizer,
+        pruner=None,
+        average=_average(recipe.training, model),
+        mixup=_mixup(recipe),
+        train_loss=_train_loss(recipe.training),
+        loss=nn.CrossEntropyLoss(label_smoothing=recipe.training.label_smoothing),
+        fresh_keys=fresh_keys,
+    )
+    run.pruner = _pruner(run)  # before DDP wraps the model, which then leaves the masks alone
+    run.model, run.optimizer = accelerator.prepare(model, optimizer)
+    return run
+
+
+def _datasets(recipe: Recipe) -> Datasets:
+    loading = {"batch_size", "eval_batch_size", "workers"}
+    options = recipe.data.model_dump(exclude=loading, exclude_none=True)
+    datasets = load_datasets(**options, num_classes=recipe.model.num_classes)
+    if len(datasets.classes) != recipe.model.num_classes:
+        raise RunError(
+            f"model.num_classes (={recipe.model.num_classes}) must be the number of classes in the "
+            f"data, {len(datasets.classes)}: --set model.num_classes={len(datasets.classes)}"
+        )
+    return datasets
+
+
+def _loaders(
+    recipe: Recipe, datasets: Datasets, accelerator: Accelerator
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    data = recipe.data
+    eval_batch_size = data.eval_batch_size or data.batch_size
+    train = build_loader(datasets.train, data.batch_size, train=True, workers=data.workers)
+    val = build_loader(datasets.val, eval_batch_size, train=False, workers=data.workers)
+    return prepare_loader(accelerator, train), prepare_loader(accelerator, val)
+
+
+def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the keys that pretrained weights have left as they were."""
+    try:
+        if pretrained is False:
+            return create_model(settings.name, settings.num_classes, **settings.options), ()
+        file = None if pretrained is True else Path(pretrained)
+        return create_pretrained(settings.name, settings.num_classes, file, **settings.options)
+    except PretrainedError as error:
+        raise RunError(f"model.pretrained: {error}") from error
+    except (AssertionError, TypeError) as error:
+        raise RunError(f"model.options: {settings.name} refuses them: {error}") from error
+
+
+def create_optimizer(
+    settings: Optimizer, model: nn.Module | list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of timm by a recipe's settings, for a model or a list of parameters.
+
+    Raises:
+        RunError: for an unknown name, and options that it refuses.
+    """
+    known = timm.optim.list_optimizers()
+    if settings.name not in known:
+        nearest = difflib.get_close_matches(settings.name, known, n=3) or known[:5]
+        raise RunError(
+            f"optimizer.name (={settings.name!r}) is none of timm's optimizers; nearest: "
+            f"{', '.join(nearest)}"
+        )
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=settings.filter_bias_and_bn,
+            **settings.options,
+        )
+    except (AssertionError, TypeError, ValueError) as error:  # assertions: packages that it needs
+        raise RunError(f"optimizer: {settings.name} refuses its options: {error}") from error
+    return optimizer
+
+
+def _average(training: Training, model: nn.Module) -> ModelEmaV3 | None:
+    if training.ema is None:
+        return None
+    return ModelEmaV3(model, decay=training.ema.decay, use_warmup=training.ema.warmup)
+
+
+def _pruner(run: Run) -> Pruner | None:
+    if run.recipe.pruning == "none":
+        return None
+    pruner = Pruner(
+        run.model,
+        run.recipe.pruning,
+        updates_per_epoch=run.updates_per_epoch,
+        optimizer=run.optimizer,
+    )
+    if run.average is not None:
+        pruner.mirror(run.average.module)
+    return pruner
+
+
+def _mixup(recipe: Recipe) -> Mixup | None:
+    training = recipe.training
+    if training.mixup == training.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=training.mixup,
+        cutmix_alpha=training.cutmix,
+        label_smoothing=training.label_smoothing,
+        num_classes=recipe.model.num_classes,
+    )
+
+
+def _train_loss(training: Training) -> nn.Module:
+    if training.mixup == training.cutmix == 0:
+        return nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+    loss: nn.Module = SoftTargetCrossEntropy()  # the labels are smoothed as they are mixed
+    return loss
