@@ -26,7 +26,7 @@ from torch import Tensor, distributed, nn
 
 from starfire_prune.files import replaced_file, replaced_folder
 from starfire_prune.layers import clean_name, prunable_layers, unwrap
-from starfire_prune.report import effective_weight, measure_sparsity
+from starfire_prune.report import effective_weight
 
 if TYPE_CHECKING:
     from starfire_prune.engine import Pruner
@@ -235,7 +235,7 @@ def _metadata(
     average = {} if average_decay is None else {"average_decay": average_decay}
     if pruner is None:
         return {"format_version": 1, "method": None, **average, "weights": {}}
-    sparsity = measure_sparsity(model, pruner.layers)
+    sparsity = pruner.sparsity(model)
     return {
         "format_version": 1,
         "method": pruner.pruning.method,
@@ -249,6 +249,7 @@ def _metadata(
                 "amount": layer.amount,
                 "zeros": sparsity[name].zeros,
                 "total": sparsity[name].total,
+                "free": sparsity[name].free,
             }
             for name, layer in pruner.layers.items()
         },

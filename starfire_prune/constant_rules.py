@@ -156,10 +156,13 @@ def _batch_norm(
 
 
 def _batch_norm_on_batch(node: fx.Node, x: Tensor, weight: Any, bias: Any, *_: Any) -> Any:
-    """By the batch's statistics: a channel that is constant over the batch leaves the bias."""
+    """By the batch's statistics: a constant channel, or a weight of zero, leaves the bias."""
     shape = (1, -1, *[1] * (x.ndim - 2))
     channels = channel_values(x, 1, shape_of(node.args[0])[1])
-    centered = channels.masked_fill(~channels.isnan(), 0.0).view(shape)
+    centered = channels.masked_fill(~channels.isnan(), 0.0)
+    if weight is not None:
+        centered = centered.masked_fill(as_template(weight) == 0, 0.0)
+    centered = centered.view(shape)
     if bias is not None:
         centered = centered + as_template(bias).view(shape)
     return centered, *[None] * 4

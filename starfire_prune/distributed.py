@@ -3,12 +3,17 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from starfire_prune.layers import unwrap
 
-__all__ = ["compare_across_ranks", "keep_buffers_from_ddp", "refuse_sharded"]
+__all__ = [
+    "broadcast_from_first",
+    "compare_across_ranks",
+    "keep_buffers_from_ddp",
+    "refuse_sharded",
+]
 
 
 def compare_across_ranks(digest: Callable[[], str], what: str, device: torch.device) -> None:
@@ -33,6 +38,22 @@ def compare_across_ranks(digest: Callable[[], str], what: str, device: torch.dev
             f"the {what} of rank(s) {', '.join(map(str, differing))} differ from those of rank 0: "
             f"the ranks' weights have drifted apart"
         )
+
+
+def broadcast_from_first(bools: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite bool tensors by those of rank 0, all of them in one broadcast.
+
+    Args:
+        bools: of the same shapes on every rank.
+        device: of the tensors that the process group sends.
+    """
+    bools = list(bools)
+    if not bools or not distributed.is_available() or not distributed.is_initialized():
+        return
+    sent = torch.cat([own.flatten() for own in bools]).to(device, torch.uint8)
+    distributed.broadcast(sent, src=0)
+    for own, first in zip(bools, torch.split(sent, [own.numel() for own in bools]), strict=True):
+        own.copy_(first.view(own.shape))
 
 
 def keep_buffers_from_ddp(model: nn.Module, layers: Iterable[nn.Module], buffer: str) -> None:

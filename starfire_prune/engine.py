@@ -25,7 +25,9 @@ from starfire_prune.layers import (
     unwrap,
 )
 from starfire_prune.mask_method import MaskMethod, find_hook, make_permanent
+from starfire_prune.pruner_state import STATE_VERSION, check_state
 from starfire_prune.report import Sparsity, measure_sparsity
+from starfire_prune.zero_inputs import prunes_by_structure, reads, zero_inputs_of
 
 if TYPE_CHECKING:
     from starfire_prune.recipe import Pruning
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Phase", "Pruner"]
 
 Phase = Literal["dense", "era", "fixed"]
-
-_STATE_VERSION = 1
 
 
 class Pruner:
@@ -58,11 +58,14 @@ class Pruner:
         updates_per_epoch: optimizer steps an epoch, `ceil(batches / gradient accumulation)`.
         optimizer: whose state of pruned weights is zeroed at the end of the era. Without it, old
             momentum of pruned weights goes on to take part in norms (LAMB, clipping by state).
+        example_input: a small batch such as `torch.zeros(2, 3, 224, 224)`, or the tuple of the
+            model's arguments; for `free: true` and the method `structure`, which look into the
+            model's graph for channels that are always zero.
 
     Raises:
         RecipeError: for unknown keys or values in `pruning`.
         ValueError: for patterns that match nothing, layers that can't be pruned as asked or would
-            lose all their weights, and FSDP-sharded parameters.
+            lose all their weights, FSDP-sharded parameters, and a missing `example_input`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Flatten(), nn.Linear(10, 10))
@@ -80,6 +83,7 @@ class Pruner:
         *,
         updates_per_epoch: int,
         optimizer: torch.optim.Optimizer | None = None,
+        example_input: Tensor | tuple[Any, ...] | None = None,
     ) -> None:
         from starfire_prune.recipe import parse_pruning  # not before: it loads pydantic
 
@@ -90,7 +94,11 @@ class Pruner:
         refuse_sharded(model)
         self.pruning = parse_pruning(pruning)
         self.updates_per_epoch = updates_per_epoch
-        self.layers = {layer.name: layer for layer in select_layers(model, self.pruning)}
+        self._zero_inputs = zero_inputs_of(model, self.pruning, example_input)
+        connected: frozenset[str] = frozenset()
+        if self._zero_inputs and prunes_by_structure(self.pruning):
+            connected = self._zero_inputs.fully_connected
+        self.layers = {layer.name: layer for layer in select_layers(model, self.pruning, connected)}
         self._model = unwrap(model)
         self._optimizer = optimizer
         self._mirrors: list[dict[str, nn.Module]] = []
@@ -99,6 +107,7 @@ class Pruner:
         self._epoch_updates = 0
         self._era_updates = 0
         self._applied: dict[str, float] = {}  # progress at which each layer's mask was worked out
+        self._free: dict[str, int] = {}  # weights that only read zeros, by layer
         self._masks: dict[str, Tensor] = {}  # of the fixed phase
         self._gradient_hooks: list[RemovableHandle] = []
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
@@ -195,9 +204,24 @@ class Pruner:
             return {_key(name): _mask(layer.module).bool() for name, layer in self._items()}
         return {_key(name): mask for name, mask in self._masks.items()}
 
-    def sparsity(self) -> Sparsity:
-        """The zeros of each layer, over the pruned layers and over the whole network."""
-        return measure_sparsity(self._model, selected=self.layers)
+    def sparsity(self, model: nn.Module | None = None) -> Sparsity:
+        """The zeros of each layer, over the pruned layers and over the whole network.
+
+        Args:
+            model: a mirrored one, to be measured in the pruned one's place.
+        """
+        measured = self._model if model is None else model
+        return measure_sparsity(measured, selected=self.layers, free=self._free)
+
+    def kept_columns(self) -> dict[str, str]:
+        """Why a layer under `structure` has no column that always reads zero, by its name.
+
+        In a ResNet the classifier's input comes from an addition, so that all its columns stay.
+        Call it on every rank.
+        """
+        structured = [name for name, layer in self._items() if layer.method == "structure"]
+        reasons = self._zero_inputs.reasons() if structured and self._zero_inputs else {}
+        return {name: reasons[name] for name in structured if name in reasons}
 
     def mask_hash(self) -> str:
         """A SHA-256 of all masks, the same on every rank as long as the masks are."""
@@ -258,7 +282,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the model, as plain numbers, strings and bool tensors."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "pruning": self.pruning.model_dump(mode="json"),
             "updates_per_epoch": self.updates_per_epoch,
             "phase": self._phase,
@@ -266,6 +290,7 @@ class Pruner:
             "epoch_updates": self._epoch_updates,
             "era_updates": self._era_updates,
             "applied": dict(self._applied),
+            "free": dict(self._free),
             "masks": {name: mask.clone() for name, mask in self.masks().items()},
         }
 
@@ -277,13 +302,15 @@ class Pruner:
         Raises:
             ValueError: if the state is of other settings, another model or another version.
         """
-        self._check_state(state)
+        shapes = {_key(name): layer_weight(layer.module).shape for name, layer in self._items()}
+        check_state(state, self.pruning, self.updates_per_epoch, shapes)
         self._to_dense()
         self._phase = state["phase"]
         self._epoch = state["epoch"]
         self._epoch_updates = state["epoch_updates"]
         self._era_updates = state["era_updates"]
         self._applied = dict(state["applied"])
+        self._free = dict(state["free"])
         masks = {
             name: state["masks"][_key(name)].to(layer_weight(layer.module).device)
             for name, layer in self._items()
@@ -303,13 +330,35 @@ class Pruner:
     def _tighten(self, progress: float) -> None:
         """Bring every layer whose counts have risen enough to its amount at `progress`."""
         self._phase = "era"
-        changed = [name for name, layer in self._items() if self._tighten_layer(layer, progress)]
+        layers = list(self.layers.values())
+        changed = [
+            layer.name
+            for layer in layers
+            if layer.method != "structure" and self._tighten_layer(layer, progress)
+        ]
+        structured = [layer for layer in layers if layer.method == "structure"]
+        if structured:  # after the layers whose channels die
+            changed += self._tighten_structured(structured, progress, bool(changed))
         for mirror in self._mirrors:
             self._follow(mirror, changed)
 
-    def _tighten_layer(self, layer: PrunedLayer, progress: float) -> bool:
+    def _tighten_structured(
+        self, layers: list[PrunedLayer], progress: float, others_changed: bool
+    ) -> list[str]:
+        """The names of the layers under `structure` whose masks have changed."""
+        found = self._zero_inputs.find() if self._zero_inputs and others_changed else {}
+        changed = []
+        for layer in layers:
+            zeros = found.get(layer.name)
+            if zeros is not None:
+                layer = layer.reading_zeros_in(zeros)
+            if self._tighten_layer(layer, progress, due=_reads_any(layer.module, zeros)):
+                changed.append(layer.name)
+        return changed
+
+    def _tighten_layer(self, layer: PrunedLayer, progress: float, due: bool = False) -> bool:
         method = layer.method_at(progress)
-        if not self._is_due(layer, method, progress):
+        if not due and not self._is_due(layer, method, progress):
             return False
         try:
             if find_hook(layer.module, "weight")[1] is None:
@@ -338,6 +387,9 @@ class Pruner:
         return max(risen) > 0 and max(risen) >= self.pruning.resolution
 
     def _fix(self) -> None:
+        if self.pruning.free and self._zero_inputs:
+            masks = {name: _mask(layer.module) for name, layer in self._items()}
+            self._free = self._zero_inputs.take_readers(masks)
         self._compare_ranks()
         masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
         for name, mask in masks.items():
@@ -400,38 +452,6 @@ class Pruner:
             else:
                 _mask(module).copy_(mask)
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the pruner's state has version {state.get('version')!r}, this package reads "
-                f"{_STATE_VERSION}"
-            )
-        saved, own = state["pruning"], self.pruning.model_dump(mode="json")
-        differing = [key for key in own if saved.get(key) != own[key]]
-        if state["updates_per_epoch"] != self.updates_per_epoch:
-            differing.append("updates_per_epoch")
-        if differing:
-            raise ValueError(
-                f"the pruner's state was saved under other settings of {', '.join(differing)}: "
-                f"resume with the recipe, data and batch size of the run that saved it"
-            )
-        if state["phase"] == "dense":
-            return
-        for name, layer in self._items():
-            mask = state["masks"].get(_key(name))
-            shape = tuple(layer_weight(layer.module).shape)
-            if mask is None or mask.shape != shape:
-                raise ValueError(
-                    f"the pruner's state has no mask of shape {shape} for layer {name}: it is of "
-                    f"another model"
-                )
-        unknown = sorted(set(state["masks"]) - {_key(name) for name in self.layers})
-        if unknown:
-            raise ValueError(
-                f"the pruner's state has a mask for {unknown[0]}, which this pruner does not "
-                f"prune: it is of another model"
-            )
-
     def _to_dense(self) -> None:
         """Take off all hooks and masks; weights that were pruned are left zero."""
         for handle in self._gradient_hooks:
@@ -457,6 +477,14 @@ def _key(name: str) -> str:
 def _mask(module: nn.Module) -> Tensor:
     mask: Tensor = module.get_buffer("weight_mask")
     return mask
+
+
+def _reads_any(module: nn.Module, zeros: Tensor | None) -> bool:
+    """Whether a weight that is kept reads one of these zeros."""
+    mask = module._buffers.get("weight_mask")
+    if zeros is None or mask is None:
+        return False  # at first a layer is due anyway
+    return bool(reads(mask, zeros).any())
 
 
 def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:

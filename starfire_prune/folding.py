@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from starfire_prune.constant_rules import BATCH_NORMS
-from starfire_prune.structure import ChannelAnalysis, Graph, LayerChannels, dense_copy, layer_of
+from starfire_prune.structure import (
+    ChannelAnalysis,
+    Graph,
+    LayerChannels,
+    dense_copy,
+    layer_of,
+    over_weight,
+)
 
 __all__ = ["FoldReport", "FoldedLayer", "fold_constants", "fold_in_place"]
 
@@ -125,7 +132,7 @@ def _fold(
 ) -> FoldedLayer | None:
     module: Any = model.get_submodule(layer.name)
     weight: Tensor = module.weight
-    constants = _over_weights(layer.inputs.to(weight.device), weight)
+    constants = over_weight(layer.inputs.to(weight.device), weight)
     useless = (weight != 0) & (constants == 0)
     constant = constants.isfinite() & (constants != 0)
     foldable = (weight != 0) & constant
@@ -162,15 +169,6 @@ def _merge(weight: Tensor, inputs: Tensor) -> None:
             total = (kernels[:, constant] * shares).sum(1)
             kernels[:, constant] = 0.0
             kernels[:, chosen] = total.to(weight)
-
-
-def _over_weights(inputs: Tensor, weight: Tensor) -> Tensor:
-    """The constants `(C,)` where a weight `(K, C / groups, *kernel)` reads them, to broadcast."""
-    groups = len(inputs) // weight.shape[1]
-    rows = inputs.view(groups, -1)
-    if groups > 1:
-        rows = rows.repeat_interleave(len(weight) // groups, 0)
-    return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
 
 
 def _sink(model: nn.Module, layer: LayerChannels, norm: str | None) -> _Sink | None:

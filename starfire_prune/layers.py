@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -37,10 +37,11 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "ck": ("group", "scope"),
     "intra": ("share", "scope"),
     "block": ("block_size",),
+    "structure": ("then", "block_size"),
 }
 
 _CONV_METHODS = ("window", "ck", "intra", "inter", "magnitude", "random", "filter")
-_LINEAR_METHODS = ("fine", "block", "magnitude", "random")
+_LINEAR_METHODS = ("fine", "block", "structure", "magnitude", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,10 @@ class PrunedLayer:
             options["max_nonzero"] = self.max_nonzero
         return METHODS[self.method](amount, **options)
 
+    def reading_zeros_in(self, columns: Tensor) -> PrunedLayer:
+        """The same layer under `structure`, told which input channels are zero, bool `(C,)`."""
+        return dataclasses.replace(self, options={**self.options, "columns": columns})
+
     def methods_between(self, applied: float, progress: float) -> list[MaskMethod]:
         """The methods that bring a mask from one progress of the era to a later one.
 
@@ -96,7 +101,7 @@ class PrunedLayer:
         """Raise ValueError if the settings don't fit the layer, or would take all its weights."""
         shape = layer_weight(self.module).shape
         fitting = _LINEAR_METHODS if isinstance(self.module, nn.Linear) else _CONV_METHODS
-        if self.method not in fitting:
+        if self.method not in fitting and "flatten" not in self.options:
             raise ValueError(
                 f"layer {self.name} ({type(self.module).__name__}) can't be pruned by "
                 f"{self.method}: give it one of {', '.join(fitting)}"
@@ -156,13 +161,15 @@ def amount_at(settings: _Schedule, progress: float) -> float:
     return kernel_amount + (settings.amount - kernel_amount) * rest
 
 
-def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
+def select_layers(
+    model: nn.Module, pruning: Pruning, connected: Collection[str] = ()
+) -> list[PrunedLayer]:
     """The layers of `model` that `pruning` selects, in the model's order.
 
     All convolutions and linear layers that match `include` and not `exclude`; depthwise
     convolutions only where an `include` other than `*` matches them, and then with the layer as
     the locale of kernels. An override applies to the selected layers it matches; where several
-    match, the last one does.
+    match, the last one does. Convolutions named in `connected` are pruned as linear layers are.
 
     Raises:
         ValueError: for a pattern that matches no layer (transposed convolutions are none here),
@@ -188,11 +195,11 @@ def select_layers(model: nn.Module, pruning: Pruning) -> list[PrunedLayer]:
         key = f"pruning.overrides.{index}.layers"
         _check_patterns(key, override.layers, candidates)
         _check_selected(key, override.layers, _overridable(selected, pruning, override))
-    layers = [
-        layer
+    planned = (
+        _planned(name, module, pruning, _override_of(name, pruning), name in connected)
         for name, module in selected.items()
-        if (layer := _planned(name, module, pruning, _override_of(name, pruning))) is not None
-    ]
+    )
+    layers = [layer for layer in planned if layer is not None]
     if not layers:
         raise ValueError(
             "pruning selects no layer: the model has no convolution or linear layer that "
@@ -240,12 +247,16 @@ def clean_name(name: str) -> str:
 
 
 def _planned(
-    name: str, module: nn.Module, pruning: Pruning, override: Override | None
+    name: str,
+    module: nn.Module,
+    pruning: Pruning,
+    override: Override | None,
+    connected: bool = False,
 ) -> PrunedLayer | None:
     """The layer's settings, or None where `pointwise: none` leaves it dense."""
     own = override.model_dump(exclude_none=True) if override is not None else {}
     settings = {**pruning.model_dump(exclude={"fc", "overrides"}), **own}
-    if isinstance(module, nn.Linear):
+    if connected or isinstance(module, nn.Linear):
         fc = {} if pruning.fc == "none" else pruning.fc.model_dump(exclude_none=True)
         settings |= {**fc, **own}
     method = settings["method"]
@@ -266,6 +277,8 @@ def _planned(
     options = {key: settings[key] for key in _OPTIONS.get(method, ()) if key in settings}
     if method in ("ck", "intra", "inter") and isinstance(module, _ConvNd):
         options["groups"] = module.groups
+    if method == "structure" and connected:
+        options["flatten"] = True
     if method == "inter":
         options["scope"] = settings["scope"]
     if method == "random":  # an order of its own for each layer

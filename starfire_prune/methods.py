@@ -172,7 +172,11 @@ class FCFine(MaskMethod):
 
 
 class FCStructured(MaskMethod):
-    """Prune the columns of a linear weight that read zeros; see `masks.fc_structure_mask`."""
+    """Prune the columns of a linear weight that read zeros; see `masks.fc_structure_mask`.
+
+    With `flatten` the weight is that of a convolution that reads its whole input at once: as many
+    columns to each input channel as a kernel has weights.
+    """
 
     def __init__(
         self,
@@ -181,18 +185,28 @@ class FCStructured(MaskMethod):
         columns: Tensor | None = None,
         then: Then = "fine",
         block_size: int = 4,
+        flatten: bool = False,
     ) -> None:
         super().__init__(amount)
         self.columns = columns
         self.then = then
         self.block_size = block_size
+        self.flatten = flatten
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
+        if not self.flatten:
+            return self._mask(t, self.columns, default_mask)
+        size = math.prod(t.shape[2:])
+        columns = None if self.columns is None else self.columns.repeat_interleave(size)
+        mask = None if default_mask is None else default_mask.flatten(1)
+        return self._mask(t.flatten(1), columns, mask).view(t.shape)
+
+    def _mask(self, weight: Tensor, columns: Tensor | None, mask: Tensor | None) -> Tensor:
         return masks.fc_structure_mask(
-            t,
+            weight,
             self.amount,
-            self.columns,
-            mask=default_mask,
+            columns,
+            mask=mask,
             then=self.then,
             block_size=self.block_size,
         )

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from starfire_prune.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.layers import PrunedLayer, layer_weight, unwrap
 from starfire_prune.learning_rate import learning_rate_factor
-from starfire_prune.preparation import Run, create_optimizer
+from starfire_prune.preparation import Run, create_optimizer, example_images
 from starfire_prune.report import format_columns
 from starfire_prune.run_folder import RunError, checkpoints_of, existing_part
 
@@ -95,7 +95,7 @@ def _first(dataset: Any) -> Tensor:
 @torch.no_grad()
 def _check_forward(run: Run) -> None:
     model, size = unwrap(run.model), run.recipe.data.image_size
-    images = torch.zeros(2, 3, size, size, device=run.accelerator.device)
+    images = example_images(run.recipe, run.accelerator.device)
     was_training = model.training
     model.eval()
     try:

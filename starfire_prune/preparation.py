@@ -30,7 +30,14 @@ from starfire_prune.recipe import Model, Optimizer, Recipe, Training
 from starfire_prune.run_folder import RunError
 from starfire_prune.tracking import check_trackers
 
-__all__ = ["Batch", "Run", "create_accelerator", "create_optimizer", "prepare_run"]
+__all__ = [
+    "Batch",
+    "Run",
+    "create_accelerator",
+    "create_optimizer",
+    "example_images",
+    "prepare_run",
+]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -210,6 +217,12 @@ def prepare_run(
     return run
 
 
+def example_images(recipe: Recipe, device: torch.device) -> Tensor:
+    """Two images of zeros as the model gets them, `(2, 3, image_size, image_size)`."""
+    size = recipe.data.image_size
+    return torch.zeros(2, 3, size, size, device=device)
+
+
 def _datasets(recipe: Recipe) -> Datasets:
     loading = {"batch_size", "eval_batch_size", "workers"}
     options = recipe.data.model_dump(exclude=loading, exclude_none=True)
@@ -289,6 +302,7 @@ def _pruner(run: Run) -> Pruner | None:
         run.recipe.pruning,
         updates_per_epoch=run.updates_per_epoch,
         optimizer=run.optimizer,
+        example_input=example_images(run.recipe, run.accelerator.device),
     )
     if run.average is not None:
         pruner.mirror(run.average.module)

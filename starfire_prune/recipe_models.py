@@ -59,9 +59,11 @@ __all__ = [
 ]
 
 ConvMethod = Literal["window", "ck", "intra", "inter", "magnitude", "random", "filter"]
-FcMethod = Literal["fine", "block", "magnitude", "random"]
+FcMethod = Literal["fine", "block", "structure", "magnitude", "random"]
 # Not inter: its two halves of the era are the whole network's.
-OverrideMethod = Literal["window", "ck", "intra", "magnitude", "random", "filter", "fine", "block"]
+OverrideMethod = Literal[
+    "window", "ck", "intra", "magnitude", "random", "filter", "fine", "block", "structure"
+]
 _METHODS: Final = (*get_args(ConvMethod), *get_args(FcMethod))
 
 # The methods that read an option; giving it to any other is an error.
@@ -74,7 +76,8 @@ OPTION_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
     "share": ("intra", "inter"),
     "split": ("inter",),
     "seed": ("random",),
-    "block_size": ("block",),
+    "then": ("structure",),
+    "block_size": ("block", "structure"),
 }
 _POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 kernels alone
 
@@ -92,7 +95,8 @@ _POINTWISE: Final = "how 1x1 kernels are pruned; none leaves them dense (window)
 _SCOPE: Final = "where kernels compete (ck, intra, inter, window's 1x1 kernels)"
 _GROUP: Final = "output channels that share a kernel mask, from 1 (ck, window's 1x1 kernels)"
 _SHARE: Final = "part of the amount that is window's, in [0, 1] (intra, inter)"
-_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block)"
+_THEN: Final = "how the rest goes behind the columns that read zeros (structure)"
+_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block, structure then block)"
 
 KeyPath = tuple[str | int, ...]
 Problem = tuple[KeyPath, str]
@@ -251,6 +255,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pointwise = Literal["ck", "none"]
 Scope = Literal["channel", "layer"]
+Then = Literal["fine", "block"]
 
 
 class Settings(BaseModel):
@@ -391,6 +396,7 @@ class Fc(Settings):
 
     method: FcMethod = Field("fine", description="method for linear layers")
     amount: Amount | None = Field(None, description=f"{_AMOUNT}; default: pruning.amount")
+    then: Then = Field("fine", description=_THEN)
     block_size: Count = Field(4, description=_BLOCK_SIZE)
 
 
@@ -406,6 +412,7 @@ class Override(Settings):
     scope: Scope | None = Field(None, description=_SCOPE)
     group: Count | None = Field(None, description=_GROUP)
     share: Share | None = Field(None, description=_SHARE)
+    then: Then | None = Field(None, description=_THEN)
     block_size: Count | None = Field(None, description=_BLOCK_SIZE)
 
 
@@ -428,6 +435,9 @@ class Pruning(Settings):
     group: Count = Field(1, description=_GROUP)
     share: Share = Field(0.5, description=_SHARE)
     split: float = Field(0.5, gt=0, lt=1, description="part of the era for ck, in (0, 1) (inter)")
+    free: bool = Field(
+        False, description="true: what only reads zeros goes too, at the end of the era"
+    )
     seed: int = Field(0, ge=0, description="seed of random masks, from 0 (random)")
     include: Names = Field(("*",), min_length=1, description="layers to prune: one glob, or a list")
     exclude: Names = Field((), description="layers of these to leave dense: one glob, or a list")
@@ -534,6 +544,7 @@ class _Place(NamedTuple):
     given: dict[str, Any]
     methods: tuple[Any, ...]
     pointwise: object
+    then: object
 
     def uses(self, option: str) -> bool:
         if any(method not in _METHODS for method in self.methods):
@@ -541,21 +552,25 @@ class _Place(NamedTuple):
         methods = set(OPTION_METHODS[option]).intersection(self.methods)
         if option in _POINTWISE_OPTIONS and self.pointwise == "none":
             methods.discard("window")
+        if option == "block_size" and self.then != "block":
+            methods.discard("structure")
         return bool(methods)
 
 
 def _places(pruning: dict[str, Any]) -> Iterator[_Place]:
     method, pointwise, fc = (pruning.get(key) for key in ("method", "pointwise", "fc"))
-    yield _Place((), pruning, (method,), pointwise)
     settings = fc if isinstance(fc, dict) else {}
+    then = settings.get("then")
+    yield _Place((), pruning, (method,), pointwise, then)
     fc_methods = () if fc == "none" else (settings.get("method", "fine"),)
-    yield _Place(("fc",), settings, fc_methods, pointwise)
+    yield _Place(("fc",), settings, fc_methods, pointwise, then)
     overrides = pruning.get("overrides")
     for index, given in enumerate(overrides if isinstance(overrides, list) else ()):
         if isinstance(given, dict):
             own = given.get("method")
             methods = (method, *fc_methods) if own is None else (own,)
-            yield _Place(("overrides", index), given, methods, given.get("pointwise") or pointwise)
+            options = (given.get("pointwise") or pointwise, given.get("then") or then)
+            yield _Place(("overrides", index), given, methods, *options)
 
 
 def _pruning_problems(pruning: dict[str, Any]) -> Iterator[Problem]:
@@ -575,4 +590,6 @@ def _no_effect(option: str, place: _Place) -> str:
     methods = " or ".join(dict.fromkeys(place.methods))
     if "window" in place.methods and option in _POINTWISE_OPTIONS:
         methods += " and pointwise none"
+    if "structure" in place.methods and option == "block_size":
+        methods += " then fine"
     return f"has no effect with method {methods} (used by {', '.join(OPTION_METHODS[option])})"

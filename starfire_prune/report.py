@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -38,6 +38,7 @@ class LayerSparsity:
         total: weights.
         kernels_gone: kernels of nothing but zeros; 0 for a linear layer.
         dead_outputs: output channels or neurons of nothing but zeros.
+        free: zeros that were taken because they only read zeros, beyond the amount asked for.
         selected: whether it is among the layers that are pruned.
     """
 
@@ -49,6 +50,7 @@ class LayerSparsity:
     kernels_gone: int
     dead_outputs: int
     selected: bool
+    free: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -72,6 +74,11 @@ class Sparsity:
         """Share of zeros over all convolutions and linear layers, in [0, 1]."""
         return _share(self.layers)
 
+    @property
+    def free(self) -> int:
+        """Zeros that were taken because they only read zeros, beyond the amounts asked for."""
+        return sum(layer.free for layer in self.layers)
+
     def __getitem__(self, name: str) -> LayerSparsity:
         """The layer of that name."""
         for layer in self.layers:
@@ -80,12 +87,17 @@ class Sparsity:
         raise KeyError(f"no convolution or linear layer {name!r}")
 
 
-def measure_sparsity(model: nn.Module, selected: Iterable[str] | None = None) -> Sparsity:
+def measure_sparsity(
+    model: nn.Module,
+    selected: Iterable[str] | None = None,
+    free: Mapping[str, int] | None = None,
+) -> Sparsity:
     """Count the zeros of a model's convolutions and linear layers.
 
     Args:
         model: pruned by hooks, permanently, or not at all; DDP and compiled models too.
         selected: names of the layers that are pruned; all by default.
+        free: how many zeros of each layer were taken because they only read zeros.
 
     Example:
         >>> measure_sparsity(nn.Sequential(nn.Linear(4, 2))).network
@@ -94,7 +106,10 @@ def measure_sparsity(model: nn.Module, selected: Iterable[str] | None = None) ->
     names = None if selected is None else set(selected)
     layers = prunable_layers(model).items()
     return Sparsity(
-        tuple(_measured(name, module, names is None or name in names) for name, module in layers)
+        tuple(
+            _measured(name, module, names is None or name in names, (free or {}).get(name, 0))
+            for name, module in layers
+        )
     )
 
 
@@ -129,6 +144,12 @@ def format_table(sparsity: Sparsity) -> str:
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"
     )
+    if sparsity.free:
+        zeros = sum(layer.zeros for layer in sparsity.layers)
+        lines.append(
+            f"free: {sparsity.free:,} of the {zeros:,} zeros only read zeros and went beyond the "
+            f"amount asked for"
+        )
     return "\n".join(lines)
 
 
@@ -157,7 +178,7 @@ def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: i
     )
 
 
-def _measured(name: str, module: nn.Module, selected: bool) -> LayerSparsity:
+def _measured(name: str, module: nn.Module, selected: bool, free: int) -> LayerSparsity:
     kept = effective_weight(module) != 0
     is_conv = kept.ndim > 2
     kernels = kept.flatten(2).any(2) if is_conv else kept
@@ -170,6 +191,7 @@ def _measured(name: str, module: nn.Module, selected: bool) -> LayerSparsity:
         kernels_gone=kernels.numel() - int(kernels.sum()) if is_conv else 0,
         dead_outputs=len(kernels) - int(kernels.any(1).sum()),
         selected=selected,
+        free=free,
     )
 
 

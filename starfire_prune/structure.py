@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "dense_copy",
     "is_known",
     "layer_of",
+    "over_weight",
     "place_of",
 ]
 
@@ -155,6 +157,24 @@ class ChannelAnalysis:
             for layer in self.run().layers
         }
 
+    def fully_connected(self) -> frozenset[str]:
+        """The convolutions that stand for linear layers, as timm's VGG has them.
+
+        That is one whose kernel covers its whole input, and those that read nothing else.
+        """
+        found: set[str] = set()
+        after: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            name = layer_of(self.graph, node)
+            operands = [n for n in node.all_input_nodes if n.name not in self.graph.sources]
+            behind = bool(operands) and after.issuperset(operands)
+            if name is not None and node.target in CONVOLUTIONS and _covers(node, behind):
+                found.add(clean_name(name))
+                after.add(node)
+            elif behind:
+                after.add(node)
+        return frozenset(found)
+
     def _exported(self, training: bool) -> Graph:
         model = dense_copy(self._model).train(training)
         exported = torch.export.export(model, self._example).run_decompositions({})
@@ -185,6 +205,23 @@ def dense_copy(model: nn.Module) -> nn.Module:
             if isinstance(hook, prune.BasePruningMethod):
                 make_permanent(module, hook._tensor_name)
     return twin
+
+
+def over_weight(channels: Tensor, weight: Tensor) -> Tensor:
+    """What each weight reads of `(C,)` input channels, to broadcast over `(K, C / groups, …)`."""
+    groups = len(channels) // weight.shape[1]
+    rows = channels.view(groups, -1)
+    if groups > 1:
+        rows = rows.repeat_interleave(len(weight) // groups, 0)
+    return rows.view(*rows.shape, *[1] * (weight.ndim - 2))
+
+
+def _covers(node: fx.Node, behind: bool) -> bool:
+    """Whether a kernel is as large as its input: of more than one place, or `behind` such a one."""
+    _, *kernel = shape_of(node.args[1])  # its input channels first: not those of a grouped one
+    whole = tuple(kernel) == shape_of(node.args[0])[-len(kernel) :]
+    larger = behind or math.prod(kernel[1:]) > 1
+    return whole and larger and not constant_rules.is_padded(node)
 
 
 def layer_of(graph: Graph, node: fx.Node) -> str | None:

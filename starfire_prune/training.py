@@ -296,8 +296,10 @@ def _finish(run: Run) -> None:
     model, decay = run.model, None
     if run.average is not None:
         model, decay = run.average.module, run.average.decay
-    selected = run.pruner.layers if run.pruner is not None else None
-    show(format_table(measure_sparsity(model, selected)))
+    pruner = run.pruner
+    show(format_table(pruner.sparsity(model) if pruner is not None else measure_sparsity(model)))
+    for name, reason in pruner.kept_columns().items() if pruner is not None else ():
+        show(f"{name} keeps all its columns: {reason}")
     for line in _final_lines(rows):
         show(line)
     export_weights(exported, model, run.pruner, decay)  # last: it marks the run as finished

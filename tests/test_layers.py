@@ -369,8 +369,8 @@ def test_an_override_of_layers_that_are_not_selected_is_refused(own, pattern):
 @pytest.mark.parametrize(
     ("layer", "kind", "method", "fitting"),
     [
-        ("head", "Linear", "ck", "fine, block, magnitude, random"),
-        ("head", "Linear", "window", "fine, block, magnitude, random"),
+        ("head", "Linear", "ck", "fine, block, structure, magnitude, random"),
+        ("head", "Linear", "window", "fine, block, structure, magnitude, random"),
         ("stem", "Conv2d", "fine", "window, ck, intra, inter, magnitude, random, filter"),
         ("line", "Conv1d", "block", "window, ck, intra, inter, magnitude, random, filter"),
     ],

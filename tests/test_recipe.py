@@ -431,7 +431,7 @@ def test_messages_are_free_of_pydantics_words(file):
         ),
         (
             {"fc": {"block_size": 2}},
-            "fc.block_size: has no effect with method fine (used by block)",
+            "fc.block_size: has no effect with method fine (used by block, structure)",
         ),
         (
             {"overrides": [{"layers": "a", "share": 0.5}]},
@@ -598,7 +598,10 @@ def test_differing_keys_give_both_values(file):
     assert differing_keys(load_recipe(file), load_recipe(file, settings)) == {
         "model.options.drop": (None, 0.1),
         "pruning.era": ((3, 6), (3, 7)),
-        "pruning.fc": ({"method": "fine", "amount": None, "block_size": 4}, "none"),
+        "pruning.fc": (
+            {"method": "fine", "amount": None, "then": "fine", "block_size": 4},
+            "none",
+        ),
     }
 
 

@@ -246,6 +246,7 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
             "amount": 0.6,
             "zeros": int((weights[name] == 0).sum()),
             "total": weights[name].numel(),
+            "free": 0,
         }
         for name in [*convolutions(weights), "fc.weight"]
     }

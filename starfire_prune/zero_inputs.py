@@ -1,0 +1,122 @@
+"""Which weights of a model in training only ever read zeros, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from starfire_prune.distributed import broadcast_from_first
+from starfire_prune.structure import ChannelAnalysis, over_weight
+
+if TYPE_CHECKING:
+    from starfire_prune.recipe import Pruning
+
+__all__ = ["ZeroInputs", "prunes_by_structure", "reads", "zero_inputs_of"]
+
+
+def zero_inputs_of(
+    model: nn.Module, pruning: Pruning, example_input: Tensor | tuple[Any, ...] | None
+) -> ZeroInputs | None:
+    """A `ZeroInputs` where these settings ask for one: `free`, or the method `structure`.
+
+    Raises:
+        ValueError: if they do without an `example_input`, or the model can't be exported.
+    """
+    methods = [override.method for override in pruning.overrides]
+    if not pruning.free and not prunes_by_structure(pruning) and "structure" not in methods:
+        return None
+    if example_input is None:
+        raise ValueError(
+            "`example_input` (=None) is needed by `free: true` and the method structure, which "
+            "look into the model's graph: give a small batch such as torch.zeros(2, 3, 224, 224)"
+        )
+    return ZeroInputs(model, example_input)
+
+
+def prunes_by_structure(pruning: Pruning) -> bool:
+    """Whether linear layers, and convolutions that stand for them, are pruned by `structure`."""
+    return pruning.fc != "none" and pruning.fc.method == "structure"
+
+
+class ZeroInputs:
+    """Finds the input channels that are zero while training and in eval mode alike.
+
+    Args:
+        model: also wrapped by DDP or `torch.compile`, in any phase of pruning.
+        example_input: a small batch, or the tuple of the model's arguments.
+
+    Raises:
+        ValueError: if `torch.export` can't export the model.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
+        self._device = next(model.parameters()).device
+        try:
+            self._analysis = ChannelAnalysis(model, example_input)
+        except Exception as error:  # of many kinds, as the model's code fails or isn't understood
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"`pruning.free` and the method structure need the model's graph, which "
+                f"torch.export can't make with this `example_input`: {first}"
+            ) from error
+
+    @property
+    def fully_connected(self) -> frozenset[str]:
+        """The convolutions that stand for linear layers."""
+        return self._analysis.fully_connected()
+
+    def reasons(self) -> dict[str, str]:
+        """Why a layer has no input that is always zero, by its name; of those that have none."""
+        found = self.find()
+        other = "none of its constant inputs is zero while training and in eval mode alike"
+        return {
+            layer.name: layer.reason or other
+            for layer in self._analysis.run().layers
+            if not found[layer.name].any()
+        }
+
+    def find(self) -> dict[str, Tensor]:
+        """The zero input channels of each layer, bool `(C,)`, as rank 0 finds them.
+
+        Batch norms' running statistics differ between ranks until the next forward pass.
+        """
+        found = self._analysis.zero_inputs()
+        broadcast_from_first(found.values(), self._device)
+        return found
+
+    def take_readers(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
+        """Take the weights that only read zeros out of masks, in place, by the layer's name.
+
+        Until no further channel dies of it.
+
+        Returns:
+            How many weights each layer lost.
+        """
+        taken = dict.fromkeys(masks, 0)
+        while True:
+            found = self.find()
+            numbers = {name: _take(mask, found[name]) for name, mask in masks.items()}
+            if not any(numbers.values()):
+                return taken
+            taken = {name: number + numbers[name] for name, number in taken.items()}
+
+
+def reads(mask: Tensor, zeros: Tensor) -> Tensor:
+    """Which kept weights read a zero, bool of the mask's shape.
+
+    Args:
+        mask: of a weight `(K, C / groups, …)`, True = kept.
+        zeros: bool `(C,)`, the input channels that are zero.
+    """
+    return over_weight(zeros.to(mask.device), mask) & mask.bool()
+
+
+def _take(mask: Tensor, zeros: Tensor) -> int:
+    useless = reads(mask, zeros)
+    number = int(torch.count_nonzero(useless))
+    if number:
+        mask.masked_fill_(useless, 0)
+    return number
