@@ -434,6 +434,22 @@ def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys
     assert picture == f"picture: {run}/training.png"
 
 
+def test_the_last_lines_say_why_the_classifier_keeps_its_columns(runs, tmp_path, capsys):
+    fc = "pruning.fc={method: structure}"
+    train(small_recipe(tmp_path, "epochs=3", fc), tmp_path / "run")
+    line = "fc keeps all its columns: its input comes from an addition in which "
+    assert sum(row.startswith(line) for row in capsys.readouterr().out.splitlines()) == 1
+
+
+def test_what_went_free_is_told_and_in_the_metadata(runs, tmp_path, capsys):
+    settings = ("epochs=3", "pruning.amount=0.9", "pruning.free=true", "optimizer.lr=0.2")
+    train(small_recipe(tmp_path, *settings), tmp_path / "run")
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    free = sum(weight["free"] for weight in metadata["weights"].values())
+    assert free > 0
+    assert f"\nfree: {free:,} of the " in capsys.readouterr().out
+
+
 # The average of the weights
 
 DECAY = 0.7
@@ -559,8 +575,9 @@ def test_only_updates_that_happen_are_averaged(runs, tmp_path):
     [
         ["training.ema={decay: 0.7, warmup: true}"],
         ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
+        ["pruning.amount=0.9", "pruning.fc={method: structure}", "pruning.free=true"],
     ],
-    ids=["average", "mixing"],
+    ids=["average", "mixing", "structure and free"],
 )
 def test_a_killed_run_ends_with_the_same_bits_with(overrides, runs, tmp_path):
     recipe = small_recipe(tmp_path, *overrides)
