@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import starfire_prune
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS: list[str] = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -46,6 +48,14 @@ def test_one_call_on_one_layer():
     assert not prune.is_pruned(conv)
     kernels_gone = (conv.weight == 0).all(dim=(2, 3)).sum(0)
     assert torch.equal(kernels_gone, torch.full((64,), 38))  # floor(0.6 * 64 + 0.5) each
+
+
+def test_a_sparse_model_becomes_a_smaller_dense_one():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 10))
+    starfire_prune.filter_structured(model[0], amount=0.5)
+    names: dict[str, Any] = {"model": model, "torch": torch}
+    exec(block_with("import compact"), names)
+    assert names["smaller"][0].out_channels == 4
 
 
 @pytest.mark.parametrize(
