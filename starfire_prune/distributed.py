@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from starfire_prune.errors import RanksError
 from starfire_prune.layers import unwrap
 
 __all__ = [
@@ -16,16 +17,19 @@ __all__ = [
 ]
 
 
-def compare_across_ranks(digest: Callable[[], str], what: str, device: torch.device) -> None:
+def compare_across_ranks(
+    digest: Callable[[], str], what: str, device: torch.device, reason: str
+) -> None:
     """Raise on every rank if `digest()`, a hexadecimal hash, is not the same on all of them.
 
     Args:
         digest: of what has to be equal; not called where there is one process.
         what: it is, for the error, in the plural.
         device: of the tensors that the process group sends.
+        reason: that such a difference has, or the way out.
 
     Raises:
-        RuntimeError: naming the ranks that differ from rank 0.
+        RanksError: naming the ranks that differ from rank 0.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return
@@ -34,9 +38,9 @@ def compare_across_ranks(digest: Callable[[], str], what: str, device: torch.dev
     distributed.all_gather(digests, own)
     differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
     if differing:
-        raise RuntimeError(
+        raise RanksError(
             f"the {what} of rank(s) {', '.join(map(str, differing))} differ from those of rank 0: "
-            f"the ranks' weights have drifted apart"
+            f"{reason}"
         )
 
 

@@ -16,6 +16,7 @@ from starfire_prune.distributed import (
     keep_buffers_from_ddp,
     refuse_sharded,
 )
+from starfire_prune.errors import PruningError
 from starfire_prune.layers import (
     PrunedLayer,
     amount_at,
@@ -155,8 +156,9 @@ class Pruner:
 
         Raises:
             ValueError: for weights that are NaN or infinite, with the layer's name.
-            RuntimeError: if an epoch has more updates than `updates_per_epoch`; at the end of the
-                era, if the masks of distributed ranks differ.
+            RuntimeError: if an epoch has more updates than `updates_per_epoch`.
+            PruningError, RanksError: at the end of the era, if a layer has lost all its weights,
+                or if the masks of distributed ranks differ.
         """
         if not updated:
             return
@@ -235,13 +237,14 @@ class Pruner:
         """Verify that the pruning holds; call it before every save, on every rank.
 
         Raises:
-            RuntimeError: naming the layer and the count, if a pruned weight is not zero (here or
-                in a mirror), if a hook of the era is gone, or if the masks of ranks differ.
+            PruningError: naming the layer and the count, if a pruned weight is not zero (here or
+                in a mirror), or if a hook of the era is gone.
+            RanksError: if the masks of ranks differ.
         """
         if self._phase == "era":
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
-                    raise RuntimeError(f"layer {name} has lost its pruning hook within the era")
+                    raise PruningError(f"layer {name} has lost its pruning hook within the era")
         self._compare_ranks()  # first: a rank that raised alone would leave the others waiting
         if self._phase == "fixed":
             for modules in [self._modules(), *self._mirrors]:
@@ -394,7 +397,7 @@ class Pruner:
         masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
         for name, mask in masks.items():
             if not bool(mask.any()):
-                raise RuntimeError(f"layer {name} has lost all its weights: lower its amount")
+                raise PruningError(f"layer {name} has lost all its weights: lower its amount")
         for modules in [self._modules(), *self._mirrors]:
             for module in modules.values():
                 make_permanent(module, "weight")
@@ -433,7 +436,8 @@ class Pruner:
 
     def _compare_ranks(self) -> None:
         device = layer_weight(next(iter(self.layers.values())).module).device
-        compare_across_ranks(self.mask_hash, "pruning masks", device)
+        reason = "the ranks' weights have drifted apart"
+        compare_across_ranks(self.mask_hash, "pruning masks", device, reason)
 
     @torch.no_grad()
     def _follow(self, mirror: Mapping[str, nn.Module], names: list[str] | None = None) -> None:
@@ -492,7 +496,7 @@ def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) 
         weight = layer_weight(module).detach()
         alive = int(((weight != 0) & ~masks[name].to(weight.device)).sum())
         if alive:
-            raise RuntimeError(
+            raise PruningError(
                 f"layer {name}: {alive} pruned weights are not zero; "
                 f"step() must follow each optimizer step, and nothing else may write to them"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterable
 from itertools import groupby
@@ -35,9 +36,11 @@ def check_run(run: Run) -> None:
         RunError: if the model can't take the images, a compiler is missing, the optimizer can't
             take a step, or the disk is too full for the run's checkpoints.
     """
+    _check_accumulation(run)
     for dataset in (run.datasets.train, run.datasets.val):
         _first(dataset)
     _check_forward(run)
+    _check_training_forward(run)
     if run.recipe.training.compile:
         _check_compiler(run.accelerator.device)
     if run.accelerator.is_main_process:  # which writes
@@ -112,6 +115,32 @@ def _check_forward(run: Run) -> None:
         raise RunError(
             f"model {run.recipe.model.name} doesn't give {classes} numbers an image: it must be a "
             f"classifier; correct model.name or model.options"
+        )
+
+
+@torch.no_grad()
+def _check_training_forward(run: Run) -> None:
+    """Batch norms can't train on a single value a channel; on a copy, for its statistics change."""
+    model = copy.deepcopy(unwrap(run.model)).train()
+    size = min(run.recipe.data.batch_size, len(run.datasets.train), 2)  # type: ignore[arg-type]
+    try:
+        with run.accelerator.autocast():
+            model(example_images(run.recipe, run.accelerator.device)[:size])
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"model {run.recipe.model.name} can't train on batches of {size}: {error}; raise "
+            f"data.batch_size (={run.recipe.data.batch_size}) or data.image_size "
+            f"(={run.recipe.data.image_size}), or give it more than one image"
+        ) from error
+
+
+def _check_accumulation(run: Run) -> None:
+    accumulation, batches = run.recipe.training.gradient_accumulation, len(run.train_loader)
+    if accumulation > batches:
+        raise RunError(
+            f"training.gradient_accumulation (={accumulation}) is more than the {batches} batches "
+            f"of an epoch, of which each counts as 1/{accumulation} of an update: set it to "
+            f"{batches} at the most, or lower data.batch_size"
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import os
 from pathlib import Path
@@ -14,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
+    GradientAccumulationPlugin,
     ProjectConfiguration,
     set_seed,
 )
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from starfire_prune.data import Datasets, build_loader, load_datasets, prepare_loader
+from starfire_prune.distributed import compare_across_ranks
 from starfire_prune.engine import Pruner
 from starfire_prune.models import PretrainedError, create_model, create_pretrained
 from starfire_prune.recipe import Model, Optimizer, Recipe, Training
@@ -33,6 +37,8 @@ from starfire_prune.tracking import check_trackers
 __all__ = [
     "Batch",
     "Run",
+    "check_ranks_data_alike",
+    "check_ranks_start_alike",
     "create_accelerator",
     "create_optimizer",
     "example_images",
@@ -106,13 +112,16 @@ def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         config = torch._dynamo.config  # cache_size_limit: recompile_limit from torch 2.7 on
         config.cache_size_limit = max(config.cache_size_limit, _COMPILED_GRAPHS)
     try:
-        accelerator = Accelerator(
+        accelerator = Accelerator(  # explicit where it would let the environment decide
+            cpu=_is_cpu_rank(),
             mixed_precision=recipe.training.mixed_precision,
-            gradient_accumulation_steps=recipe.training.gradient_accumulation,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=recipe.training.gradient_accumulation
+            ),
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=recipe.seed
             ),
-            dynamo_backend=_COMPILER if recipe.training.compile else None,
+            dynamo_backend=_COMPILER if recipe.training.compile else "no",
             log_with=[*recipe.training.trackers] or None,  # of an empty list it warns
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
         )
@@ -121,6 +130,7 @@ def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"training.mixed_precision (={recipe.training.mixed_precision}): {error}"
         ) from error
     _check_device(accelerator)
+    _check_processes(accelerator)
     if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
         torch.set_num_threads(recipe.training.threads)
     return accelerator
@@ -135,6 +145,21 @@ def _check_device(accelerator: Accelerator) -> None:
         raise RunError("training.mixed_precision (=bf16) is not for this GPU: set fp16 or no")
     if accelerator.distributed_type in _SHARDING.values():  # by a plugin, not by the launcher
         raise RunError(_sharding_sentence(accelerator.distributed_type.value))
+
+
+def _is_cpu_rank() -> bool:
+    """One of several processes on a CPU, which Accelerate has to be told under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RunError(
+            f"WORLD_SIZE (={launched}) announces {launched} processes, and Accelerate has joined "
+            f"{accelerator.num_processes}, so that each would train alone: launch by torchrun or "
+            f"accelerate launch, and unset WORLD_SIZE for a single process"
+        )
 
 
 def _refuse_lonely_ranks() -> None:
@@ -168,6 +193,35 @@ def _sharding_sentence(kind: str) -> str:
     )
 
 
+def check_ranks_start_alike(
+    recipe: Recipe, checkpoint: Path | None, accelerator: Accelerator
+) -> None:
+    """Raise RanksError if ranks have other recipes, or go on from other checkpoints.
+
+    Only where the data lie may differ.
+    """
+    settings = recipe.model_dump(mode="json")
+    settings["data"].pop("root")
+    _compare(settings, "recipes", accelerator, "give all of them the same recipe and --set")
+    state = checkpoint / "state.json" if checkpoint is not None else None
+    found = [checkpoint.name, state.read_text()] if checkpoint and state and state.exists() else []
+    reason = "--output must be on a disk that all machines share"
+    _compare(found, "checkpoints to go on from", accelerator, reason)
+
+
+def check_ranks_data_alike(run: Run) -> None:
+    """Raise RanksError if ranks have data of other sizes or classes."""
+    parts = [len(part) for part in (run.datasets.train, run.datasets.val)]  # type: ignore[arg-type]
+    found = [*parts, run.datasets.classes, len(run.train_loader), len(run.val_loader)]
+    reason = "each machine must have the same data"
+    _compare(found, "images and classes", run.accelerator, reason)
+
+
+def _compare(value: object, what: str, accelerator: Accelerator, reason: str) -> None:
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    compare_across_ranks(lambda: digest, what, accelerator.device, reason)
+
+
 # The parts of a run
 
 
@@ -187,9 +241,9 @@ def prepare_run(
         DataError, ValueError: for data, layers and models that don't fit.
     """
     set_seed(recipe.seed)
-    datasets = _datasets(recipe)
     pretrained = recipe.model.pretrained if fresh else False
     with accelerator.local_main_process_first():  # which downloads
+        datasets = _datasets(recipe)
         model, fresh_keys = _model(recipe.model, pretrained)
     model = model.to(accelerator.device)
     if recipe.training.channels_last:
@@ -209,7 +263,7 @@ def prepare_run(
         average=_average(recipe.training, model),
         mixup=_mixup(recipe),
         train_loss=_train_loss(recipe.training),
-        loss=nn.CrossEntropyLoss(label_smoothing=recipe.training.label_smoothing),
+        loss=nn.CrossEntropyLoss(),
         fresh_keys=fresh_keys,
     )
     run.pruner = _pruner(run)  # before DDP wraps the model, which then leaves the masks alone
@@ -220,7 +274,9 @@ def prepare_run(
 def example_images(recipe: Recipe, device: torch.device) -> Tensor:
     """Two images of zeros as the model gets them, `(2, 3, image_size, image_size)`."""
     size = recipe.data.image_size
-    return torch.zeros(2, 3, size, size, device=device)
+    images = torch.zeros(2, 3, size, size, device=device)
+    last = recipe.training.channels_last
+    return images.to(memory_format=torch.channels_last) if last else images
 
 
 def _datasets(recipe: Recipe) -> Datasets:
@@ -254,7 +310,7 @@ def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[st
         return create_pretrained(settings.name, settings.num_classes, file, **settings.options)
     except PretrainedError as error:
         raise RunError(f"model.pretrained: {error}") from error
-    except (AssertionError, TypeError) as error:
+    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
         raise RunError(f"model.options: {settings.name} refuses them: {error}") from error
 
 

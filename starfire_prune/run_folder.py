@@ -20,6 +20,9 @@ from starfire_prune.checkpoint import latest_checkpoint
 from starfire_prune.files import write_text
 from starfire_prune.recipe import Recipe, differing_keys, dump_recipe, load_recipe
 
+if sys.platform != "win32":
+    import fcntl
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -33,9 +36,14 @@ __all__ = [
     "checkpoints_of",
     "existing_part",
     "exported_file",
+    "locked",
     "read_metrics",
     "writing",
 ]
+
+
+# Where the same data lie may change, as on a node's own disk, and so may who is told
+_MAY_DIFFER = ("data.root", "training.trackers")
 
 
 class RunError(RuntimeError):
@@ -84,6 +92,8 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) 
 
 def _check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
     differing = differing_keys(saved, recipe)
+    for key in _MAY_DIFFER:
+        differing.pop(key, None)
     if differing:
         listed = "; ".join(
             f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()
@@ -92,6 +102,40 @@ def _check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
             f"{folder} holds the run of another recipe ({listed}): choose another --output, or "
             f"delete the folder"
         )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder of a run, which must be there, within the block.
+
+    The lock goes with the process, however that ends. Where there are none (Windows, some network
+    disks) nothing is locked.
+
+    Raises:
+        RunError: if another process has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is being trained in by process {file.read().strip() or 'unknown'}: wait "
+                f"for it, end it, or choose another --output"
+            ) from None
+        except OSError:  # this disk knows no locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

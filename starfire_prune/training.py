@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,14 @@ from starfire_prune.learning_rate import learning_rate_factor
 from starfire_prune.mixing import mix_batch
 from starfire_prune.plan import check_run, plan_text
 from starfire_prune.plots import plot_training
-from starfire_prune.preparation import Batch, Run, create_accelerator, prepare_run
+from starfire_prune.preparation import (
+    Batch,
+    Run,
+    check_ranks_data_alike,
+    check_ranks_start_alike,
+    create_accelerator,
+    prepare_run,
+)
 from starfire_prune.recipe import Recipe
 from starfire_prune.report import format_table, measure_sparsity
 from starfire_prune.run_folder import (
@@ -36,6 +45,7 @@ from starfire_prune.run_folder import (
     checkpoint_to_resume,
     checkpoints_of,
     exported_file,
+    locked,
     read_metrics,
     writing,
 )
@@ -66,28 +76,70 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool =
         DataError, ValueError: for data, layers and settings that don't fit.
     """
     accelerator = create_accelerator(recipe, folder)
-    checkpoint = checkpoint_to_resume(folder, recipe, resume=resume)
     check_writable(folder)
+    writes = accelerator.is_main_process and not dry_run
+    with ExitStack() as stack:
+        was_there = folder.is_dir()
+        if writes and was_there:
+            stack.enter_context(locked(folder))
+        run, first_epoch = _planned(recipe, folder, accelerator, resume)
+        if dry_run:
+            return
+        if writes:
+            if not was_there:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder))
+            begin_folder(folder, recipe, accelerator, first_epoch)
+        accelerator.wait_for_everyone()
+        start_trackers(accelerator, recipe, folder, first_epoch)
+        with _told():
+            for epoch in range(first_epoch, recipe.epochs):
+                _record(run, _epoch(run, epoch))
+                accelerator.wait_for_everyone()
+        _finish(run)
+        accelerator.end_training()
+
+
+def _planned(
+    recipe: Recipe, folder: Path, accelerator: Accelerator, resume: bool
+) -> tuple[Run, int]:
+    """Prepare a run, check and print its plan, and go back to its checkpoint if there is one.
+
+    Returns:
+        The run, and the number of epochs that are done.
+    """
+    checkpoint = checkpoint_to_resume(folder, recipe, resume=resume)
     if checkpoint is not None:
         check_environment(folder, accelerator)
+    check_ranks_start_alike(recipe, checkpoint, accelerator)
     run = prepare_run(recipe, folder, accelerator, fresh=checkpoint is None)
+    check_ranks_data_alike(run)
     check_run(run)
     accelerator.print(plan_text(run, checkpoint))
-    first_epoch = 0
-    if checkpoint is not None:
-        first_epoch = _restore(run, checkpoint)
-        accelerator.print(f"resumed {folder} after {first_epoch} of {recipe.epochs} epochs")
-    if dry_run:
-        return
-    if accelerator.is_main_process:
-        begin_folder(folder, recipe, accelerator, first_epoch)
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, recipe, folder, first_epoch)
-    for epoch in range(first_epoch, recipe.epochs):
-        _record(run, _epoch(run, epoch))
-        accelerator.wait_for_everyone()
-    _finish(run)
-    accelerator.end_training()
+    if checkpoint is None:
+        return run, 0
+    done = _restore(run, checkpoint)
+    accelerator.print(f"resumed {folder} after {done} of {recipe.epochs} epochs")
+    return run, done
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what a machine is too small for into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "the device has too little memory: lower data.batch_size (and raise "
+            "training.gradient_accumulation), or set training.mixed_precision=bf16"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            "a loader process was ended from outside, mostly for want of memory or of /dev/shm: "
+            "lower data.workers; the same command goes on from the last checkpoint"
+        ) from error
 
 
 @torch.no_grad()
@@ -259,6 +311,12 @@ def _restore(run: Run, checkpoint: Path) -> int:
 def _record(run: Run, metrics: dict[str, Any]) -> None:
     """Keep an epoch's metrics and its checkpoint, and show a line."""
     accelerator = run.accelerator
+    if not math.isfinite(metrics["val_loss"]):
+        raise RunError(
+            f"training has diverged: after epoch {metrics['epoch']} the loss is "
+            f"{metrics['val_loss']}; lower optimizer.lr (={run.recipe.optimizer.lr}), set "
+            f"lr_schedule.warmup_epochs or training.clip_grad_norm"
+        )
     if accelerator.is_main_process:
         append_metrics(run.folder, metrics)
     log_metrics(accelerator, metrics)

@@ -49,6 +49,9 @@ def same_exports(one: Path, other: Path) -> bool:
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     """A process on the CPU, in a process group of its own; stdout and stderr are one."""
+    inherited = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    if torch.accelerator.is_available():  # elsewhere a user doesn't set it either
+        inherited["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -56,7 +59,7 @@ def start(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1", **environment},
+        env={**inherited, "PYTHONUNBUFFERED": "1", **environment},
     )
 
 

@@ -278,6 +278,32 @@ def test_without_compiling_no_compiler_is_looked_for(runs, tmp_path, monkeypatch
     check_run(prepared(small_recipe(tmp_path), tmp_path / "run"))
 
 
+@pytest.mark.parametrize("settings", [("data.batch_size=1",), ()])
+def test_batch_norms_that_would_see_a_single_value_are_refused(settings, runs, tmp_path):
+    root = make_photographs(tmp_path / "photographs", train=14 if settings else 1)
+    if not settings:
+        shutil.rmtree(root / "train" / "bee")
+        shutil.rmtree(root / "val" / "bee")
+    data = f"data={{name: folder, root: {root}, image_size: 16, batch_size: 8, workers: 0}}"
+    classes = 2 if settings else 1
+    recipe = small_recipe(tmp_path, data, f"model.num_classes={classes}", *settings)
+    size = 1 if settings else 8
+    message = (
+        rf"^model resnet18 can't train on batches of 1: .*; raise data\.batch_size \(={size}\)"
+    )
+    with pytest.raises(RunError, match=message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_accumulation_than_an_epoch_has_batches_is_refused(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "training.gradient_accumulation=5")
+    with pytest.raises(
+        RunError, match=r"^training\.gradient_accumulation \(=5\) is more than the 4 batches of an"
+    ):
+        train(recipe, tmp_path / "run")
+
+
 def test_an_optimizer_that_needs_second_derivatives_is_refused(runs, tmp_path):
     recipe = small_recipe(tmp_path, "optimizer={name: adahessian, lr: 0.1}")
     with pytest.raises(RunError, match=r"^optimizer\.name \(=adahessian\) can't take a step by "):

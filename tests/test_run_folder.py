@@ -1,6 +1,7 @@
 """The folder of a run: what may begin or go on there, its environment and its metrics."""
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from starfire_prune import run_folder
+from starfire_prune import Pruner, run_folder
 from starfire_prune.recipe import differing_keys, dump_recipe, load_recipe
 from starfire_prune.run_folder import (
     RunError,
@@ -23,11 +24,21 @@ from starfire_prune.run_folder import (
     checkpoints_of,
     existing_part,
     exported_file,
+    locked,
     read_metrics,
 )
 from starfire_prune.training import train
 from tests.processes import ROOT
-from tests.runs import files_of, metrics_of, small_recipe, small_runs, write_recipe
+from tests.runs import (
+    files_of,
+    make_photographs,
+    metrics_of,
+    small_recipe,
+    small_runs,
+    train_killed,
+    train_on,
+    write_recipe,
+)
 
 EPOCHS = 4
 
@@ -250,13 +261,58 @@ def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(runs, tmp
     assert synced.index("metrics.jsonl") < synced.index(".epoch-0001.tmp")
 
 
-def test_a_loss_that_is_not_finite_is_null_in_the_metrics(runs, tmp_path):
-    recipe = small_recipe(tmp_path, "optimizer.lr=1.0e+30", "pruning=none", "epochs=3")
-    train(recipe, tmp_path / "run")
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert metrics_of(tmp_path / "run")[-1]["train_loss"] is None
-    assert "NaN" not in text
-    assert "Infinity" not in text
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(value, tmp_path):
+    append_metrics(tmp_path, {"epoch": 0, "train_loss": value})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 0, "train_loss": null}\n'
+
+
+# The lock
+
+
+def test_a_folder_that_is_trained_in_is_refused_with_the_process(finished, tmp_path):
+    message = rf"^{tmp_path} is being trained in by process {os.getpid()} on .*: wait for"
+    with locked(tmp_path), pytest.raises(RunError, match=message), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_holds_the_lock_of_its_folder_until_it_ends(runs, tmp_path):
+    run, held = tmp_path / "run", []
+    step = Pruner.step
+
+    def note(pruner: Pruner, updated: bool = True) -> None:
+        with pytest.raises(RunError, match="is being trained in"), locked(run):
+            pass
+        held.append(True)
+        step(pruner, updated)
+
+    runs.setattr(Pruner, "step", note)
+    train(small_recipe(tmp_path), run)
+    assert held
+    assert not (run / ".lock").exists()
+
+
+def test_a_run_elsewhere_of_the_same_recipe_is_not_entered(runs, tmp_path):
+    run = tmp_path / "run"
+    train_killed(small_recipe(tmp_path), run, 1, "within the epoch")
+    before = files_of(run)
+    with locked(run), pytest.raises(RunError, match="is being trained in"):
+        train_on(small_recipe(tmp_path), run)
+    assert files_of(run) == before
+
+
+def test_data_may_have_moved_and_trackers_may_differ_on_resuming(runs, tmp_path):
+    root = make_photographs(tmp_path / "photographs")
+    data = "data={{name: folder, root: {}, image_size: 16, batch_size: 8, workers: 0}}"
+    run = tmp_path / "run"
+    recipe = small_recipe(tmp_path, data.format(root), "model.num_classes=2")
+    train_killed(recipe, run, 1, "within the epoch")
+    moved = root.rename(tmp_path / "elsewhere")
+    train_on(small_recipe(tmp_path, data.format(moved), "model.num_classes=2"), run)
+    assert len(metrics_of(run)) == 4
 
 
 # The environment

@@ -95,6 +95,12 @@ def test_without_output_the_folder_is_named_after_the_recipe(tool, recipe, tmp_p
     assert len(metrics_of(tmp_path / "runs" / "small")) == 3
 
 
+def test_an_empty_output_is_refused(tool, recipe):
+    ended = tool(recipe, "--output", "")
+    assert ended.status == 2
+    assert "argument --output: is empty; name a folder, or leave it out" in ended.stderr
+
+
 def test_every_override_counts(tool, recipe, tmp_path):
     overrides = ("--set", "epochs=2", "--set=pruning.era=[0, 1]", "--set", "lr_schedule={}")
     assert tool(recipe, "--output", tmp_path / "run", *overrides).status == 0

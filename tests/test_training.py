@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from starfire_prune import preparation, training
 from starfire_prune.checkpoint import plain_state_dict, read_metadata
 from starfire_prune.models import create_model
 from starfire_prune.recipe import Recipe, load_recipe
+from starfire_prune.run_folder import RunError
 from starfire_prune.training import evaluate, train
 from tests.processes import exported, same_exports
 from tests.runs import (
@@ -448,6 +450,56 @@ def test_what_went_free_is_told_and_in_the_metadata(runs, tmp_path, capsys):
     free = sum(weight["free"] for weight in metadata["weights"].values())
     assert free > 0
     assert f"\nfree: {free:,} of the " in capsys.readouterr().out
+
+
+# What goes wrong
+
+
+def test_training_that_diverges_ends_with_the_way_out(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "optimizer.lr=1.0e+30", "pruning=none")
+    with pytest.raises(
+        RunError,
+        match=r"^training has diverged: after epoch 0 the loss is nan; lower optimizer\.lr ",
+    ):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried …"), "lower data.batch_size (and"),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "a loader process was ended from outside",
+        ),
+    ],
+)
+def test_a_machine_that_is_too_small_is_told_in_a_sentence(error, message, runs, tmp_path):
+    def fail(*args: Any) -> None:
+        raise error
+
+    runs.setattr(training, "_train_epoch", fail)
+    with pytest.raises(RunError, match=re.escape(message)):
+        train(small_recipe(tmp_path), tmp_path / "run")
+
+
+def test_other_errors_keep_their_kind(runs, tmp_path):
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a bug")
+
+    runs.setattr(training, "_train_epoch", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$") as caught:
+        train(small_recipe(tmp_path), tmp_path / "run")
+    assert not isinstance(caught.value, RunError)
+
+
+def test_variables_of_the_launcher_do_not_change_the_recipe(runs, tmp_path):
+    train_on(small_recipe(tmp_path), tmp_path / "plain")
+    runs.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    runs.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    train_on(small_recipe(tmp_path), tmp_path / "run")
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "plain")
 
 
 # The average of the weights

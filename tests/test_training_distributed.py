@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from itertools import chain
@@ -270,6 +271,67 @@ def test_an_update_of_two_processes_is_that_of_one(two_ranks):
 
 
 # Shards
+
+
+def two_agents(tmp_path: Path, *own: tuple[str | Path, ...]) -> list[subprocess.Popen[str]]:
+    """The recipe on two agents of a process each, with arguments of their own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, arguments in enumerate(own):
+        options = ("--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1")
+        where = ("--master_addr=localhost", f"--master_port={port}")
+        (tmp_path / f"notes{rank}").mkdir()
+        processes.append(
+            torchrun(
+                tmp_path / f"notes{rank}",
+                write_recipe(tmp_path),
+                *arguments,
+                options=(*options, *where),
+            )
+        )
+    return processes
+
+
+@pytest.mark.slow
+def test_ranks_of_other_recipes_are_refused_before_the_first_batch(tmp_path):
+    settings = [
+        ("--set=data.batch_size=200", f"--set=optimizer.lr={lr}", "--output", tmp_path / "run")
+        for lr in (0.1, 0.01)
+    ]
+    for process in two_agents(tmp_path, *settings):
+        assert (
+            "the recipes of rank(s) 1 differ from those of rank 0: give all of them the same recipe"
+        ) in output_of(process, status=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_share_the_folder_are_refused_on_resuming(tmp_path):
+    arguments = (write_recipe(tmp_path), "--set=data.batch_size=200", "--output", tmp_path / "run")
+    processes = launch_two(*arguments)
+    wait_for_line(processes[0], "epoch 2/4 ")
+    for process in processes:
+        process.kill()
+        process.communicate()
+    own = [
+        ("--set=data.batch_size=200", "--output", folder)
+        for folder in (tmp_path / "run", tmp_path / "elsewhere")
+    ]
+    for process in two_agents(tmp_path, *own):
+        assert (
+            "the checkpoints to go on from of rank(s) 1 differ from those of rank 0: --output must"
+        ) in output_of(process, status=1)
+
+
+def test_processes_that_did_not_join_are_refused(runs, tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(preparation, "_is_cpu_rank", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises(RunError, match=r"^WORLD_SIZE \(=2\) announces 2 processes, and Accelerate"):
+        train(small_recipe(tmp_path), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def main() -> int:
         help="override a key, such as pruning.amount=0.7 (repeatable)",
     )
     parser.add_argument(
-        "--output", type=Path, help="folder of the run; default: runs/<name of the recipe>"
+        "--output", type=_folder, help="folder of the run; default: runs/<name of the recipe>"
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start from nothing")
     parser.add_argument(
@@ -32,6 +32,7 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)  # before the slow imports
 
         from starfire_prune.data import DataError, error_sentence
+        from starfire_prune.errors import PruningError, RanksError
         from starfire_prune.training import RunError, train
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'starfire-prune[train]'")
@@ -41,11 +42,20 @@ def main() -> int:
         train(recipe, folder, resume=arguments.resume, dry_run=arguments.dry_run)
     except DataError as error:
         return _fail(error_sentence(error))
-    except (RunError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (
+        *(RunError, PruningError, RanksError),
+        *(ValueError, OSError, ModuleNotFoundError),
+    ) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", status=130)
     return 0
+
+
+def _folder(text: str) -> Path:
+    if not text:  # such as a variable that is not set
+        raise argparse.ArgumentTypeError("is empty; name a folder, or leave it out")
+    return Path(text)
 
 
 def _fail(message: str, status: int = 2) -> int:
