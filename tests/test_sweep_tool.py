@@ -42,7 +42,13 @@ for folder; do :; done
 name=${folder##*/}
 if [ -f "$here/endings/$name" ]; then
     read -r ending <"$here/endings/$name"
-    if [ "$ending" = SIGTERM ]; then kill -TERM $$; else exit "$ending"; fi
+    case $ending in
+        SIGTERM) kill -TERM $$;;
+        hangs) sh -c 'echo $$ >"$0"; echo hangs; exec sleep 600' "$here/pid";;
+        leaves) sleep 600 & echo $! >"$here/pid"; exit 1;;
+        stays) trap '' TERM; echo $$ >"$here/pid"; while :; do sleep 1; done;;
+        *) exit "$ending";;
+    esac
 fi
 mkdir -p "$folder" && cp -R "$here/left/$name/." "$folder"
 """
@@ -247,29 +253,6 @@ def test_a_folder_of_another_recipe_fails_without_being_launched(swept, table):
     assert folders(table) == ["ck-seed0", "dense-seed0", "ck-70-seed0"]
 
 
-def test_an_interrupt_waits_for_the_run_and_ends_the_sweep(swept, monkeypatch):
-    waits: list[float | None] = []
-
-    class Interrupted(subprocess.Popen[bytes]):
-        """Ctrl-C, which reaches the run too, while it is waited for."""
-
-        def wait(self, timeout: float | None = None) -> int:
-            waits.append(timeout)
-            if timeout is None and len(waits) == 1:
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
-    ended = swept()
-    assert (ended.status, ended.stderr) == (
-        130,
-        "sweep.py: interrupted; the same command goes on where this one stopped\n",
-    )
-    assert waits[:2] == [None, 30.0]
-    assert "run 1 of 3: dense-seed0" in ended.stdout
-    assert "run 2 of 3" not in ended.stdout
-
-
 # Choosing
 
 
@@ -439,6 +422,55 @@ def test_a_command_that_is_refused_prints_no_traceback(table):
     )
 
 
+def hang(table: Path, ending: str) -> None:
+    (table.parent / "endings" / "dense-seed0").write_text(f"{ending}\n")
+
+
+def is_running(table: Path) -> bool:
+    """Whether a process is there whose number a launcher has left; it is killed then."""
+    try:
+        os.kill(int((table.parent / "pid").read_text()), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_sweep_and_what_its_launcher_has_started(number, table):
+    hang(table, "hangs")
+    launcher = shlex.join(["sh", str(table.parent / "launcher.sh")])
+    options = ("--launcher", launcher, "--output", table.parent / "runs")
+    sweep = start(sys.executable, TOOL, table, *options)
+    wait_for_line(sweep, "hangs")
+    os.kill(sweep.pid, number)  # and not its group, as a terminal would
+    try:
+        assert sweep.wait(timeout=30) == 128 + number
+    finally:
+        assert not is_running(table)
+    assert sweep.communicate()[0] == (
+        f"sweep.py: interrupted by {number.name}; the same command goes on where this one stopped\n"
+    )
+
+
+def test_a_launcher_that_fails_leaves_nothing_behind(swept, table):
+    hang(table, "leaves")
+    assert swept().stderr == "sweep.py: 1 of 3 runs failed: dense-seed0 (status 1)\n"
+    assert not is_running(table)
+
+
+def test_a_run_that_does_not_end_when_asked_to_is_killed(table):
+    class OnceItHangs(list[int]):
+        def __bool__(self) -> bool:
+            return bool((table.parent / "pid").exists())
+
+    hang(table, "stays")
+    status_of = runpy.run_path(str(TOOL))["_status_of"]
+    status_of.__globals__["PATIENCE_S"] = 0.2
+    command = ["sh", str(table.parent / "launcher.sh"), "dense-seed0"]
+    assert status_of(command, OnceItHangs([signal.SIGTERM])) == -signal.SIGKILL
+    assert not is_running(table)
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
     """With real runs: a finished one is skipped, a broken one ends with the unbroken one's bits."""
@@ -451,8 +483,8 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
     broken = sweep(runs, "--only", "dense", "--only", "ck")
     wait_for_line(broken, "run 2 of 2: ck-seed0")
     wait_for_line(broken, "epoch 2/4 ")
-    os.killpg(broken.pid, signal.SIGKILL)
-    broken.communicate()
+    broken.terminate()
+    assert "interrupted by SIGTERM" in output_of(broken, 128 + signal.SIGTERM)
     printed = output_of(sweep(runs))
     assert "run 1 of 3: dense-seed0\nis finished\n" in printed
     assert re.search(rf"\nresumed {runs}/ck-seed0 after [12] of 4 epochs\n", printed)

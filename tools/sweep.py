@@ -6,6 +6,7 @@ Runs that are finished are skipped, and those that were broken off go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import fnmatch
 import os
@@ -14,7 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from starfire_prune.tables import Run, Table
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
-PATIENCE_S = 30.0  # that a run gets to end after Ctrl-C, which reaches it too
+PATIENCE_S = 45.0  # that a run gets to end when asked to; torchrun gives its workers 30
+POLL_S = 0.05
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main() -> int:
@@ -164,13 +168,14 @@ def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
 def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[str]) -> int:
     by_folder = _by_folder(runs)
     failed: dict[str, str] = {}
-    try:
+    with _ending_signals() as received:
         for number, (folder, run) in enumerate(by_folder.items(), start=1):
             print(f"\nrun {number} of {len(by_folder)}: {folder}", flush=True)
-            if reason := _train(run, output, launcher):
+            reason = _train(run, output, launcher, received)
+            if received:
+                return _interrupted(received[0])
+            if reason:
                 failed[folder] = reason
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where this one stopped", status=130)
     print()
     _print_results(table, runs, output)
     if failed:
@@ -179,7 +184,29 @@ def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[s
     return 0
 
 
-def _train(run: Run, output: Path, launcher: Sequence[str]) -> str:
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[list[int]]:
+    """Note the signals that ask to end, such as Ctrl-C's, instead of ending at once."""
+    received: list[int] = []
+    earlier = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in ENDING
+        if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int) -> int:
+    name = signal.Signals(number).name
+    text = f"interrupted by {name}; the same command goes on where this one stopped"
+    return _fail(text, status=128 + number)
+
+
+def _train(run: Run, output: Path, launcher: Sequence[str], received: Sequence[int]) -> str:
     """Train a run if it isn't finished; why it failed, or nothing."""
     from starfire_prune.table_results import read_result
 
@@ -191,22 +218,44 @@ def _train(run: Run, output: Path, launcher: Sequence[str]) -> str:
         return ""
     command = _command(run, output, launcher)
     print(shlex.join(command), flush=True)
-    status = _status_of(command)
+    status = _status_of(command, received)
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return f"status {status}" if status else ""
 
 
-def _status_of(command: Sequence[str]) -> int:
-    with subprocess.Popen(command) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            try:
-                process.wait(PATIENCE_S)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.terminate()
-            raise
+def _status_of(command: Sequence[str], received: Sequence[int]) -> int:
+    """The exit status of a launcher, which a signal that is received ends.
+
+    It leads a process group of its own: so signals reach all that it starts, once each.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    while process.returncode is None and not received:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
+    if received or process.returncode:
+        _end(process, received[0] if received else signal.SIGTERM)
+    return process.wait()
+
+
+def _end(launcher: subprocess.Popen[bytes], number: int) -> None:
+    """Pass a signal on to a launcher and what it has started; in the end none of them is left."""
+    deadline = time.monotonic() + PATIENCE_S
+    running = _signalled(launcher.pid, number)
+    while running and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        launcher.poll()
+        running = _signalled(launcher.pid, 0)
+    _signalled(launcher.pid, signal.SIGKILL)
+
+
+def _signalled(group: int, number: int) -> bool:
+    """Send a signal to a process group, with 0 none; whether somebody is in it."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # macOS refuses where all have ended
+        return False
+    return True
 
 
 # What is printed
