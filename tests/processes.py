@@ -168,12 +168,8 @@ def train_noting() -> None:
         _note_updates(patch, note, phase, tampered_update)
         _note_broadcasts(patch, note, phase)
         _note_labels(patch, note)
-        try:
-            runpy.run_path(str(ROOT / "tools" / "train.py"), run_name="__main__")
-        except RuntimeError as error:
-            note("error", str(error))
-            distributed.monitored_barrier(timeout=timedelta(seconds=60))  # the other notes it too
-            raise
+        _note_errors(patch, note)
+        runpy.run_path(str(ROOT / "tools" / "train.py"), run_name="__main__")
 
 
 def _note_updates(
@@ -219,6 +215,20 @@ def _note_labels(patch: pytest.MonkeyPatch, note: Note) -> None:
 
     patch.setattr(training, "_prepared_batch", noting_own)
     patch.setattr(nn.CrossEntropyLoss, "forward", noting_all)
+
+
+def _note_errors(patch: pytest.MonkeyPatch, note: Note) -> None:
+    train = training.train
+
+    def noting(*arguments: Any, **options: Any) -> None:
+        try:
+            train(*arguments, **options)
+        except RuntimeError as error:
+            note("error", str(error))
+            distributed.monitored_barrier(timeout=timedelta(seconds=60))  # the other notes it too
+            raise
+
+    patch.setattr(training, "train", noting)
 
 
 if __name__ == "__main__":
