@@ -1,6 +1,9 @@
 """The README's code runs, and its commands are the ones that CI runs."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,25 @@ def test_a_sparse_model_becomes_a_smaller_dense_one():
 )
 def test_commands_stand_alone_on_a_line(command):
     assert command in README.splitlines()
+
+
+def test_a_wrong_recipe_is_refused_in_the_words_that_are_shown():
+    (block,) = re.findall(r"```console\n\$ (.*?)```", README, flags=re.DOTALL)
+    command, _, shown = block.partition("\n")
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, shown)
 
 
 def test_links_lead_somewhere():

@@ -336,10 +336,12 @@ def test_the_commands_of_a_shipped_table_are_those_of_its_runs(path, tool, monke
     runs = {run.folder: run for run in reversed(load_table(path).runs)}
     printed = tool(path, "--print-commands").stdout.splitlines()
     assert len(printed) == len(runs)
-    for launcher, subcommand, script, recipe, *settings, _, folder in map(shlex.split, printed):
+    for line in printed:
+        *launcher, script, recipe = shlex.split(line)[:5]
+        *settings, _, folder = shlex.split(line)[5:]
         run = runs[Path(folder).name]
-        assert (launcher, subcommand, Path(script).name) == ("accelerate", "launch", "train.py")
-        assert Path(recipe) == run.recipe_path
+        assert launcher == ["accelerate", "launch", "--quiet"]
+        assert (Path(script).name, Path(recipe)) == ("train.py", run.recipe_path)
         assert settings == [word for value in run.overrides for word in ("--set", value)]
 
 
@@ -494,6 +496,16 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
     assert files_of(runs) == finished
     output_of(sweep(table.parent / "whole", "--only", "ck"))
     assert same_exports(runs / "ck-seed0", table.parent / "whole" / "ck-seed0")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
+    options = ("--set", "model.options.nonsense=1", "--only", "dense")
+    printed = output_of(
+        start(sys.executable, TOOL, table, "--output", table.parent / "runs", *options), 1
+    )
+    assert "\ntrain.py: model.options: resnet18 refuses them: " in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow

@@ -87,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--launcher",
-        default="accelerate launch",
+        default="accelerate launch --quiet",
         metavar="COMMAND",
         help="what starts tools/train.py, such as 'torchrun --nproc_per_node 8'; batch sizes are "
-        "per process; default: accelerate launch",
+        "per process; default: accelerate launch --quiet",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="list the runs, and train nothing")
