@@ -73,6 +73,7 @@ def test_commands_stand_alone_on_a_line(command):
 
 
 def test_a_wrong_recipe_is_refused_in_the_words_that_are_shown():
+    paths = (str(Path(sys.executable).parent), os.environ["PATH"])
     (block,) = re.findall(r"```console\n\$ (.*?)```", README, flags=re.DOTALL)
     command, _, shown = block.partition("\n")
     done = subprocess.run(
