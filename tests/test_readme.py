@@ -80,10 +80,7 @@ def test_a_wrong_recipe_is_refused_in_the_words_that_are_shown():
         command,
         shell=True,
         cwd=ROOT,
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        },
+        env={**os.environ, "PATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -410,6 +410,15 @@ def test_a_refused_option_is_told_by_the_parser(tool, table):
     assert ended.stderr.endswith("--results: not allowed with argument --list\n")
 
 
+@pytest.mark.parametrize("below", ["", "runs"])
+def test_an_output_that_cannot_be_written_to_is_refused_before_any_run(below, swept, table):
+    file = table.parent / "small.yaml"
+    assert refusal(swept("--output", file / below)) == (
+        f"{file} is a file, not a folder for the run: choose another --output"
+    )
+    assert launched(table) == []
+
+
 # With processes of their own
 
 
@@ -471,6 +480,21 @@ def test_a_run_that_does_not_end_when_asked_to_is_killed(table):
     command = ["sh", str(table.parent / "launcher.sh"), "dense-seed0"]
     assert status_of(command, OnceItHangs([signal.SIGTERM])) == -signal.SIGKILL
     assert not is_running(table)
+
+
+@pytest.mark.parametrize("option", ["--list", "--print-commands", "--results"])
+def test_what_is_shown_ends_quietly_where_nobody_reads_it(option, table):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, TOOL, table, option],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.slow

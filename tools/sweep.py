@@ -30,6 +30,17 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main() -> int:
+    """Parse the command line and sweep; quietly ends where nobody reads on, as in `… | head`."""
+    try:
+        status = _main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _main() -> int:
     """Parse the command line and sweep; errors of users are one sentence and exit status 2."""
     arguments = _parser().parse_args()
     shows = arguments.list or arguments.print_commands or arguments.results
@@ -166,6 +177,12 @@ def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
 
 
 def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[str]) -> int:
+    from starfire_prune.run_folder import RunError, check_writable
+
+    try:
+        check_writable(output)
+    except RunError as error:
+        return _fail(str(error))
     by_folder = _by_folder(runs)
     failed: dict[str, str] = {}
     with _ending_signals() as received:
