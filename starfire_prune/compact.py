@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from starfire_prune.folding import FoldReport, fold_in_place
 from starfire_prune.layers import prunable_layers
 from starfire_prune.reach import pinned_layers
+from starfire_prune.report import format_columns
 from starfire_prune.structure import ChannelAnalysis, dense_copy
 from starfire_prune.surgery import Surgery
 
@@ -146,15 +147,7 @@ def format_compaction(report: CompactReport) -> str:
         for layer in report.layers
     ]
     rows.append(("total", "", "", _change(report.parameters), _change(report.macs), ""))
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header) - 1)]
-    widths.append(len(header[-1]))
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, 5) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, tuple("-" * width for width in widths), *rows]
-    ]
+    lines = [format_columns(header, rows, left=(0, 5))]
     lines.append(f"largest deviation of the outputs: {report.deviation:.1e} of the largest output")
     return "\n".join(lines)
 

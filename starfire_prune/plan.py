@@ -288,7 +288,7 @@ def _disk_line(run: Run) -> str:
 
 def _layer_table(layers: Iterable[PrunedLayer]) -> str:
     header = ("layer", "shape", "method", "target", "locales", "of units")
-    return format_columns(header, [_layer_row(layer) for layer in layers], left=3)
+    return format_columns(header, [_layer_row(layer) for layer in layers], left=range(3))
 
 
 def _layer_row(layer: PrunedLayer) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -139,7 +139,7 @@ def format_table(sparsity: Sparsity) -> str:
         )
         for layer in sparsity.layers
     ]
-    lines = [format_columns(header, rows, left=3)]
+    lines = [format_columns(header, rows, left=range(3))]
     lines.append(
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"
@@ -153,13 +153,15 @@ def format_table(sparsity: Sparsity) -> str:
     return "\n".join(lines)
 
 
-def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def format_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: Container[int] = (0,)
+) -> str:
     """Lines of a table: its header, a rule and the rows, in columns two spaces apart.
 
     Args:
         header: of each column.
         rows: a cell a column.
-        left: so many columns are aligned to the left, the others to the right.
+        left: the columns that are aligned to the left; the others are to the right.
 
     Example:
         >>> print(format_columns(("run", "top1"), [("ck", "75.33")]))
@@ -171,7 +173,7 @@ def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: i
     rule = ["-" * width for width in widths]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
+            cell.ljust(width) if index in left else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in [header, rule, *rows]

@@ -98,10 +98,12 @@ class ZeroInputs:
         taken = dict.fromkeys(masks, 0)
         while True:
             found = self.find()
-            numbers = {name: _take(mask, found[name]) for name, mask in masks.items()}
+            used = [name for name in masks if name in found]  # not what no forward pass reaches
+            numbers = {name: _take(masks[name], found[name]) for name in used}
             if not any(numbers.values()):
                 return taken
-            taken = {name: number + numbers[name] for name, number in taken.items()}
+            for name, number in numbers.items():
+                taken[name] += number
 
 
 def reads(mask: Tensor, zeros: Tensor) -> Tensor:

@@ -24,6 +24,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def runs() -> Iterator[pytest.MonkeyPatch]:
+    """Training runs of a second; a patch of what a test wants else."""
+    from tests.runs import small_runs  # with the training libraries, which most tests don't load
+
+    with small_runs() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended, with its recipe beside it as `small.yaml`."""
+    from starfire_prune.training import train
+    from tests.runs import small_recipe, small_runs
+
+    folder = tmp_path_factory.mktemp("finished")
+    with small_runs(plot=True):
+        train(small_recipe(folder), folder / "run")
+    return folder / "run"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real images that STARFIRE_TEST_DATA names."""

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from starfire_prune.recipe import Recipe
 from starfire_prune.run_folder import RunError, checkpoints_of
 from starfire_prune.training import train
 from tests.processes import same_exports
-from tests.runs import files_of, make_photographs, new_process, small_recipe, small_runs, train_on
+from tests.runs import files_of, make_photographs, new_process, small_recipe, train_on
 
 SMALL_PLAN = """\
 plan of {folder}
@@ -60,13 +60,6 @@ class Usage(NamedTuple):
     total: int
     used: int
     free: int
-
-
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
 
 
 @pytest.fixture

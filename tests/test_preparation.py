@@ -1,6 +1,6 @@
 """From a recipe to its run: launches, precisions, weights to start from, and what does not fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,13 +27,6 @@ from tests.runs import (
 )
 
 LAUNCHES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-
-
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,22 +50,6 @@ class Process(NamedTuple):
 
 
 PROCESS: Any = Process()
-
-
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has ended, with its recipe beside it as `small.yaml`."""
-    folder = tmp_path_factory.mktemp("finished")
-    with small_runs():
-        train(small_recipe(folder), folder / "run")
-    return folder / "run"
 
 
 @pytest.fixture

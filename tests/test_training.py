@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +50,6 @@ METRICS = [
     "images_per_s",
     "pruner_cpu_share",
 ]
-
-
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has ended, with `recipe.yaml` beside it as `small.yaml`."""
-    folder = tmp_path_factory.mktemp("finished")
-    with small_runs(plot=True):
-        train(small_recipe(folder), folder / "run")
-    return folder / "run"
 
 
 def convolutions(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from tests.processes import (
     torchrun,
     wait_for_line,
 )
-from tests.runs import metrics_of, small_recipe, small_runs, write_recipe
+from tests.runs import metrics_of, small_recipe, write_recipe
 from tests.shards import write_shards
 
 EPOCHS = 4
@@ -49,13 +49,6 @@ SMALLER = (
 # 64 images an update of two processes
 ON_TWO = (*SMALLER, "data.batch_size=16", "training={threads: 1, gradient_accumulation: 2}")
 UPDATES = math.ceil(IMAGES / 64)  # an epoch
-
-
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
 
 
 @pytest.fixture(scope="module")

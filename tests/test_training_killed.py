@@ -47,13 +47,6 @@ MOMENTS: list[Moment] = ["after the checkpoint", "before the checkpoint", "withi
 forks = pytest.mark.filterwarnings("ignore:.*is multi-threaded, use of fork:DeprecationWarning")
 
 
-@pytest.fixture
-def runs() -> Iterator[pytest.MonkeyPatch]:
-    """Runs of a second; a patch of what a test wants else."""
-    with small_runs() as patch:
-        yield patch
-
-
 @pytest.fixture(
     scope="module", params=["sgd on digits", pytest.param("adam on photographs", marks=forks)]
 )
