@@ -209,6 +209,10 @@ def _pretrained(value: object, info: ValidationInfo) -> object:
     raise _refusal(f"must be true, false or a safetensors file {got(value, typed=True)}")
 
 
+def _one_or_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 def _kind(value: object) -> str:
     return "<none>" if isinstance(value, str) and value == "none" else "<mapping>"
 
@@ -221,10 +225,7 @@ OrNone = Annotated[
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[
     tuple[Name, ...],
-    BeforeValidator(
-        lambda value: [value] if isinstance(value, str) else value,
-        json_schema_input_type=Name | list[Name],
-    ),
+    BeforeValidator(_one_or_list, json_schema_input_type=Name | list[Name]),
     Field(strict=False),
 ]
 Options = dict[str, JsonValue]
@@ -246,6 +247,11 @@ Tracker = Literal[
     "dvclive",
     "swanlab",
     "trackio",
+]
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    BeforeValidator(_one_or_list, json_schema_input_type=Tracker | list[Tracker]),
+    Field(strict=False),
 ]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -383,8 +389,8 @@ class Training(Settings):
     )
     channels_last: bool = Field(False, description="true: channels_last weights and images")
     compile: bool = Field(False, description="true: train the model compiled by torch.compile")
-    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = Field(
-        (), description="Accelerate's trackers that get the metrics of each epoch too"
+    trackers: Trackers = Field(
+        (), description="Accelerate's trackers that get the metrics too: one, or a list"
     )
     threads: Count | None = Field(
         None, description="CPU threads of a process; default: as launched (accelerate launch: 1)"

@@ -147,6 +147,16 @@ def test_one_pattern_is_a_list_of_one(file):
     assert recipe.pruning.exclude == ("fc",)
 
 
+def test_one_tracker_is_a_list_of_one(file):
+    assert load_recipe(file, ["training.trackers=wandb"]).training.trackers == ("wandb",)
+
+
+def test_an_unknown_tracker_names_the_nearest(file):
+    (line,) = refusal_of(load_recipe, file, ["training.trackers=tensorbord"])
+    assert line.startswith("--set: training.trackers.0: must be one of tensorboard, wandb, ")
+    assert line.endswith("(got 'tensorbord'); did you mean tensorboard?")
+
+
 def test_root_expands_variables_and_home(file, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("SET", "imagenet")
@@ -302,7 +312,7 @@ def test_missing_key_says_what_it_is(file):
         ("training.ema=true", "must be a mapping (got True, a bool)"),
         ("training.ema.decay=1.0", "must be below 1 (got 1.0)"),
         ("training.ema.dekay=0.9", "unknown key (got 0.9); did you mean decay?"),
-        ("training.trackers=tensorboard", "must be a list (got 'tensorboard', a str)"),
+        ("training.trackers=3", "must be a list (got 3, an int)"),
     ],
 )
 def test_refused_value(file, setting, fault):
