@@ -50,6 +50,7 @@ __all__ = [
     "Problem",
     "Pruning",
     "Recipe",
+    "Seed",
     "Settings",
     "SettingsT",
     "Training",
@@ -258,6 +259,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
 Epoch = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no larger one
 Share = Annotated[float, Field(ge=0, le=1)]
 Pointwise = Literal["ck", "none"]
 Scope = Literal["channel", "layer"]
@@ -310,10 +312,14 @@ class Data(Settings):
         description="of a reader: input_key, target_key, class_map (hfds, wds), shuffle_size (wds),"
         " download (torch)",
     )
-    image_size: int = Field(224, ge=8, description="height and width in pixels, from 8")
+    image_size: int = Field(
+        224, ge=8, le=4096, description="height and width in pixels, from 8 to 4096"
+    )
     batch_size: Count = Field(description="images per training step and process, from 1")
     eval_batch_size: Count | None = Field(None, description="in evaluation; default: batch_size")
-    workers: int = Field(4, ge=0, description="loader processes per process; 0: none")
+    workers: int = Field(
+        4, ge=0, le=1024, description="loader processes per process, to 1024; 0: none"
+    )
     interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="for resizing")
     crop_pct: float = Field(
         0.875, gt=0, le=1, description="share of the resized side that evaluation keeps, (0, 1]"
@@ -392,8 +398,10 @@ class Training(Settings):
     trackers: Trackers = Field(
         (), description="Accelerate's trackers that get the metrics too: one, or a list"
     )
-    threads: Count | None = Field(
-        None, description="CPU threads of a process; default: as launched (accelerate launch: 1)"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="CPU threads of a process, to 1024; default: as launched (accelerate launch: "
+        "1)",
     )
 
 
@@ -444,7 +452,7 @@ class Pruning(Settings):
     free: bool = Field(
         False, description="true: what only reads zeros goes too, at the end of the era"
     )
-    seed: int = Field(0, ge=0, description="seed of random masks, from 0 (random)")
+    seed: Seed = Field(0, description="seed of random masks, from 0 to 2**32 - 1 (random)")
     include: Names = Field(("*",), min_length=1, description="layers to prune: one glob, or a list")
     exclude: Names = Field((), description="layers of these to leave dense: one glob, or a list")
     overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
@@ -462,8 +470,8 @@ class Recipe(Settings):
     lr_schedule: LrSchedule = Field(
         default_factory=LrSchedule, description="the learning rate over the epochs"
     )
-    epochs: Count = Field(description="epochs to train, from 1")
-    seed: int = Field(0, ge=0, description="seed of the run, from 0")
+    epochs: int = Field(ge=1, le=100_000, description="epochs to train, from 1 to 100000")
+    seed: Seed = Field(0, description="seed of the run, from 0 to 2**32 - 1")
     training: Training = Field(default_factory=Training, description="how the steps are taken")
     pruning: OrNone[Pruning] = Field(description="how to prune; none for dense training")
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from starfire_prune.recipe import nearest
-from starfire_prune.recipe_models import Count, KeyPath, Name, Problem, Settings, got
+from starfire_prune.recipe_models import Count, KeyPath, Name, Problem, Seed, Settings, got
 
 __all__ = ["PARTS", "Column", "RunSettings", "TableSettings", "table_problems"]
 
@@ -70,7 +70,7 @@ List = Annotated[
     Field(strict=False, json_schema_extra={"minItems": 1}),
     AfterValidator(_not_empty),
 ]
-Seeds = Annotated[List[Annotated[int, Field(ge=0)]], AfterValidator(_distinct)]
+Seeds = Annotated[List[Seed], AfterValidator(_distinct)]
 
 _BASE: Final = "file of the recipe, relative to the table's"
 _SET: Final = "keys of the recipe and their values, as KEY=VALUE of --set: {pruning.amount: 0.7}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -256,9 +257,16 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     )
 
 
+def test_the_largest_seed_is_numpys(file):
+    seed = load_recipe(file, ["seed=4294967295"]).seed
+    np.random.RandomState(seed)
+    with pytest.raises(ValueError, match="between 0 and"):
+        np.random.RandomState(seed + 1)
+
+
 def test_missing_key_says_what_it_is(file):
     file.write_text(RECIPE.replace("epochs: 10\n", ""), encoding="utf-8")
-    expected = f"{file}: epochs: is required (epochs to train, from 1)"
+    expected = f"{file}: epochs: is required (epochs to train, from 1 to 100000)"
     assert refusal_of(load_recipe, file) == [expected]
 
 
@@ -269,12 +277,17 @@ def test_missing_key_says_what_it_is(file):
         ("epochs=1.5", "must be a whole number (got 1.5, a float)"),
         ("epochs=true", "must be a whole number (got True, a bool)"),
         ("epochs=0", "must be at least 1 (got 0)"),
+        ("epochs=100001", "must be at most 100000 (got 100001)"),
+        ("seed=-1", "must be at least 0 (got -1)"),
+        ("seed=4294967296", "must be at most 4294967295 (got 4294967296)"),
         ("epochs=", "must be a whole number (got nothing)"),
         ("model=resnet18", "must be a mapping (got 'resnet18', a str)"),
         ("model.name=18", "must be text (got 18, an int)"),
         ("model.name=''", "must be at least a character long (got '')"),
         ("model.options={a: .nan}", "must be a finite number (got nan)"),
         ("data.image_size=4", "must be at least 8 (got 4)"),
+        ("data.image_size=4097", "must be at most 4096 (got 4097)"),
+        ("data.workers=1025", "must be at most 1024 (got 1025)"),
         ("data.crop_pct=1.5", "must be at most 1 (got 1.5)"),
         ("optimizer.lr=fast", "must be a number (got 'fast', a str)"),
         ("optimizer.lr=0", "must be above 0 (got 0)"),
@@ -312,6 +325,7 @@ def test_missing_key_says_what_it_is(file):
         ("training.ema=true", "must be a mapping (got True, a bool)"),
         ("training.ema.decay=1.0", "must be below 1 (got 1.0)"),
         ("training.ema.dekay=0.9", "unknown key (got 0.9); did you mean decay?"),
+        ("training.threads=1025", "must be at most 1024 (got 1025)"),
         ("training.trackers=3", "must be a list (got 3, an int)"),
     ],
 )
@@ -346,6 +360,11 @@ def test_era_is_two_rising_epochs(era):
         "pruning: era: must be two epochs [first, end] with 0 <= first < end "
         f"(got {era!r}); [40, 60] prunes in the epochs 40 to 59"
     )
+
+
+def test_seed_of_random_masks_is_as_large_as_a_runs():
+    expected = "pruning: seed: must be at most 4294967295 (got 4294967296)"
+    assert refusal_of_pruning(method="random", seed=2**32) == [expected]
 
 
 def test_era_outside_the_run(file):

@@ -531,6 +531,10 @@ DOUBLED = "runs: [{name: a}, {name: b}, {name: a}]"
         (TABLE + "runs: [{name: a, seeds: []}]", ["runs.a.seeds: must be a list of at least one "
                                                   "(got [])"]),
         (
+            TABLE + "seeds: [4294967296]\nruns: [{name: a}]",
+            ["seeds.0: must be at most 4294967295 (got 4294967296)"],
+        ),
+        (
             TABLE + "seeds: [1, 1]\nruns: [{name: a}]",
             ["seeds: must differ from each other (got [1, 1])"],
         ),
