@@ -86,6 +86,24 @@ _POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 
 _READER_KEYS: Final = ("train_split", "val_split", "options")
 _TRANSFORM_KEYS: Final = ("mean", "std", "auto_augment", "random_erasing", "color_jitter", "hflip")
 
+# What options may not hold, and what to do instead
+_MODEL_OPTIONS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"),
+        "has a key of its own; use model.pretrained",
+    ),
+    "num_classes": "has a key of its own; use model.num_classes",
+    "features_only": "leaves no classifier to train; remove it",
+}
+_OPTIMIZER_OPTIONS: Final[Mapping[str, str]] = {
+    **{
+        key: f"has a key of its own; use optimizer.{key}"
+        for key in ("lr", "momentum", "weight_decay", "filter_bias_and_bn")
+    },
+    "opt": "has a key of its own; use optimizer.name",
+    "model_or_params": "is the network that is trained; remove it",
+}
+
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -478,6 +496,13 @@ class Recipe(Settings):
 
 # Checks between keys: on plain data, so that they also run where a model was refused.
 
+_CHECKED: Final[Mapping[str, type[Settings]]] = {
+    "model": Model,
+    "data": Data,
+    "optimizer": Optimizer,
+    "pruning": Pruning,
+}
+
 
 def plain(value: Any) -> Any:
     """Mappings and models (what was set in them) as dicts, sequences as lists."""
@@ -492,15 +517,27 @@ def cross_problems(root: type[Settings], tree: Any, *, deep: bool = False) -> It
     """The problems between the keys of a section; `deep` adds those within its parts."""
     if not isinstance(tree, dict):
         return
-    if root is Data:
+    if root is Model:
+        yield from _options_problems(tree, _MODEL_OPTIONS)
+    elif root is Optimizer:
+        yield from _options_problems(tree, _OPTIMIZER_OPTIONS)
+    elif root is Data:
         yield from _data_problems(tree)
     elif root is Pruning:
         yield from _pruning_problems(tree)
     elif root is Recipe:
         yield from _recipe_problems(tree)
-        for name, part in (("data", Data), ("pruning", Pruning)) if deep else ():
+        for name, part in _CHECKED.items() if deep else ():
             for path, text in cross_problems(part, tree.get(name)):
                 yield (name, *path), text
+
+
+def _options_problems(section: dict[str, Any], refused: Mapping[str, str]) -> Iterator[Problem]:
+    options = section.get("options")
+    for key, value in options.items() if isinstance(options, dict) else ():
+        if key in refused:
+            fault, _, way_out = refused[key].partition("; ")
+            yield ("options", key), f"{fault} {got(value)}; {way_out}"
 
 
 def _data_problems(data: dict[str, Any]) -> Iterator[Problem]:

@@ -336,6 +336,47 @@ def test_refused_value(file, setting, fault):
 
 
 @pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ("model.options.pretrained", "has a key of its own (got 1); use model.pretrained"),
+        ("model.options.checkpoint_path", "has a key of its own (got 1); use model.pretrained"),
+        ("model.options.pretrained_cfg", "has a key of its own (got 1); use model.pretrained"),
+        (
+            "model.options.pretrained_cfg_overlay",
+            "has a key of its own (got 1); use model.pretrained",
+        ),
+        ("model.options.num_classes", "has a key of its own (got 1); use model.num_classes"),
+        ("model.options.features_only", "leaves no classifier to train (got 1); remove it"),
+        ("optimizer.options.lr", "has a key of its own (got 1); use optimizer.lr"),
+        ("optimizer.options.momentum", "has a key of its own (got 1); use optimizer.momentum"),
+        (
+            "optimizer.options.weight_decay",
+            "has a key of its own (got 1); use optimizer.weight_decay",
+        ),
+        (
+            "optimizer.options.filter_bias_and_bn",
+            "has a key of its own (got 1); use optimizer.filter_bias_and_bn",
+        ),
+        ("optimizer.options.opt", "has a key of its own (got 1); use optimizer.name"),
+        (
+            "optimizer.options.model_or_params",
+            "is the network that is trained (got 1); remove it",
+        ),
+    ],
+)
+def test_options_may_not_hold_what_has_a_key(file, option, fault):
+    assert refusal_of(load_recipe, file, [f"{option}=1"]) == [f"--set: {option}: {fault}"]
+
+
+def test_options_are_checked_beside_other_faults(file):
+    settings = ["optimizer.lr=0", "optimizer.options.lr=1"]
+    assert refusal_of(load_recipe, file, settings) == [
+        "--set: optimizer.lr: must be above 0 (got 0)",
+        "--set: optimizer.options.lr: has a key of its own (got 1); use optimizer.lr",
+    ]
+
+
+@pytest.mark.parametrize(
     ("amount", "fault"),
     [
         (60, "(got 60, an int); 60 % is 0.6"),
