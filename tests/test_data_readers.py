@@ -328,8 +328,8 @@ def test_a_data_set_of_torchvision_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
         load("torch/mnist", tmp_path)
     assert str(caught.value) == (
-        "data set 'torch/mnist': split 'train' cannot be read: Dataset not found. You can use "
-        "download=True to download it; correct its name, root, splits or options"
+        "data set 'torch/mnist': split 'train' cannot be read: Dataset not found. Set "
+        "data.options.download: true to download it; correct its name, root, splits or options"
     )
 
 

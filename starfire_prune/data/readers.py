@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os.path import exists
@@ -47,6 +48,7 @@ _FITS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "true or false": lambda value: isinstance(value, bool),
 }
+_DOWNLOAD: Final = re.compile(r"You (can|may) (use|set) download=True")  # as torchvision says
 _IMAGE_FILES: Final = "jpg;jpeg;png;webp"
 _SHUFFLE_SIZE: Final = 2048
 _TRAIN_SPLITS: Final = ("train", "training")
@@ -94,8 +96,9 @@ def _opened(source: Source, split: str, open_split: Callable[[], T]) -> T:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        fault = _DOWNLOAD.sub("Set data.options.download: true", lines[0]).rstrip(".")
         raise DataError(
-            f"data set {source.name!r}: split {split!r} cannot be read: {lines[0].rstrip('.')}; "
+            f"data set {source.name!r}: split {split!r} cannot be read: {fault}; "
             f"correct its name, root, splits or options"
         ) from error
 
