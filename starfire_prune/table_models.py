@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -9,10 +10,10 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
-from starfire_prune.recipe import nearest
+from starfire_prune.recipe import nearest, validated
 from starfire_prune.recipe_models import Count, KeyPath, Name, Problem, Seed, Settings, got
 
-__all__ = ["PARTS", "Column", "RunSettings", "TableSettings", "table_problems"]
+__all__ = ["PARTS", "Column", "RunSettings", "TableSettings", "sound_part", "table_problems"]
 
 ItemT = TypeVar("ItemT")
 
@@ -180,3 +181,34 @@ def _column_problems(column: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield key, f"has no effect with metric best_epoch {got(column[key])}; remove it"
     elif type(since) is int and type(epoch) is int and since >= epoch:
         yield "since", f"must be below epoch = {epoch} {got(since)}"
+
+
+# What is left of a table with faults, for the faults of its recipes to be told with them.
+
+
+def sound_part(tree: Mapping[str, Any]) -> TableSettings:
+    """The columns and runs of a table that are as they should be, without seeds and title."""
+    stand_ins = {"title": "-", "columns": [{"name": "-"}], "runs": [{"name": "0"}]}
+    whole = {key: tree[key] for key in ("base", "runs_of", "set") if key in tree}
+    settings, _ = validated(TableSettings, {**stand_ins, **whole})
+    if settings is None:  # then no recipe of a run is as it is meant
+        return TableSettings.model_validate(stand_ins).model_copy(update={"runs": ()})
+    columns = [validated(Column, item)[0] for _, item in _items(tree.get("columns"))]
+    sound = {column.name: column for column in columns if column is not None}
+    runs = [_sound_run(run, sound) for _, run in _items(tree.get("runs"))]
+    if settings.base is None and settings.runs_of is None:
+        runs = [run for run in runs if run is not None and run.base is not None]
+    kept = tuple(run for run in runs if run is not None)
+    return settings.model_copy(update={"columns": tuple(sound.values()), "runs": kept})
+
+
+def _sound_run(run: Mapping[str, Any], columns: Iterable[str]) -> RunSettings | None:
+    """A run whose recipe can be resolved, with its numbers of those columns; None for others."""
+    given = {key: run[key] for key in ("name", "base", "set") if key in run}
+    paper = run.get("paper")
+    numbers = {
+        name: value
+        for name, value in (paper.items() if isinstance(paper, dict) else ())
+        if name in columns and type(value) in (int, float) and math.isfinite(value)
+    }
+    return validated(RunSettings, {**given, "paper": numbers})[0]

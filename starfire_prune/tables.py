@@ -26,7 +26,14 @@ from starfire_prune.recipe import (
 )
 from starfire_prune.recipe_models import KeyPath, Recipe
 from starfire_prune.strict_yaml import parse_yaml
-from starfire_prune.table_models import PARTS, Column, RunSettings, TableSettings, table_problems
+from starfire_prune.table_models import (
+    PARTS,
+    Column,
+    RunSettings,
+    TableSettings,
+    sound_part,
+    table_problems,
+)
 
 __all__ = [
     "Column",
@@ -112,18 +119,19 @@ def load_table(
         ['dense', 'ck', 'window', 'intra']
     """
     path = Path(path)
-    settings = _read(path)
+    settings, lines = _read(path)
     if settings.runs_of is None:
-        runs, trained_in = _own_runs(path, settings, overrides, keep_unset), path.stem
+        runs, faults = _own_runs(path, settings, overrides, keep_unset)
+        trained_in = path.stem
     else:
         source = _beside(path, settings.runs_of)
-        if (other := _read(source).runs_of) is not None:
-            text = f"{settings.runs_of} has the runs of {other} itself; name that table"
-            raise TableError(problem_line(os.fspath(path), ("runs_of",), text))
-        whole = load_table(source, overrides, keep_unset=keep_unset)
-        runs, trained_in = _chosen_runs(path, settings, whole), whole.name
+        runs, faults = _others_runs(path, settings, source, overrides, keep_unset)
+        trained_in = source.stem
+    lines += faults
     if not overrides:
-        _check_epochs(path, settings, runs)
+        lines += _numbers_without_epoch(path, settings, runs)
+    if lines:
+        raise TableError("\n".join(dict.fromkeys(lines)))
     return Table(path.stem, settings.title, settings.columns, tuple(runs), trained_in)
 
 
@@ -150,17 +158,16 @@ def write_table_schema(path: str | os.PathLike[str]) -> None:
 # The file and its checks.
 
 
-def _read(path: Path) -> TableSettings:
+def _read(path: Path) -> tuple[TableSettings, list[str]]:
+    """A table, or what can be resolved of one with faults, and a line for each of these."""
     try:
         tree = read_mapping(path, "table", TableSettings)
     except RecipeError as error:
         raise TableError(str(error)) from None
     settings, problems = validated(TableSettings, tree, PARTS)
     problems = [*problems, *table_problems(tree)]
-    if settings is None or problems:
-        lines = [problem_line(os.fspath(path), _named(at, tree), text) for at, text in problems]
-        raise TableError("\n".join(lines))
-    return settings
+    lines = [problem_line(os.fspath(path), _named(at, tree), text) for at, text in problems]
+    return sound_part(tree) if settings is None or lines else settings, lines
 
 
 def _beside(path: Path, file: str) -> Path:
@@ -176,10 +183,10 @@ def _named(at: KeyPath, tree: Mapping[str, Any]) -> KeyPath:
     return ("runs", name, *at[2:]) if isinstance(name, str) and name else at
 
 
-def _check_epochs(path: Path, settings: TableSettings, runs: Iterable[Run]) -> None:
-    """Refuses numbers of the paper that no run of the table as it stands can be compared with."""
+def _numbers_without_epoch(path: Path, settings: TableSettings, runs: Iterable[Run]) -> list[str]:
+    """A line for each number of the paper that the runs as they stand can't be compared with."""
     epochs = {column.name: column.epoch for column in settings.columns}
-    lines = [
+    return [
         problem_line(
             os.fspath(path),
             ("runs", run.name, "paper", name),
@@ -189,8 +196,6 @@ def _check_epochs(path: Path, settings: TableSettings, runs: Iterable[Run]) -> N
         for name in run.paper
         if isinstance(epoch := epochs[name], int) and epoch > run.recipe.epochs
     ]
-    if lines:
-        raise TableError("\n".join(dict.fromkeys(lines)))
 
 
 # The runs.
@@ -198,7 +203,8 @@ def _check_epochs(path: Path, settings: TableSettings, runs: Iterable[Run]) -> N
 
 def _own_runs(
     path: Path, settings: TableSettings, overrides: Sequence[str], keep_unset: bool
-) -> list[Run]:
+) -> tuple[list[Run], list[str]]:
+    """The runs that a table resolves to, and a line for each fault of its recipes."""
     runs: dict[tuple[str, int], Run] = {}
     folders: dict[str, str] = {}
     faults: dict[str, dict[str, None]] = {}  # lines, and the names of the runs with each
@@ -218,10 +224,8 @@ def _own_runs(
         folder = folders.setdefault(dump_recipe(recipe), f"{entry.name}-seed{recipe.seed}")
         run = Run(entry.name, recipe.seed, recipe, recipe_path, given, folder, entry.paper)
         runs.setdefault((run.name, run.seed), run)  # an override of the seed makes them all one
-    if faults:
-        lines = [_with_runs(line, path, settings, names) for line, names in faults.items()]
-        raise TableError("\n".join(lines))
-    return list(runs.values())
+    lines = [_with_runs(line, path, settings, names) for line, names in faults.items()]
+    return list(runs.values()), lines
 
 
 def _seeded(settings: TableSettings) -> Iterator[tuple[RunSettings, int | None]]:
@@ -283,8 +287,22 @@ def _with_runs(line: str, path: Path, settings: TableSettings, names: Iterable[s
     return f"{path}: runs.{', '.join(names)}: {line}"
 
 
-def _chosen_runs(path: Path, settings: TableSettings, whole: Table) -> list[Run]:
-    """The runs of another table that this one names, with this one's numbers of the paper."""
+def _others_runs(
+    path: Path, settings: TableSettings, source: Path, overrides: Sequence[str], keep_unset: bool
+) -> tuple[list[Run], list[str]]:
+    """The runs of another table that this one names, and a line for each fault of either."""
+    try:
+        if (other := _read(source)[0].runs_of) is not None:
+            text = f"{settings.runs_of} has the runs of {other} itself; name that table"
+            return [], [problem_line(os.fspath(path), ("runs_of",), text)]
+        whole = load_table(source, overrides, keep_unset=keep_unset)
+    except TableError as error:
+        return [], str(error).splitlines()
+    return _chosen_runs(path, settings, whole)
+
+
+def _chosen_runs(path: Path, settings: TableSettings, whole: Table) -> tuple[list[Run], list[str]]:
+    """Those runs, with this table's numbers of the paper."""
     names = list(dict.fromkeys(run.name for run in whole.runs))
     lines = [
         problem_line(
@@ -296,11 +314,10 @@ def _chosen_runs(path: Path, settings: TableSettings, whole: Table) -> list[Run]
         for entry in settings.runs
         if entry.name not in names
     ]
-    if lines:
-        raise TableError("\n".join(lines))
-    return [
+    runs = [
         dataclasses.replace(run, paper=entry.paper)
         for entry in settings.runs
         for run in whole.runs
         if run.name == entry.name
     ]
+    return runs, lines

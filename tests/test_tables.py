@@ -598,6 +598,70 @@ def test_refused_table(file, text, lines):
     assert refusal_of(file) == [f"{file}: {line}" for line in lines]
 
 
+# Of each table: a fault of its structure, and one of the recipe of run b
+AMUONT = "set: {pruning.amuont: 1}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("runs: [{name: a, set: 3}, {name: b, %s}]", "runs.a.set: must be a mapping (got 3, an "),
+        ("runs: [{nmae: a}, {name: b, %s}]", "runs.0.name: is required"),
+        ("runs: [3, {name: b, %s}]", "runs.0: must be a mapping (got 3, an int)"),
+        ("runs: [{name: b, sedes: [1], %s}]", "runs.b.sedes: unknown key (got [1]); did you mean"),
+        ("runs: [{name: b, seeds: [-1], %s}]", "runs.b.seeds.0: must be at least 0 (got -1)"),
+        ("runs: [{name: b, paper: {tpo1: x}, %s}]", "runs.b.paper.tpo1: must be a number (got "),
+        ("runs: [{name: b, %s}, {name: b}]", "runs.b.name: is also the name of runs.0 (got 'b')"),
+        ("titel: x\nruns: [{name: b, %s}]", "titel: unknown key (got 'x'); did you mean title?"),
+        ("seeds: []\nruns: [{name: b, %s}]", "seeds: must be a list of at least one (got [])"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_table_and_of_its_runs_recipes_are_told_together(text, fault, file):
+    file.write_text(TABLE + text.replace("%s", AMUONT))
+    lines = refusal_of(file)
+    assert lines[0].startswith(f"{file}: {fault}")
+    assert lines[-1] == (
+        f"{file}: runs.b.set: pruning.amuont: unknown key (got 1); did you mean amount?"
+    )
+
+
+def test_a_run_without_a_recipe_does_not_hide_the_faults_of_others(file):
+    file.write_text(
+        TABLE.replace("base: base.yaml\n", "")
+        + f"runs: [{{name: a}}, {{name: b, base: base.yaml, {AMUONT}}}]"
+    )
+    missing, wrong = refusal_of(file)
+    assert missing.startswith(f"{file}: runs.a.base: is required without a base of the table")
+    assert wrong.startswith(f"{file}: runs.b.set: pruning.amuont: unknown key")
+
+
+def test_a_table_whose_own_settings_are_at_fault_has_that_fault_alone(file):
+    file.write_text(TABLE + f"set: 3\nruns: [{{name: b, {AMUONT}}}]")
+    assert refusal_of(file) == [f"{file}: set: must be a mapping (got 3, an int)"]
+
+
+def test_numbers_that_no_run_reaches_are_told_beside_other_faults(file):
+    file.write_text(
+        TABLE.replace("epoch: 10}", "epoch: 11}, {name: 3}")
+        + f"runs: [{{name: a, paper: {{top1: 3}}}}, {{name: b, {AMUONT}}}]"
+    )
+    assert refusal_of(file) == [
+        f"{file}: columns.1.name: must be text (got 3, an int)",
+        f"{file}: runs.b.set: pruning.amuont: unknown key (got 1); did you mean amount?",
+        f"{file}: runs.a.paper.top1: is read after 11 epochs, and the run ends after 10",
+    ]
+
+
+def test_faults_of_a_table_and_of_the_one_whose_runs_it_has_are_told_together(file):
+    file.write_text(TABLE + f"runs: [{{name: b, {AMUONT}}}]")
+    other = file.parent / "other.yaml"
+    other.write_text("title: 3\nruns_of: table.yaml\ncolumns: [{name: x}]\nruns: [{name: b}]\n")
+    assert refusal_of(other) == [
+        f"{other}: title: must be text (got 3, an int)",
+        f"{file}: runs.b.set: pruning.amuont: unknown key (got 1); did you mean amount?",
+    ]
+
+
 def test_a_fault_of_the_recipe_itself_is_told_once(file):
     base = file.parent / "base.yaml"
     base.write_text(RECIPE + "sead: 1\n")
