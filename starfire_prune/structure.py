@@ -177,7 +177,8 @@ class ChannelAnalysis:
 
     def _exported(self, training: bool) -> Graph:
         model = dense_copy(self._model).train(training)
-        exported = torch.export.export(model, self._example).run_decompositions({})
+        # strict=False: torch 2.6 would trace the code by default, with warnings of its own
+        exported = torch.export.export(model, self._example, strict=False).run_decompositions({})
         signature = exported.graph_signature
         sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = signature.inputs_to_lifted_tensor_constants

@@ -321,7 +321,7 @@ def test_the_threads_of_the_recipe_are_set(runs, tmp_path):
     assert torch.get_num_threads() == 2
 
 
-def test_compiling_makes_room_for_the_graphs_of_a_run(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
-    create_accelerator(small_recipe(tmp_path, "training.compile=true"), tmp_path / "run")
-    assert torch._dynamo.config.cache_size_limit == preparation._COMPILED_GRAPHS
+def test_compiling_makes_room_for_the_graphs_of_a_run(runs, tmp_path):
+    with torch._dynamo.config.patch(cache_size_limit=8):
+        create_accelerator(small_recipe(tmp_path, "training.compile=true"), tmp_path / "run")
+        assert torch._dynamo.config.cache_size_limit == preparation._COMPILED_GRAPHS

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._dynamo.utils import counters
 
 from starfire_prune import Pruner, preparation
@@ -318,13 +319,11 @@ def test_ranks_that_do_not_share_the_folder_are_refused_on_resuming(tmp_path):
         ) in output_of(process, status=1)
 
 
-def test_processes_that_did_not_join_are_refused(runs, tmp_path, monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(preparation, "_is_cpu_rank", lambda: False)
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
+def test_processes_that_did_not_join_are_refused(runs, monkeypatch):
+    alone = Accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"^WORLD_SIZE \(=2\) announces 2 processes, and Accelerate"):
-        train(small_recipe(tmp_path), tmp_path / "run")
+        preparation._check_processes(alone)
 
 
 @pytest.mark.slow
@@ -357,7 +356,7 @@ def test_two_processes_train_on_and_evaluate_every_sample_of_shards_once(tmp_pat
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+    with torch._dynamo.config.patch(cache_size_limit=torch._dynamo.config.cache_size_limit):
         yield  # a run raises the limit
     torch._dynamo.reset()
 
