@@ -349,7 +349,9 @@ class Pruner:
         self, layers: list[PrunedLayer], progress: float, others_changed: bool
     ) -> list[str]:
         """The names of the layers under `structure` whose masks have changed."""
-        found = self._zero_inputs.find() if self._zero_inputs and others_changed else {}
+        is_first = any(layer.name not in self._applied for layer in layers)
+        may_be_new = others_changed or is_first or progress == 1.0
+        found = self._zero_inputs.find() if self._zero_inputs and may_be_new else {}
         changed = []
         for layer in layers:
             zeros = found.get(layer.name)
@@ -393,6 +395,8 @@ class Pruner:
         if self.pruning.free and self._zero_inputs:
             masks = {name: _mask(layer.module) for name, layer in self._items()}
             self._free = self._zero_inputs.take_readers(masks)
+            for mirror in self._mirrors:
+                self._follow(mirror)
         self._compare_ranks()
         masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
         for name, mask in masks.items():

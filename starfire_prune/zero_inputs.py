@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.distributed import broadcast_from_first
+from starfire_prune.errors import PruningError
 from starfire_prune.structure import ChannelAnalysis, over_weight
 
 if TYPE_CHECKING:
@@ -49,13 +50,21 @@ class ZeroInputs:
         example_input: a small batch, or the tuple of the model's arguments.
 
     Raises:
-        ValueError: if `torch.export` can't export the model.
+        TypeError: if `example_input` is neither a tensor nor a tuple.
+        ValueError: if `torch.export` can't export the model in training and in eval mode.
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
+        value: object = example_input
+        if not isinstance(value, (Tensor, tuple)):
+            raise TypeError(
+                f"`example_input` must be a tensor such as torch.zeros(2, 3, 224, 224), or the "
+                f"tuple of the model's arguments; received {type(value).__name__}"
+            )
         self._device = next(model.parameters()).device
         try:
             self._analysis = ChannelAnalysis(model, example_input)
+            self._analysis.zero_inputs()  # in both modes: what can't be exported is told now
         except Exception as error:  # of many kinds, as the model's code fails or isn't understood
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -90,16 +99,20 @@ class ZeroInputs:
     def take_readers(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
         """Take the weights that only read zeros out of masks, in place, by the layer's name.
 
-        Until no further channel dies of it.
+        Until no further channel dies of it. Of a linear layer's weights each output neuron keeps
+        one all the same.
 
         Returns:
             How many weights each layer lost.
+
+        Raises:
+            PruningError: if a layer would lose all its weights.
         """
         taken = dict.fromkeys(masks, 0)
         while True:
             found = self.find()
             used = [name for name in masks if name in found]  # not what no forward pass reaches
-            numbers = {name: _take(masks[name], found[name]) for name in used}
+            numbers = {name: _take(name, masks[name], found[name]) for name in used}
             if not any(numbers.values()):
                 return taken
             for name, number in numbers.items():
@@ -116,9 +129,24 @@ def reads(mask: Tensor, zeros: Tensor) -> Tensor:
     return over_weight(zeros.to(mask.device), mask) & mask.bool()
 
 
-def _take(mask: Tensor, zeros: Tensor) -> int:
+def _take(name: str, mask: Tensor, zeros: Tensor) -> int:
     useless = reads(mask, zeros)
+    if mask.ndim == 2:
+        useless = _all_but_one(useless, mask.bool())
     number = int(torch.count_nonzero(useless))
+    if number and number == int(torch.count_nonzero(mask)):
+        raise PruningError(
+            f"layer {name} would lose all its weights by `free`, since all of its inputs are zero: "
+            f"leave it out by `exclude`, lower the amounts of the layers before it, or set "
+            f"`free: false`"
+        )
     if number:
         mask.masked_fill_(useless, 0)
     return number
+
+
+def _all_but_one(useless: Tensor, kept: Tensor) -> Tensor:
+    """`useless` without the first kept weight of each row that would lose all it has."""
+    emptied = (kept.any(1) & ~(kept & ~useless).any(1)).nonzero().squeeze(1)
+    useless[emptied, kept[emptied].to(torch.uint8).argmax(1)] = False
+    return useless

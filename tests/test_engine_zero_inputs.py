@@ -9,10 +9,12 @@ import pytest
 import timm
 import torch
 from timm.models.vgg import VGG
+from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from starfire_prune import Pruner, format_table
+from starfire_prune.errors import PruningError
 from starfire_prune.recipe import RecipeError, parse_pruning
 from tests.networks import equal_states, sgd, snapshot, train_step
 
@@ -163,6 +165,14 @@ def test_the_classifier_of_a_resnet_keeps_its_columns_since_its_input_is_a_sum()
     assert int((model.fc.weight == 0).sum()) == int(0.9 * model.fc.weight.numel() + 0.5)
 
 
+def test_columns_go_behind_channels_that_were_dead_before():
+    model = Columns()
+    with torch.no_grad():
+        model.body.weight[DEAD] = 0.0
+    pruned(model, fc={"method": "structure"}, exclude=["stem", "body"])
+    assert not columns(model.head.weight)[:, DEAD].any()
+
+
 def test_an_override_by_structure_counts():
     model = Columns()
     pruned(model, overrides=[{"layers": "head", "method": "structure", "amount": 0.7}])
@@ -229,13 +239,29 @@ def test_free_follows_the_channels_that_die_of_it():
     assert pruner.sparsity()["2"].free > 0
 
 
-def test_a_layer_that_would_lose_all_weights_by_it_is_named():
-    model = Columns()
+def all_dead(model: Any) -> Any:
+    """With a last batch norm that gives -100 whatever it reads, and is not trained."""
     with torch.no_grad():
         model.bn2.bias.fill_(-100.0)
         model.bn2.weight.fill_(0.0)
-    with pytest.raises(RuntimeError, match=r"^layer head has lost all its weights"):
-        pruned(model, free=True)
+    for parameter in model.bn2.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def test_each_output_neuron_keeps_a_weight_all_the_same():
+    model = all_dead(Columns())
+    pruned(model, free=True)
+    assert (model.head.weight != 0).sum(1).tolist() == [1] * 10
+
+
+def test_a_convolution_that_would_lose_all_weights_by_it_is_named():
+    model = nn.Sequential(all_dead(Columns()).bn2, nn.ReLU(), nn.Conv2d(10, 10, 1))
+    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "free": True}
+    example = torch.zeros(2, 10, 4, 4)
+    pruner = Pruner(model, settings, updates_per_epoch=1, example_input=example)
+    with pytest.raises(PruningError, match=r"^layer 2 would lose all its weights by `free`, since"):
+        pruner.step()
 
 
 def test_without_free_nothing_is_taken():
@@ -272,15 +298,20 @@ def test_a_resumed_pruner_goes_on_with_the_same_bits(done):
     assert again.sparsity() == pruner.sparsity()
 
 
-def test_a_mirror_follows():
+@pytest.mark.parametrize("options", [{"fc": {"method": "structure"}}, {"free": True}])
+def test_an_average_follows(options):
     model = Columns()
-    average = copy.deepcopy(model)
-    pruner = pruner_of(model, fc={"method": "structure"}, free=True)
-    pruner.mirror(average)
-    for _ in range(4):
+    average = ModelEmaV3(model, decay=0.9)
+    pruner = pruner_of(model, **options)
+    pruner.mirror(average.module)
+    optimizer = sgd(model)
+    for index in range(6):
+        train_step(model, optimizer, index)
         pruner.step()
-    assert torch.equal(average.head.weight == 0, model.head.weight == 0)
-    assert pruner.sparsity(average) == pruner.sparsity()
+        average.update(model)
+    assert pruner.sparsity().free > 0 or "free" not in options
+    assert pruner.sparsity(average.module) == pruner.sparsity()
+    pruner.check()
 
 
 def prune_on_a_rank(rank: int, folder: Path) -> None:
@@ -314,6 +345,25 @@ def test_ranks_take_what_rank_0_finds(tmp_path):
 def test_a_missing_example_is_refused(options):
     with pytest.raises(ValueError, match=r"^`example_input` \(=None\) is needed by `free: true` "):
         pruner_of(Columns(), example_input=None, **options)
+
+
+def test_an_example_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match=r"^`example_input` must be a tensor such as .* list$"):
+        pruner_of(Columns(), example_input=[IMAGES], free=True)
+
+
+def test_what_cannot_be_exported_in_training_mode_is_refused_at_once():
+    model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "free": True}
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        Pruner(model, settings, updates_per_epoch=1, example_input=torch.zeros(1, 3, 8, 8))
+
+
+def test_a_layer_that_no_forward_pass_reaches_is_left_alone():
+    model = Columns()
+    model.unused = nn.Linear(8, 8)
+    pruner = pruned(model, free=True)
+    assert pruner.sparsity()["unused"].free == 0
 
 
 def test_a_model_that_cannot_be_exported_is_refused():
