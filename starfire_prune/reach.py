@@ -17,6 +17,7 @@ from starfire_prune.templates import shape_of
 __all__ = ["pinned_layers"]
 
 aten = torch.ops.aten
+_CONCATENATION = aten.cat.default
 
 
 def pinned_layers(graph: Graph) -> dict[str, str]:
@@ -30,24 +31,36 @@ def pinned_layers(graph: Graph) -> dict[str, str]:
         The reason by the layer's name.
     """
     pinned: dict[str, str] = {}
-    known = _known(graph)
+    given = _given(graph)
     for node in graph.nodes:
         name = layer_of(graph, node)
         if name is not None:
-            dim = _channel_dim(node)
-            reason = next(_obstacles(graph, known, node, dim), None)
+            reason = next(_obstacles(graph, given, node, _channel_dim(node)), None)
+            if not _is_own_weight(graph, node):
+                reason = "its weight is read elsewhere too"
             if reason is not None:
                 pinned.setdefault(name, reason)
     return pinned
 
 
-def _known(graph: Graph) -> set[fx.Node]:
-    """Parameters and buffers, and what is worked out from them alone."""
-    known: set[fx.Node] = set()
+def _given(graph: Graph) -> set[fx.Node]:
+    """What has channels that no layer gives it: parameters, constants, and the model's inputs.
+
+    That goes on through operations on these alone, and through concatenations with any of them.
+    """
+    given: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.name in graph.sources or is_known(node, known):
-            known.add(node)
-    return known
+        layer = layer_of(graph, node) is not None
+        joined = node.target is _CONCATENATION and not given.isdisjoint(node.all_input_nodes)
+        if node.op == "placeholder" or joined or (not layer and is_known(node, given)):
+            given.add(node)
+    return given
+
+
+def _is_own_weight(graph: Graph, node: fx.Node) -> bool:
+    """Whether nothing but layers, as their weight, reads the weight of a layer's node."""
+    weight: Any = node.args[1]
+    return all(layer_of(graph, user) and user.args[1] is weight for user in weight.users)
 
 
 def _channel_dim(node: fx.Node) -> int:
@@ -55,7 +68,7 @@ def _channel_dim(node: fx.Node) -> int:
     return dims - 1 if node.target is LINEAR else dims - len(shape_of(node.args[1])) + 1
 
 
-def _obstacles(graph: Graph, known: set[fx.Node], start: fx.Node, dim: int) -> Iterator[str]:
+def _obstacles(graph: Graph, given: set[fx.Node], start: fx.Node, dim: int) -> Iterator[str]:
     """Why channels along `dim` of a node can't go, following its users up to the next layers."""
     pending, seen = [(start, dim)], set()
     while pending:
@@ -64,7 +77,7 @@ def _obstacles(graph: Graph, known: set[fx.Node], start: fx.Node, dim: int) -> I
             if user.op == "output":
                 yield "its channels are the model's output"
                 continue
-            after = _follow(graph, known, user, node, dim)
+            after = _follow(graph, given, user, node, dim)
             if after is None:
                 yield f"its channels reach {user.target} in {place_of(user)}, which needs them all"
             elif after >= 0 and (user, after) not in seen:
@@ -73,11 +86,12 @@ def _obstacles(graph: Graph, known: set[fx.Node], start: fx.Node, dim: int) -> I
 
 
 def _follow(
-    graph: Graph, known: set[fx.Node], user: fx.Node, node: fx.Node, dim: int
+    graph: Graph, given: set[fx.Node], user: fx.Node, node: fx.Node, dim: int
 ) -> int | None:
     """The dimension of the channels after `user`; -1 if a layer reads them, None if it mixes."""
     if user.target in CONVOLUTIONS or user.target is LINEAR:
-        reads = layer_of(graph, user) is not None and user.args[0] is node
+        layer = layer_of(graph, user) is not None
+        reads = layer and user.args[0] is node and _is_own_weight(graph, user)
         own = len(shape_of(node)) - (
             1 if user.target is LINEAR else len(shape_of(user.args[1])) - 1
         )
@@ -86,23 +100,23 @@ def _follow(
         return None
     step = _STEPS.get(user.target)
     if step is not None:
-        return step(user, dim)
+        return None if user in given else step(user, dim)
     if user.target in _REFUSED:
         return None
     others = [other for other in user.all_input_nodes if other is not node]
     if user.target in constant_rules.BATCH_NORMS:
-        return dim if dim == 1 and known.issuperset(others) else None
-    alike = all(_alike(other, node, dim, other in known) for other in others)
+        return dim if dim == 1 and all(other.name in graph.sources for other in others) else None
+    alike = all(_alike(other, node, dim, other in given) for other in others)
     return dim if alike else None
 
 
-def _alike(other: fx.Node, node: fx.Node, dim: int, known: bool) -> bool:
+def _alike(other: fx.Node, node: fx.Node, dim: int, given: bool) -> bool:
     """Whether an operand has the node's channels, rather than one for all, or its own numbers."""
     if math.prod(shape_of(other)) == 1:
         return True
     from_right = dim - len(shape_of(node))
     shape = shape_of(other)
-    return not known and len(shape) >= -from_right and shape[from_right] == shape_of(node)[dim]
+    return not given and len(shape) >= -from_right and shape[from_right] == shape_of(node)[dim]
 
 
 def _after_reshape(user: fx.Node, dim: int) -> int | None:
@@ -146,7 +160,7 @@ _STEPS: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
     **dict.fromkeys(constant_rules.RESHAPING, _after_reshape),
     **dict.fromkeys(constant_rules.REDUCTIONS, _after_reduction),
     aten.permute.default: _after_permute,
-    aten.cat.default: _after_concatenation,
+    _CONCATENATION: _after_concatenation,
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _after_padding),
     constant_rules.ITEM: _after_item,
 }

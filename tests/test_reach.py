@@ -11,6 +11,8 @@ from starfire_prune.reach import pinned_layers
 from starfire_prune.structure import ChannelAnalysis
 from tests.sparse_networks import images
 
+NUMBERS = [1.0, 2.0, 3.0]
+
 
 class Between(nn.Module):
     """An operation between a convolution of three channels and a reader."""
@@ -30,7 +32,7 @@ class Between(nn.Module):
 
 FREE: dict[str, Callable[[Tensor], Tensor]] = {
     "activation": functional.relu,
-    "batch norm": lambda x: functional.batch_norm(x, torch.zeros(3), torch.ones(3)),
+    "batch norm": nn.BatchNorm2d(3),
     "padding": lambda x: functional.pad(x, (1, 1, 1, 1)),
     "pooling": lambda x: functional.avg_pool2d(x, 2),
     "flattening": lambda x: x.flatten(1),
@@ -52,6 +54,11 @@ NEEDED: dict[str, Callable[[Tensor], Tensor]] = {
     "padding by channels": lambda x: functional.pad(x, (0, 0, 0, 0, 1, 1)),
     "slicing": lambda x: x[:, 1:],
     "numbers of its own for each channel": lambda x: x * torch.arange(3.0).view(1, 3, 1, 1),
+    "a constant of its own for each channel": lambda x: x * torch.tensor(NUMBERS).view(3, 1, 1),
+    "joining a constant": lambda x: torch.cat([x, torch.ones(2, 1, 8, 8)], 1),
+    "statistics without a batch norm": lambda x: functional.batch_norm(
+        x, torch.zeros(3), torch.ones(3)
+    ),
     "a gate of one channel": lambda x: x * x.amax(1, keepdim=True),
     "transposing": lambda x: x.transpose(1, 2),
     "an unknown operation": lambda x: torch.cumsum(x, 1),
@@ -76,4 +83,47 @@ def test_operations_that_need_all_channels_pin_the_layer_before(operation):
 def test_outputs_of_the_model_are_pinned():
     assert pinned(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) == {
         "0": "its channels are the model's output"
+    }
+
+
+class Network(nn.Module):
+    """Two layers, put together by a function of both and the model's input."""
+
+    def __init__(self, function: Callable[[nn.Module, nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.source, self.reader = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.source, self.reader, x)
+
+
+INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "multiplied": lambda y, x: y * x,
+    "multiplied after an operation": lambda y, x: y * torch.sigmoid(x),
+    "added": lambda y, x: x + y,
+    "joined, then reduced": lambda y, x: torch.cat([x, y], 1).view(2, 2, 3, 8, 8).sum(1),
+}
+
+
+@pytest.mark.parametrize("partner", INPUTS.values(), ids=INPUTS)
+def test_the_models_input_as_a_partner_pins_the_layer(partner):
+    model = Network(lambda source, reader, x: reader(partner(source(x).relu(), x)))
+    assert "needs them all" in pinned(model)["source"]
+
+
+def test_the_joined_input_as_a_partner_pins_the_layer():
+    def forward(source: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
+        return reader(source(x) * torch.cat([x[:, :1], source(x)[:, 1:]], 1))  # type: ignore[no-any-return]
+
+    assert "aten.mul" in pinned(Network(forward))["source"]
+
+
+def test_layers_pin_their_partners_where_their_weight_is_read_elsewhere():
+    def forward(source: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
+        return reader(source(x)) * reader.get_parameter("weight").sum()  # type: ignore[no-any-return]
+
+    assert pinned(Network(forward)) == {
+        "source": "its channels reach aten.conv2d.default in reader, which needs them all",
+        "reader": "its weight is read elsewhere too",
     }
