@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from starfire_prune.folding import FoldReport, fold_in_place
 from starfire_prune.layers import prunable_layers
@@ -26,6 +26,8 @@ from starfire_prune.surgery import Surgery
 __all__ = ["CompactLayer", "CompactReport", "compact", "format_compaction"]
 
 _TOLERANCE = 1e-3  # of the largest output; surgery gone wrong is off by far more than rounding
+_EPSILONS = 16  # the tolerance of types of low precision, whose rounding adds up
+_SEEDS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class CompactReport:
     Attributes:
         layers: each convolution and linear layer, in the model's order.
         parameters: of the whole model, before and after.
-        deviation: the largest difference of the outputs on the example, as a share of the largest
-            output.
+        deviation: the largest difference of the outputs, on the example and on random arguments
+            like it, as a share of the largest output.
         fold: what was folded first.
     """
 
@@ -91,7 +93,9 @@ def compact(
     constant channel stands for all that a layer reads. Then the channels go that no layer reads,
     in all layers that share them. A grouped convolution loses as many channels in each of its
     groups as all groups can spare, a depthwise one follows what it reads, and each layer keeps a
-    channel. The model's output, and channels that reach operations which mix them, stay.
+    channel. The model's output, and channels that reach operations which mix them, stay. The
+    outputs are compared on the example, and on normally distributed arguments in place of its
+    floating ones. Parameters that modules share stay shared where they still are the same.
 
     Args:
         model: in any phase of pruning; it is left as it is.
@@ -102,8 +106,9 @@ def compact(
 
     Raises:
         ModuleNotFoundError: without Torch-Pruning.
-        RuntimeError: if the smaller model doesn't run or its outputs differ, as for a model that
-            has numbers of channels written into its forward pass.
+        RuntimeError: if Torch-Pruning can't cut the model, or the smaller model doesn't run or its
+            outputs differ, as for a model that has numbers of channels written into its forward
+            pass.
 
     Example:
         >>> conv = nn.Conv2d(1, 4, 3)
@@ -116,20 +121,21 @@ def compact(
     """
     pruning = _torch_pruning()
     example = example_input if isinstance(example_input, tuple) else (example_input,)
+    trials = [example, *(_random_like(example, seed) for seed in _SEEDS)]
     smaller = dense_copy(model).eval()
+    before, parameters = _sizes(smaller, example), _count(smaller)
+    shared = _unshare(smaller)
     analysis = ChannelAnalysis(smaller, example)
-    before = _measured(smaller, example)
+    expected = [_output(smaller, trial) for trial in trials]
     fold = fold_in_place(smaller, analysis, merge=True)
     unfolded = {layer.name: layer.reason for layer in fold.layers if layer.reason is not None}
-    pinned = pinned_layers(analysis.graph)
-    after, stayed = _cut(pruning, smaller, example, pinned, unfolded)
-    deviation = _deviation(before.output, after.output)
-    layers = tuple(
-        _compacted(name, old, after.layers[name], *stayed.get(name, (0, None)))
-        for name, old in before.layers.items()
-    )
-    parameters = (before.parameters, after.parameters)
-    return smaller, CompactReport(layers, parameters, deviation, fold)
+    surgery = _cut(pruning, smaller, example, pinned_layers(analysis.graph), unfolded)
+    _share_again(shared)
+    after, outputs = _run(smaller, example, trials)
+    deviation = _deviation(expected, outputs, _tolerance(smaller, expected))
+    stayed = surgery.stayed()
+    layers = tuple(_layer(name, before[name], after[name], *stayed[name]) for name in before)
+    return smaller, CompactReport(layers, (parameters, _count(smaller)), deviation, fold)
 
 
 def format_compaction(report: CompactReport) -> str:
@@ -157,21 +163,20 @@ def _change(pair: tuple[int, int]) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
+    """Of a layer, as in `CompactLayer`."""
+
     inputs: int
     outputs: int
     parameters: int
     macs: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """A model's sizes, and its outputs on the example."""
-
-    layers: dict[str, _Sizes]
-    parameters: int
-    output: Any
+def _layer(
+    name: str, before: _Sizes, after: _Sizes, stayed: int, reason: str | None
+) -> CompactLayer:
+    inputs, outputs, parameters, macs = zip(before, after, strict=True)
+    return CompactLayer(name, inputs, outputs, parameters, macs, stayed, reason)
 
 
 def _torch_pruning() -> Any:
@@ -183,29 +188,71 @@ def _torch_pruning() -> Any:
         ) from error
 
 
+def _random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """The arguments with normally distributed values in the floating ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+    return tree_map(random, example)  # type: ignore[no-any-return]
+
+
+def _unshare(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Give each module parameters of its own; where one was shared, so that each may be cut."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((module, name))
+    for parameter, (_, *others) in places.items():
+        for module, name in others:
+            twin = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module.register_parameter(name, twin)
+    return [shared for shared in places.values() if len(shared) > 1]
+
+
+def _share_again(shared: list[list[tuple[nn.Module, str]]]) -> None:
+    """Share parameters that are still the same."""
+    for (first, first_name), *others in shared:
+        parameter = first.get_parameter(first_name)
+        for module, name in others:
+            if torch.equal(parameter, module.get_parameter(name)):
+                module.register_parameter(name, parameter)
+
+
 def _cut(
     pruning: Any,
     model: nn.Module,
     example: tuple[Any, ...],
     pinned: Mapping[str, str],
     unfolded: Mapping[str, str],
-) -> tuple[_Measured, dict[str, tuple[int, str | None]]]:
-    """Cut the model in place: its sizes then, and the dead channels that stayed, with reasons."""
+) -> Surgery:
+    """Cut the model in place."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(True)  # the dependency graph follows gradients
-    with torch.enable_grad():
-        surgery = Surgery(pruning, model, example, pinned, unfolded)
-        surgery.run()
+    try:
+        with torch.enable_grad():
+            surgery = Surgery(pruning, model, _copied(example), pinned, unfolded)
+            surgery.run()
+    except Exception as error:  # Torch-Pruning raises whatever its assumptions run into
+        raise RuntimeError(
+            f"Torch-Pruning can't cut the model ({type(error).__name__}: {error}); "
+            f"use fold_constants, which keeps all shapes"
+        ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
-    stayed = {
-        name: (number, surgery.reasons.get(name, "it is not in the dependency graph"))
-        for name, number in surgery.dead_outputs().items()
-        if number
-    }
+    return surgery
+
+
+def _run(
+    model: nn.Module, example: tuple[Any, ...], trials: list[tuple[Any, ...]]
+) -> tuple[dict[str, _Sizes], list[Any]]:
+    """The compacted model's sizes and outputs."""
     try:
-        return _measured(model, example), dict(stayed)
-    except RuntimeError as error:
+        return _sizes(model, example), [_output(model, trial) for trial in trials]
+    except Exception as error:  # whatever the forward pass raises
         raise RuntimeError(
             f"the compacted model does not run ({error}): numbers of channels may be written into "
             f"its forward pass; use fold_constants, which keeps all shapes"
@@ -213,65 +260,102 @@ def _cut(
 
 
 @torch.no_grad()
-def _measured(model: nn.Module, example: tuple[Any, ...]) -> _Measured:
+def _output(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    return model(*_copied(arguments))
+
+
+def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For models that change their arguments."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(copied, arguments)  # type: ignore[no-any-return]
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _sizes(model: nn.Module, example: tuple[Any, ...]) -> dict[str, _Sizes]:
     """Sizes of the layers, with MACs counted in a forward pass of the example."""
-    macs: dict[str, int] = {}
-    layers = prunable_layers(model)
+    layers: dict[str, Any] = prunable_layers(model)
+    macs = dict.fromkeys(layers, 0)
 
     def count(name: str, module: Any, output: Tensor) -> None:
-        per_output = module.weight[0].numel()
-        macs[name] = macs.get(name, 0) + output.numel() // len(output) * per_output
+        macs[name] += output.numel() // len(output) * module.weight[0].numel()
 
     handles = [
         module.register_forward_hook(lambda m, _, output, name=name: count(name, m, output))
         for name, module in layers.items()
     ]
     try:
-        output = model(*example)
+        _output(model, example)
     finally:
         for handle in handles:
             handle.remove()
-    sizes = {name: _sizes(module, macs.get(name, 0)) for name, module in layers.items()}
-    return _Measured(sizes, sum(p.numel() for p in model.parameters()), output)
+    return {name: _sizes_of(module, macs[name]) for name, module in layers.items()}
 
 
-def _sizes(module: Any, macs: int) -> _Sizes:
+def _sizes_of(module: Any, macs: int) -> _Sizes:
     weight = module.weight
     inputs = weight.shape[1] * getattr(module, "groups", 1)
     bias = 0 if module.bias is None else module.bias.numel()
     return _Sizes(inputs, len(weight), weight.numel() + bias, macs)
 
 
-def _compacted(
-    name: str, old: _Sizes, new: _Sizes, stayed: int, reason: str | None
-) -> CompactLayer:
-    return CompactLayer(
-        name=name,
-        inputs=(old.inputs, new.inputs),
-        outputs=(old.outputs, new.outputs),
-        parameters=(old.parameters, new.parameters),
-        macs=(old.macs, new.macs),
-        stayed=stayed,
-        reason=reason,
+def _tolerance(model: nn.Module, outputs: list[Any]) -> float:
+    """The share of the largest output that rounding may change, in the lowest precision used."""
+    tensors = [*model.parameters(), *_tensors(outputs)]
+    epsilons = [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
+    return max(_TOLERANCE, _EPSILONS * max(epsilons, default=0.0))
+
+
+def _deviation(expected: list[Any], outputs: list[Any], tolerance: float) -> float:
+    """The largest difference of two models' outputs, as a share of the largest in its trial.
+
+    Raises:
+        RuntimeError: if it is beyond `tolerance`.
+    """
+    return max(
+        _checked(_tensors(one), _tensors(other), tolerance)
+        for one, other in zip(expected, outputs, strict=True)
     )
 
 
-def _deviation(expected: Any, output: Any) -> float:
-    """The largest difference of two outputs, as a share of the largest value.
-
-    Raises:
-        RuntimeError: if it is beyond rounding.
-    """
-    pairs = list(zip(_tensors(expected), _tensors(output), strict=True))
-    largest = max((float(one.abs().max()) for one, _ in pairs), default=0.0) or 1.0
-    deviation = max((float((one - other).abs().max()) for one, other in pairs), default=0.0)
-    if not deviation <= _TOLERANCE * largest:  # NaN fails this too
-        raise RuntimeError(
-            f"the compacted model's outputs differ by {deviation:.2g} from the sparse model's, "
-            f"whose largest is {largest:.2g}: its channels hang together in a way that the "
-            f"dependency graph does not show; use fold_constants, which keeps all shapes"
+def _checked(expected: list[Tensor], outputs: list[Tensor], tolerance: float) -> float:
+    """The deviation of one trial, if it is within `tolerance`."""
+    shapes, others = ([tuple(tensor.shape) for tensor in side] for side in (expected, outputs))
+    if shapes != others:
+        raise _refusal(f"have the shapes {others}, not {shapes} as the sparse model's")
+    pairs = list(zip(expected, outputs, strict=True))
+    floating = [(one, other) for one, other in pairs if one.is_floating_point()]
+    if not all(torch.equal(one, other) for one, other in pairs if not one.is_floating_point()):
+        raise _refusal("differ from the sparse model's in integers or bools")
+    largest = max((_largest(one[one.isfinite()]) for one, _ in floating), default=0.0) or 1.0
+    deviation = max((_largest(_difference(one, other)) for one, other in floating), default=0.0)
+    if not deviation <= tolerance * largest:
+        raise _refusal(
+            f"differ by {deviation:.2g} from the sparse model's, whose largest is {largest:.2g}"
         )
     return deviation / largest
+
+
+def _refusal(difference: str) -> RuntimeError:
+    return RuntimeError(
+        f"the compacted model's outputs {difference}: its channels hang together in a way that "
+        f"the dependency graph does not show; use fold_constants, which keeps all shapes"
+    )
+
+
+def _difference(one: Tensor, other: Tensor) -> Tensor:
+    """The distance of two tensors; infinite where one alone is NaN, or infinite."""
+    same = (one == other) | (one.isnan() & other.isnan())
+    return (one - other).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0.0)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _tensors(output: Any) -> list[Tensor]:

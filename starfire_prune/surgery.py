@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_leaves
 
 from starfire_prune.layers import prunable_layers
 
@@ -39,24 +40,32 @@ class Surgery:
         self._layers = prunable_layers(model)
         self._names = {module: name for name, module in self._layers.items()}
         self._graph = pruning.DependencyGraph().build_dependency(
-            model, example_inputs=example, verbose=False
+            model, example_inputs=example, output_transform=_traced, verbose=False
         )
-        self.reasons: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
     def run(self) -> None:
         """Remove channels until nothing more can go: what a removed channel read may go next."""
         while sum(self._shrink_group(root) for root in self._roots()):
             pass
 
-    def dead_outputs(self) -> dict[str, int]:
-        """How many output channels of each layer have no weight."""
-        return {name: len(_dead(module)) for name, module in self._layers.items()}
+    def stayed(self) -> dict[str, tuple[int, str | None]]:
+        """How many output channels of each layer have no weight; why, where there are any."""
+        numbers = {name: len(_dead(module)) for name, module in self._layers.items()}
+        unseen = "it is not in the dependency graph"
+        return {
+            name: (number, self._reasons.get(name, unseen) if number else None)
+            for name, number in numbers.items()
+        }
 
     def _roots(self) -> Iterator[nn.Module]:
         """A layer for each set of coupled channels."""
         covered: set[nn.Module] = set()
-        for module in self._layers.values():
+        for name, module in self._layers.items():
             if module in covered or module not in self._graph.module2node or _is_depthwise(module):
+                continue
+            if name in self._pinned:
+                self._reasons[name] = self._pinned[name]
                 continue
             for item in self._group(module, range(len(_weight(module)))).items:
                 member = item.dep.target.module
@@ -81,10 +90,12 @@ class Surgery:
         """Remove what can go of the channels coupled with a layer's outputs; how many did."""
         items = self._group(root, range(len(_weight(root)))).items
         obstacle = self._obstacle(items)
+        if obstacle is not None:
+            self._note(items, obstacle)
+            return 0
         readers = self._readers(items)
-        free = {channel for channel in range(len(_weight(root))) if channel not in readers}
-        free = set() if obstacle else self._balanced(items, free, len(_weight(root)))
-        self._explain(items, readers, obstacle)
+        self._explain(items, readers)
+        free = self._balanced(items, set(range(len(_weight(root)))).difference(readers))
         if free:
             for item in self._group(root, sorted(free)).items:
                 self._cut(item)
@@ -119,16 +130,16 @@ class Surgery:
                         readers.setdefault(channel, set()).add(self._names[module])
         return readers
 
-    def _balanced(self, items: list[Any], free: set[int], channels: int) -> set[int]:
+    def _balanced(self, items: list[Any], free: set[int]) -> set[int]:
         """Of the channels that can go, as many in each group of grouped convolutions; not all."""
-        if len(free) == channels:
-            free = free - {min(free)}
-        grouped = [item for item in items if _is_grouped(item.dep.target.module)]
         while True:
             balanced = free
-            for item in grouped:
-                balanced = self._balanced_in(item, balanced)
-            if balanced == free or not balanced:
+            for item in items:
+                if _is_grouped(item.dep.target.module):
+                    balanced = self._balanced_in(item, balanced)
+                elif balanced.issuperset(item.root_idxs):
+                    balanced = balanced - set(item.root_idxs[:1])
+            if balanced == free:
                 return balanced
             free = balanced
 
@@ -153,23 +164,25 @@ class Surgery:
         else:
             item.dep(item.idxs)
 
-    def _explain(
-        self, items: list[Any], readers: dict[int, set[str]], obstacle: str | None
-    ) -> None:
-        """Note for each layer with dead outputs why they stay, should they stay."""
+    def _sources(self, items: list[Any]) -> Iterator[tuple[str, Any]]:
+        """The layers whose outputs are among the coupled channels, and their items."""
         for item in items:
             name = self._names.get(item.dep.target.module)
-            if name is None or self._reads(item):
-                continue
+            if name is not None and not self._reads(item):
+                yield name, item
+
+    def _note(self, items: list[Any], obstacle: str) -> None:
+        for name, _ in self._sources(items):
+            self._reasons[name] = obstacle
+
+    def _explain(self, items: list[Any], readers: dict[int, set[str]]) -> None:
+        """Note for each layer with dead outputs why they stay, should they stay."""
+        for name, item in self._sources(items):
             dead = set(_dead(item.dep.target.module))
             pairs = zip(item.idxs, item.root_idxs, strict=True)
-            names = {
-                reader
-                for index, channel in pairs
-                if index in dead
-                for reader in readers.get(channel, ())
-            }
-            self.reasons[name] = obstacle or self._read_by(sorted(names))
+            channels = [channel for index, channel in pairs if index in dead]
+            names = set().union(*(readers.get(channel, ()) for channel in channels))
+            self._reasons[name] = self._read_by(sorted(names))
 
     def _read_by(self, names: list[str]) -> str:
         if not names:
@@ -178,6 +191,12 @@ class Surgery:
         reasons = [self._unfolded[name] for name in names if name in self._unfolded]
         why = f" ({reasons[0]})" if reasons else ""
         return f"read by {', '.join(names[:3])}{more}{why}"
+
+
+def _traced(output: Any) -> list[Tensor]:
+    """The tensors that the dependency graph can be followed back from."""
+    leaves = tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
 def _weight(module: nn.Module) -> Tensor:

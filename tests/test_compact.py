@@ -3,15 +3,19 @@
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import prune
 
 from starfire_prune import ck_structured, filter_structured
 from starfire_prune.compact import CompactReport, compact, format_compaction
+from starfire_prune.surgery import Surgery
 from tests.networks import SmallNet, equal_states, snapshot
 from tests.sparse_networks import FULL, NARROW, TOLERANCES, difference, images, sparse_network
 
@@ -235,6 +239,211 @@ class WrittenIn(nn.Module):
 def test_models_with_numbers_of_channels_written_in_are_refused():
     with pytest.raises(RuntimeError, match=r"does not run .* use fold_constants"):
         compact(WrittenIn(), images(size=8))
+
+
+class Network(nn.Module):
+    """Modules, put together by a function of the network itself and its input."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def half_dead(layer: nn.Module) -> nn.Module:
+    """The layer with the first two output channels constantly zero."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter[:2] = 0
+    return layer
+
+
+def pair(function: Callable[[Any, Tensor], Any], reader: nn.Module | None = None) -> nn.Module:
+    """A convolution of 8 channels, two of them dead, and a reader of its 6 times 6 places."""
+    source = half_dead(nn.Conv2d(3, 8, 3))
+    return Network(function, source=source, reader=reader or nn.Conv2d(8, 4, 1)).eval()
+
+
+def assert_same_outputs(one: nn.Module, other: nn.Module) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(other(images(size=8)), one(images(size=8)))
+
+
+def test_other_outputs_are_found_though_the_example_is_all_zero():
+    model = pair(lambda m, x: m.reader(m.source(x)) * len(m.source.weight))
+    for layer in model.children():
+        layer.register_parameter("bias", None)
+    with pytest.raises(RuntimeError, match=r"outputs differ by .* use fold_constants"):
+        compact(model, torch.zeros(2, 3, 8, 8))
+
+
+def test_the_deviation_is_not_of_an_all_zero_example_alone():
+    model = sparse_network(NARROW["resnet18"], dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = torch.zeros(module.num_features)
+            nn.init.zeros_(module.bias)
+    nn.init.zeros_(model.get_parameter("fc.bias"))
+    _, report = compact(model, torch.zeros(2, 3, 32, 32))
+    assert 0 < report.deviation < TOLERANCES[torch.float32]
+
+
+def test_the_global_generator_is_left_as_it_is():
+    model = SmallNet()
+    state = torch.get_rng_state()
+    compact(model, images(size=8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_integer_arguments_are_used_as_they_are():
+    embedding = nn.Embedding(5, 3)
+    reader = half_dead(nn.Linear(3, 8))
+    model = nn.Sequential(embedding, reader, nn.ReLU(), nn.Linear(8, 2)).eval()
+    smaller: Any
+    smaller, _ = compact(model, torch.tensor([0, 4, 2]))
+    assert smaller[1].out_features == 6
+
+
+def test_models_that_change_their_input_are_compared_on_the_same_one():
+    model = pair(lambda m, x: m.reader(m.source(x.add_(1))))
+    example = images(size=8)
+    _, report = compact(model, example)
+    assert report["source"].outputs == (8, 6)
+    assert torch.equal(example, images(size=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compaction_in_half_precision(dtype):
+    model = sparse_network(NARROW["resnet18"], dtype=dtype)
+    _, report = compact(model, images(dtype))
+    assert report.parameters[1] < 0.95 * report.parameters[0]
+    assert 0 < report.deviation < 16 * torch.finfo(dtype).eps
+
+
+NEED_ALL: dict[str, Callable[[], nn.Module]] = {
+    "pixel shuffle": lambda: pair(
+        lambda m, x: m.reader(functional.pixel_shuffle(m.source(x), 2)), nn.Conv2d(2, 4, 1)
+    ),
+    "flattening twice": lambda: pair(
+        lambda m, x: m.reader(m.source(x).flatten(2).flatten(1)), nn.Linear(8 * 36, 4)
+    ),
+    "bilinear": lambda: pair(
+        lambda m, x: m.reader(m.source(x).mean((2, 3)), x.mean((2, 3))), nn.Bilinear(8, 3, 4)
+    ),
+    "recurrent": lambda: pair(
+        lambda m, x: m.reader(m.source(x).flatten(2).mT)[0], nn.GRU(8, 4, batch_first=True)
+    ),
+    "transposed weight": lambda: Network(
+        lambda m, x: functional.linear(m.source(x.mean((2, 3))).relu(), m.source.weight.T),
+        source=half_dead(nn.Linear(3, 8)),
+    ).eval(),
+    "a constant": lambda: pair(
+        lambda m, x: m.reader(m.source(x) * torch.tensor([[1.0] * 6] * 8).unsqueeze(1))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # of the GRU
+@pytest.mark.parametrize("build", NEED_ALL.values(), ids=NEED_ALL)
+def test_channels_that_anything_but_a_layer_reads_stay(build):
+    model = build()
+    smaller, report = compact(model, images(size=8))
+    assert report["source"].outputs == (8, 8)
+    assert report["source"].stayed == 2
+    assert_same_outputs(model, smaller)
+
+
+def test_every_layer_keeps_a_channel_where_another_is_coupled_with_two():
+    model = Network(
+        lambda m, x: m.reader(m.wide(x) + torch.cat([m.one(x), m.other(x)], 1)),
+        wide=nn.Conv2d(3, 8, 1),
+        one=nn.Conv2d(3, 4, 1),
+        other=nn.Conv2d(3, 4, 1),
+        reader=nn.Conv2d(8, 4, 1),
+    ).eval()
+    with torch.no_grad():
+        model.get_parameter("reader.weight")[:, :4] = 0
+    smaller, report = compact(model, images(size=8))
+    assert [layer.outputs[1] for layer in report.layers] == [5, 1, 4, 4]
+    assert_same_outputs(model, smaller)
+
+
+@pytest.mark.slow
+def test_weights_that_the_forward_pass_standardises_are_refused():
+    model = timm.create_model("nf_regnet_b0", num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            half_dead(module)
+    with pytest.raises(RuntimeError, match="use fold_constants"):
+        compact(model, images(size=64))
+
+
+def test_any_error_of_the_surgery_names_the_way_out(monkeypatch):
+    def run(surgery: Surgery) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(Surgery, "run", run)
+    with pytest.raises(RuntimeError, match=r"can't cut .*IndexError: list.* use fold_constants"):
+        compact(SmallNet(), images(size=8))
+
+
+def test_outputs_may_hold_integers_bools_and_other_things():
+    model = pair(lambda m, x: {"y": (y := m.reader(m.source(x))), "n": [None, 3, y > 0, y.shape]})
+    _, report = compact(model, images(size=8))
+    assert report["source"].outputs == (8, 6)
+
+
+def test_models_of_integer_outputs_are_left_whole():
+    model = pair(lambda m, x: m.reader(m.source(x)).argmax(1))
+    smaller, report = compact(model, images(size=8))
+    assert report.parameters[0] == report.parameters[1]
+    assert_same_outputs(model, smaller)
+
+
+CHANGED: dict[str, Callable[[Any, Tensor], Any]] = {
+    "integers": lambda m, x: (m.reader(m.source(x)), torch.tensor(len(m.source.weight))),
+    "shapes": lambda m, x: (m.reader(m.source(x)), m.source.bias.clone()),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_other_integers_and_shapes_are_refused(kind):
+    with pytest.raises(RuntimeError, match=f"outputs .*{kind}.* use fold_constants"):
+        compact(pair(CHANGED[kind]), images(size=8))
+
+
+def test_equal_infinities_and_nans_are_no_deviation():
+    model = pair(lambda m, x: (m.reader(m.source(x)), 1 / (x * 0), (x * 0) / (x * 0)))
+    assert compact(model, images(size=8))[1].deviation < TOLERANCES[torch.float32]
+
+
+def tied(dead: bool) -> Any:
+    """Two convolutions of one weight, whose outputs may have dead channels."""
+    model: Any = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(3))).eval()
+    if dead:
+        half_dead(model[0])
+    model[1].weight = model[0].weight
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *model).eval()
+
+
+def test_layers_of_one_weight_are_cut_each_on_its_own():
+    model = tied(dead=True)
+    smaller: Any
+    smaller, report = compact(model, images(size=8))
+    assert [layer.inputs[1] for layer in report.layers] == [3, 8, 6, 6]
+    assert_same_outputs(model, smaller)
+
+
+def test_a_weight_stays_shared_where_nothing_is_cut():
+    model = tied(dead=False)
+    smaller: Any
+    smaller, report = compact(model, images(size=8))
+    assert smaller[1].weight is smaller[2].weight
+    assert report.parameters[0] == report.parameters[1]
 
 
 def test_without_torch_pruning_the_error_names_the_extra(monkeypatch):
