@@ -25,6 +25,7 @@ from starfire_prune.templates import (
 
 __all__ = [
     "BATCH_NORMS",
+    "CENTERING_NORMS",
     "CONVOLUTIONS",
     "CREATING",
     "ITEM",
@@ -34,7 +35,10 @@ __all__ = [
     "RESHAPING",
     "RULES",
     "SPLITTING",
+    "bias_of",
     "is_padded",
+    "is_pure",
+    "is_statistic",
 ]
 
 aten = torch.ops.aten
@@ -50,6 +54,27 @@ def is_padded(node: fx.Node) -> bool:
     return any(padding) if isinstance(padding, Sequence) else bool(padding)
 
 
+def bias_of(node: fx.Node) -> Any:
+    """The bias argument of a convolution's or linear node."""
+    return _argument(node, 2, "bias", None)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether an operation gives the same for the same tensors, and changes nothing."""
+    operation: Any = node.target
+    if not isinstance(operation, torch._ops.OpOverload):
+        return operation is ITEM  # others hold graphs of their own
+    random = torch.Tag.nondeterministic_seeded in operation.tags
+    return not random and not operation._schema.is_mutable
+
+
+def is_statistic(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a batch norm's node reads a buffer as its running mean or variance alone."""
+    if node.target not in (*BATCH_NORMS, *CENTERING_NORMS):
+        return False
+    return source in node.args[3:5] and source not in node.args[:3]
+
+
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
@@ -63,6 +88,15 @@ def _keep(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x
 
 
+def _cast(node: fx.Node, x: Tensor, *, dtype: Any = None, **_: Any) -> Tensor:
+    """To numbers of another precision; to integers and booleans it isn't followed."""
+    if dtype is None:
+        return x
+    if not dtype.is_floating_point:
+        return torch.full_like(x, VARYING)
+    return x.to(dtype).to(torch.float64)
+
+
 def _pointwise(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = node.target(x, *args, **kwargs)  # type: ignore[operator]
     return torch.where(x.isnan(), x, result)
@@ -74,13 +108,15 @@ def _binary(node: fx.Node, one: Any, other: Any, **kwargs: Any) -> Any:
 
 
 def _multiply(node: fx.Node, one: Any, other: Any) -> Any:
-    """Zero times anything is zero, as in a gate."""
+    """Zero times anything is zero, as in a gate; but for a parameter that is not finite."""
     one, other = (torch.as_tensor(as_template(x), dtype=torch.float64) for x in (one, other))
-    return (one * other).masked_fill((one == 0) | (other == 0), 0.0)
+    infinite = one.isinf() | other.isinf()
+    return (one * other).masked_fill(((one == 0) | (other == 0)) & ~infinite, 0.0)
 
 
 def _dropout(node: fx.Node, x: Tensor, p: float, train: bool = True) -> Tensor:
     """While training, zeros alone stay what they are."""
+    x = as_template(x)
     return x.masked_fill(x != 0, VARYING) if train else x
 
 
@@ -101,7 +137,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
     """The constants `(K,)` that `(C,)` input channels give through a weight `(K, C / groups, n)`.
 
     An output channel is constant where none of its non-zero kernels reads a channel that varies,
-    or, under padding by zeros, a constant other than zero: its border would differ.
+    or, under padding by zeros, a constant other than zero: its border would differ. Where a weight
+    is not finite it varies.
     """
     rows = x.view(groups, -1)
     folded = rows.isfinite() & (rows != 0)
@@ -114,20 +151,30 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
         sums = as_template(kernels[:, :, columns]).sum(-1)
         value = (sums @ rows.nan_to_num(nan=0.0)[:, columns, None])[..., 0]
     varies = (reads & blocked[:, None]).any(2).flatten()
+    varies |= ~weight.flatten(1).sum(1).isfinite().cpu()
     value = value.flatten() if bias is None else value.flatten() + as_template(bias)
     return value.masked_fill(varies, VARYING)
+
+
+def _is_whole(node: fx.Node, weight: Tensor) -> bool:
+    """Whether a weight is all there: not one that is computed from the model's input."""
+    return weight.shape == shape_of(node.args[1]) and not bool(weight.isnan().any())
 
 
 def _convolution(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *_: Any) -> Tensor:
     groups = _argument(node, 6, "groups", 1)
     spatial = weight.ndim - 2
     dim = x.ndim - spatial - 1
+    if not _is_whole(node, weight):
+        return varying(x.ndim)
     channels = channel_values(x, dim, groups * weight.shape[1])
     value = _affine(channels, weight.flatten(2), bias, groups, is_padded(node))
     return value.view(*[1] * dim, -1, *[1] * spatial)
 
 
 def _linear(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    if not _is_whole(node, weight):
+        return varying(x.ndim)
     channels = channel_values(x, -1, weight.shape[1])
     value = _affine(channels, weight[..., None], bias, 1, padded=False)
     return value.view(*[1] * (x.ndim - 1), -1)
@@ -156,12 +203,16 @@ def _batch_norm(
 
 
 def _batch_norm_on_batch(node: fx.Node, x: Tensor, weight: Any, bias: Any, *_: Any) -> Any:
-    """By the batch's statistics: a constant channel, or a weight of zero, leaves the bias."""
+    """By the batch's statistics: a constant channel leaves the bias, and so does a weight of zero.
+
+    For training, a weight that may leave zero is not given as one, but as varying.
+    """
     shape = (1, -1, *[1] * (x.ndim - 2))
     channels = channel_values(x, 1, shape_of(node.args[0])[1])
     centered = channels.masked_fill(~channels.isnan(), 0.0)
     if weight is not None:
-        centered = centered.masked_fill(as_template(weight) == 0, 0.0)
+        weight = as_template(weight)
+        centered = centered.masked_fill(weight == 0, 0.0).masked_fill(weight.isinf(), VARYING)
     centered = centered.view(shape)
     if bias is not None:
         centered = centered + as_template(bias).view(shape)
@@ -219,10 +270,15 @@ def _constant_padded(node: fx.Node, x: Tensor, pad: Sequence[int], value: float 
 
 
 def _reduction(node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
-    """A mean, sum or maximum over dimensions: exact on the template, of full size along them."""
+    """A mean, sum or maximum over dimensions: exact on the template, of full size along them.
+
+    But a sum over places or the batch, along which a template has size 1, depends on their number.
+    """
     shape = shape_of(node.args[0])
     dims = range(x.ndim) if dims is None or dims == [] else [dim % x.ndim for dim in dims]
     full = [size if dim in dims else -1 for dim, size in enumerate(shape)]
+    if node.target is aten.sum.dim_IntList and any(x.shape[dim] == 1 for dim in dims):
+        x = x.masked_fill(x != 0, VARYING)
     return node.target(x.expand(full), list(dims), keepdim)  # type: ignore[operator]
 
 
@@ -274,8 +330,8 @@ def _concatenated(node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> Tensor
     )
 
 
-def _item(node: fx.Node, values: Sequence[Any], index: int) -> Any:
-    return values[index]
+def _item(node: fx.Node, values: Any, index: int) -> Any:
+    return values[index] if isinstance(values, Sequence) else varying(len(shape_of(node)))
 
 
 CONVOLUTIONS = (
@@ -288,6 +344,13 @@ CONVOLUTIONS = (
 )
 LINEAR = aten.linear.default
 BATCH_NORMS = (aten._native_batch_norm_legit_no_training.default,)
+CENTERING_NORMS = (
+    aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit.no_stats,
+)
+"""Batch norms by the statistics of the batch."""
+
 MIXING = {
     aten.layer_norm.default: _normalized_single,
     aten.group_norm.default: _normalized_single,
@@ -306,7 +369,7 @@ _POINTWISE = (
     *(aten.clamp_min.default, aten.erf.default, aten.reciprocal.default),
 )
 _KEEPING = (
-    *(aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default),
+    *(aten.clone.default, aten.alias.default, aten.detach.default),
     *(aten.lift_fresh_copy.default, aten.contiguous.default),
 )
 _BINARY = (
@@ -343,14 +406,13 @@ _POOLING = {
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_KEEPING, _keep),
+    aten._to_copy.default: _cast,
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     LINEAR: _linear,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    aten._native_batch_norm_legit_functional.default: _batch_norm_on_batch,
-    aten._native_batch_norm_legit.default: _batch_norm_on_batch,
-    aten._native_batch_norm_legit.no_stats: _batch_norm_on_batch,
+    **dict.fromkeys(CENTERING_NORMS, _batch_norm_on_batch),
     **MIXING,
     **{op: _pooling(spatial) for spatial, ops in _POOLING.items() for op in ops},
     aten.max_pool2d_with_indices.default: _pooling_with_indices,

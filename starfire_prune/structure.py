@@ -8,10 +8,11 @@ by the rules of `starfire_prune.constant_rules`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,17 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 from starfire_prune import constant_rules
-from starfire_prune.constant_rules import BATCH_NORMS, CONVOLUTIONS, LINEAR, MIXING, RULES
+from starfire_prune.constant_rules import (
+    BATCH_NORMS,
+    CENTERING_NORMS,
+    CONVOLUTIONS,
+    LINEAR,
+    MIXING,
+    RULES,
+)
 from starfire_prune.layers import clean_name, unwrap
 from starfire_prune.mask_method import make_permanent, masked_parameter
-from starfire_prune.templates import VARYING, channel_values, shape_of, varying
+from starfire_prune.templates import VARYING, as_template, channel_values, shape_of, varying
 
 __all__ = [
     "ChannelAnalysis",
@@ -34,6 +42,7 @@ __all__ = [
     "layer_of",
     "over_weight",
     "place_of",
+    "used_elsewhere",
 ]
 
 
@@ -49,7 +58,9 @@ class LayerChannels:
         outputs: the same of its output channels, of shape `(K,)`.
         dead: the output channels whose weights are all zero, bool of shape `(K,)`.
         padded: whether it pads its input by zeros, which a constant other than zero doesn't pass.
-        reason: where its inputs all vary, why.
+        shared: where its weight is used by anything else too, so that what the layer reads doesn't
+            tell which of its weights are needed, by what.
+        reason: where its inputs all vary, why; otherwise as `shared`.
     """
 
     name: str
@@ -58,6 +69,7 @@ class LayerChannels:
     outputs: Tensor
     dead: Tensor
     padded: bool
+    shared: str | None
     reason: str | None
 
     @property
@@ -99,10 +111,27 @@ class ConstantChannels:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """An exported model: its nodes, and the names of the parameters and buffers that it reads."""
+    """An exported model.
+
+    Attributes:
+        nodes: in the order of execution.
+        sources: the parameter or buffer that a placeholder stands for, by the placeholder's name.
+        tied: placeholders that stand for the same memory, by the name of each of them.
+        changed: placeholders of parameters and buffers that a forward pass changes.
+        training: whether it was exported in training mode.
+    """
 
     nodes: tuple[fx.Node, ...]
     sources: Mapping[str, str]
+    tied: Mapping[str, tuple[fx.Node, ...]]
+    changed: frozenset[str]
+    training: bool
+
+    def users(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """All that reads a placeholder or one tied to it, each with the one that it reads."""
+        for placeholder in self.tied.get(node.name, (node,)):
+            for user in placeholder.users:
+                yield user, placeholder
 
 
 class ChannelAnalysis:
@@ -110,6 +139,9 @@ class ChannelAnalysis:
 
     The model is exported once. A run then carries constants through the graph with the weights as
     they are: masked where hooks prune them. The model is left as it is, hooks and all.
+
+    What it finds holds for inputs of the example's shape but for the size of the batch, and for the
+    same Python arguments. A copy of an analysis exports again when it is first asked.
 
     Args:
         model: also wrapped by DDP or `torch.compile`, in any phase of pruning.
@@ -132,8 +164,17 @@ class ChannelAnalysis:
     def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
         self._model = unwrap(model)
         self._example = example_input if isinstance(example_input, tuple) else (example_input,)
-        self._training_graph: Graph | None = None
-        self.graph = self._exported(training=False)
+        self._graphs: dict[bool, Graph] = {}
+        self._graph(training=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs, which can't be copied."""
+        return {**vars(self), "_graphs": {}}
+
+    @property
+    def graph(self) -> Graph:
+        """The model in eval mode."""
+        return self._graph(training=False)
 
     def run(self) -> ConstantChannels:
         """The channels that are constant in eval mode, with the model's present weights."""
@@ -143,18 +184,20 @@ class ChannelAnalysis:
         """The input channels of each layer that are zero while training and in eval mode alike.
 
         A dead channel may be zero in the one and not in the other, since a batch norm uses the
-        batch's statistics while training: during training only these may be taken as useless. The
-        first call exports the model once more, in training mode.
+        batch's statistics while training: during training only these may be taken as useless. Nor
+        does a zero count that rests on a bias, a batch norm's weight or another trainable vector
+        being zero just now. A layer whose weight something else uses too, or that one of the two
+        modes does without, has none. The first call exports the model once more, in training mode.
 
         Returns:
             A bool tensor of shape `(in_channels,)` or `(in_features,)` by the layer's name.
         """
-        if self._training_graph is None:
-            self._training_graph = self._exported(training=True)
-        training = _run(self._training_graph, self._model)
+        runs = [_run(self._graph(training), self._model) for training in (False, True)]
+        modes = [{layer.name: layer for layer in run.layers} for run in runs]
+        layers = {name: layer for mode in reversed(modes) for name, layer in mode.items()}
         return {
-            layer.name: layer.zero_inputs & training[layer.name].zero_inputs
-            for layer in self.run().layers
+            name: torch.stack([_droppable(mode.get(name), layer) for mode in modes]).all(0)
+            for name, layer in layers.items()
         }
 
     def fully_connected(self) -> frozenset[str]:
@@ -175,17 +218,54 @@ class ChannelAnalysis:
                 after.add(node)
         return frozenset(found)
 
-    def _exported(self, training: bool) -> Graph:
-        model = dense_copy(self._model).train(training)
+    def _graph(self, training: bool) -> Graph:
+        if training not in self._graphs:
+            self._graphs[training] = _exported(self._model, self._example, training)
+        return self._graphs[training]
+
+
+def _exported(model: nn.Module, example: tuple[Any, ...], training: bool) -> Graph:
+    model = dense_copy(model).train(training)
+    with _without_autocast():
         # strict=False: torch 2.6 would trace the code by default, with warnings of its own
-        exported = torch.export.export(model, self._example, strict=False).run_decompositions({})
-        signature = exported.graph_signature
-        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        constants = signature.inputs_to_lifted_tensor_constants
-        for node in exported.graph.nodes:
-            if node.name in constants:
-                node.meta["constant"] = exported.constants[constants[node.name]]
-        return Graph(tuple(exported.graph.nodes), sources)
+        exported = torch.export.export(model, example, strict=False).run_decompositions({})
+    signature = exported.graph_signature
+    nodes = tuple(exported.graph.nodes)
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = signature.inputs_to_lifted_tensor_constants
+    for node in nodes:
+        if node.name in constants:
+            node.meta["constant"] = exported.constants[constants[node.name]]
+    parameters = getattr(signature, "parameters_to_mutate", {})  # not in torch 2.6
+    changed = {*signature.buffers_to_mutate.values(), *parameters.values()}
+    tied = _tied(model, [node for node in nodes if node.name in sources], sources)
+    names = {
+        twin.name for node in nodes if sources.get(node.name) in changed for twin in tied[node.name]
+    }
+    return Graph(nodes, sources, tied, frozenset(names), training)
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Autocast around the export would wrap the whole graph in one operation."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _tied(
+    model: nn.Module, nodes: list[fx.Node], sources: Mapping[str, str]
+) -> dict[str, tuple[fx.Node, ...]]:
+    """The placeholders of the same memory, by the name of each."""
+    groups: dict[int, list[fx.Node]] = {}
+    for node in nodes:
+        path, _, name = sources[node.name].rpartition(".")
+        tensor: Tensor = getattr(model.get_submodule(path), name)
+        memory = tensor.untyped_storage()._cdata  # its address, of meta tensors too
+        groups.setdefault(memory, []).append(node)
+    return {node.name: tuple(group) for group in groups.values() for node in group}
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
@@ -226,11 +306,38 @@ def _covers(node: fx.Node, behind: bool) -> bool:
 
 
 def layer_of(graph: Graph, node: fx.Node) -> str | None:
-    """The name of the layer whose own weight a convolution's or linear node reads."""
+    """The name of the layer whose own weight a convolution's or linear node reads.
+
+    It is empty for a model that is itself a layer.
+    """
     if node.target not in CONVOLUTIONS and node.target is not LINEAR:
         return None
-    source = graph.sources.get(getattr(node.args[1], "name", ""), "")
-    return source.rpartition(".")[0] if source.endswith(".weight") else None
+    path, _, name = graph.sources.get(getattr(node.args[1], "name", ""), "").rpartition(".")
+    return path if name == "weight" else None
+
+
+def used_elsewhere(graph: Graph, node: fx.Node) -> str | None:
+    """What uses the weight of a layer's node for anything but that layer; None if nothing does."""
+    weight: Any = node.args[1]
+    for user, placeholder in graph.users(weight):
+        if user.op == "output":
+            return "its weight is an output of the model, too"
+        if placeholder is not weight or not _is_weight_of(placeholder, user):
+            return f"its weight is used by {user.target} in {place_of(user)}, too"
+    return None
+
+
+def _is_weight_of(placeholder: fx.Node, user: fx.Node) -> bool:
+    """Whether a node is a convolution or linear layer with that weight, and uses it for no more."""
+    is_layer = user.target in CONVOLUTIONS or user.target is LINEAR
+    return is_layer and [a for a in user.args if a is placeholder] == [user.args[1]]
+
+
+def _droppable(found: LayerChannels | None, layer: LayerChannels) -> Tensor:
+    """The inputs whose weights may go as far as one mode shows, of the layer's number."""
+    if found is None or found.shared is not None:
+        return torch.zeros_like(layer.zero_inputs)
+    return found.zero_inputs
 
 
 def _run(graph: Graph, model: nn.Module) -> ConstantChannels:
@@ -239,11 +346,12 @@ def _run(graph: Graph, model: nn.Module) -> ConstantChannels:
     for node in graph.nodes:
         name = layer_of(graph, node)
         if name is not None:
-            layer = _layer(clean_name(name), node, values)
+            layer = _layer(clean_name(name), node, values, used_elsewhere(graph, node))
             found[name] = _merged(found[name], layer) if name in found else layer
     return ConstantChannels(tuple(found.values()), tuple(dict.fromkeys(unknown)))
 
 
+@_without_autocast()
 @torch.no_grad()
 def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list[str]]:
     """The template of each node, parameters as they are, and the operations without a rule."""
@@ -252,15 +360,15 @@ def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list
     unknown: list[str] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            values[node] = _source(graph, model, node)
-            if node.name in graph.sources or "constant" in node.meta:
+            values[node], is_source = _source(graph, model, node)
+            if is_source:
                 known.add(node)
         elif node.op == "call_function":
             if is_known(node, known):
                 values[node] = _call(node, values)
                 known.add(node)
                 continue
-            value = _by_rule(node, values)
+            value = _by_rule(node, values, known, graph.training)
             if value is NotImplemented:
                 unknown.append(f"{node.target} in {place_of(node)}")
                 value = _all_varying(node)
@@ -271,20 +379,45 @@ def _propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list
 def is_known(node: fx.Node, known: set[fx.Node]) -> bool:
     """Whether an operation's output is worked out from known tensors alone."""
     inputs = node.all_input_nodes
-    return known.issuperset(inputs) if inputs else node.target in constant_rules.CREATING
+    if not inputs:
+        return node.target in constant_rules.CREATING
+    return known.issuperset(inputs) and constant_rules.is_pure(node)
 
 
-def _source(graph: Graph, model: nn.Module, node: fx.Node) -> Any:
-    """A parameter or buffer as a forward pass would use it, or the varying input of the model."""
-    if node.name in graph.sources:
-        path, _, name = graph.sources[node.name].rpartition(".")
-        module = model.get_submodule(path)
-        pruned = f"{name}_orig" in module._parameters
-        return masked_parameter(module, name) if pruned else getattr(module, name)
+def _source(graph: Graph, model: nn.Module, node: fx.Node) -> tuple[Any, bool]:
+    """A parameter or buffer as a forward pass would use it, and whether it is known.
+
+    Otherwise a template: of the model's input, of what a forward pass changes, and for training of
+    a vector that may leave its zeros.
+    """
     if "constant" in node.meta:
-        return node.meta["constant"]
-    value = node.meta.get("val")
-    return varying(value.ndim) if isinstance(value, Tensor) else value
+        return node.meta["constant"], True
+    if node.name not in graph.sources or _changes(graph, node):
+        return _all_varying(node), False
+    path, _, name = graph.sources[node.name].rpartition(".")
+    module = model.get_submodule(path)
+    if f"{name}_orig" in module._parameters:
+        return masked_parameter(module, name), True
+    value: Tensor = getattr(module, name)
+    if graph.training and _is_trained_vector(node, value) and not bool(value.all()):
+        template = as_template(value)
+        return template.masked_fill(template == 0, VARYING), False
+    return value, True
+
+
+def _changes(graph: Graph, node: fx.Node) -> bool:
+    """Whether a forward pass changes a buffer, other than the statistics of batch norms."""
+    users = graph.users(node)
+    return node.name in graph.changed and not all(
+        constant_rules.is_statistic(user, placeholder) for user, placeholder in users
+    )
+
+
+def _is_trained_vector(node: fx.Node, value: Tensor) -> bool:
+    """Whether a gradient changes it: a bias, a norm's weight, a scale of each channel, a number."""
+    trained = isinstance(value, nn.Parameter) and value.requires_grad
+    vector = value.numel() == max(value.shape, default=1)
+    return trained and vector and not any(_is_weight_of(node, user) for user in node.users)
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -292,15 +425,40 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _by_rule(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+def _by_rule(
+    node: fx.Node, values: Mapping[fx.Node, Any], known: set[fx.Node], training: bool
+) -> Any:
     rule = RULES.get(node.target)
     if rule is None:
         return NotImplemented
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+
+    def operand(argument: fx.Node) -> Any:
+        value = values[argument]
+        return _with_infinity(value) if argument in known else value
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+    if training and _is_centered(node):
+        args = (*args[:2], None, *args[3:])
     value = rule(node, *args, **kwargs)
     if isinstance(value, (tuple, list)):
-        return [_settled(item) for item in value]
+        items = zip(value, _all_varying(node), strict=True)
+        return [other if item is None else _settled(item) for item, other in items]
     return value if value is NotImplemented else _settled(value)
+
+
+def _with_infinity(value: Any) -> Any:
+    """Infinity in place of a parameter's NaN, which rules would take for a varying place."""
+    if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
+        return value.nan_to_num(nan=math.inf)
+    return value
+
+
+def _is_centered(node: fx.Node) -> bool:
+    """Whether batch norms alone read a layer's node, which takes its bias off, whatever it is."""
+    is_layer = node.target in CONVOLUTIONS or node.target is LINEAR
+    return is_layer and all(
+        user.target in CENTERING_NORMS and user.args[0] is node for user in node.users
+    )
 
 
 def _settled(value: Any) -> Any:
@@ -324,8 +482,11 @@ def place_of(node: fx.Node) -> str:
     return path or "the model"
 
 
-def _layer(name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> LayerChannels:
+def _layer(
+    name: str, node: fx.Node, values: Mapping[fx.Node, Any], shared: str | None
+) -> LayerChannels:
     weight = values[node.args[1]]  # type: ignore[index]
+    out_channels = shape_of(node.args[1])[0]
     template = values[node.args[0]]  # type: ignore[index]
     is_conv = node.target is not LINEAR
     shape = shape_of(node.args[0])
@@ -335,10 +496,11 @@ def _layer(name: str, node: fx.Node, values: Mapping[fx.Node, Any]) -> LayerChan
         name=name,
         kind="conv" if is_conv else "linear",
         inputs=inputs,
-        outputs=channel_values(values[node], dim, len(weight)),
-        dead=~weight.flatten(1).any(1).cpu(),
+        outputs=channel_values(values[node], dim, out_channels),
+        dead=(~weight.flatten(1).any(1)).cpu().expand(out_channels),
         padded=is_conv and constant_rules.is_padded(node),
-        reason=None if inputs.isfinite().any() else _why_varying(node.args[0], values),
+        shared=shared,
+        reason=shared if inputs.isfinite().any() else _why_varying(node.args[0], values),
     )
 
 
@@ -353,7 +515,7 @@ def _merged(one: LayerChannels, other: LayerChannels) -> LayerChannels:
         inputs=inputs,
         outputs=outputs,
         padded=one.padded or other.padded,
-        reason=None
+        reason=one.shared
         if inputs.isfinite().any()
         else one.reason or other.reason or "its calls differ",
     )

@@ -243,7 +243,7 @@ def all_dead(model: Any) -> Any:
     """With a last batch norm that gives -100 whatever it reads, and is not trained."""
     with torch.no_grad():
         model.bn2.bias.fill_(-100.0)
-        model.bn2.weight.fill_(0.0)
+        model.bn2.weight.fill_(0.0).requires_grad_(False)
     for parameter in model.bn2.parameters():
         parameter.requires_grad_(False)
     return model

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import prune
 
 from starfire_prune import ck_structured, constant_rules
@@ -249,3 +250,153 @@ def test_a_network_without_constants_is_not_changed():
     assert equal_states(snapshot(model), snapshot(folded))
     assert report.layers == ()
     assert (report.useless, report.folded) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights and biases that more than their layer uses
+# ---------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A convolution with a channel that is constantly 2 and one that is 0, and a reader."""
+
+    def __init__(self, reader: nn.Module | None = None) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 8, 3)
+        self.d: Any = nn.Conv2d(8, 4, 1) if reader is None else reader
+        with torch.no_grad():
+            self.c.weight[:2] = 0
+            self.c.bias[:2] = torch.tensor([2.0, 0.0])  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.d(self.c(x))
+
+
+class ScaledByWeight(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return self.d(self.c(x)) * self.d.weight.sum()
+
+
+class ReadTwice(Pair):
+    def forward(self, x: Tensor) -> Any:
+        features = self.c(x)
+        return self.d(features) + functional.conv2d(features, self.d.weight)
+
+
+class WeightAsOutput(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return self.d(self.c(x)).sum() + self.d.weight
+
+
+class BiasAddedAgain(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return self.d(self.c(x)) + self.d.bias.view(1, -1, 1, 1)
+
+
+class Tied(Pair):
+    """Two layers of one weight, with biases of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Conv2d(8, 4, 1)
+        self.e.weight = self.d.weight
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.c(x)
+        return self.d(features) * self.e(features)
+
+
+class CalledTwice(Pair):
+    def forward(self, x: Tensor) -> Any:
+        return self.d(self.c(x)) * self.d(self.c(x.flip(0)))
+
+
+class TwiceTheBias(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight, 2 * self.bias)  # type: ignore[operator, arg-type]
+
+
+class ScaledByBias(nn.Module):
+    """A linear layer of its own kind, over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.movedim(1, -1), self.weight) * self.bias
+
+
+class WithoutBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.movedim(1, -1), self.weight)
+
+
+class NormWithMean(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.running_mean.sum()  # type: ignore[union-attr]
+
+
+def folded_pair(model: nn.Module) -> FoldReport:
+    """The report of folding, which must have left the outputs alone."""
+    folded, report = fold_constants(model.eval(), images(size=8))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            folded(images(size=8)), model(images(size=8)), rtol=1e-4, atol=1e-5
+        )
+    return report
+
+
+@pytest.mark.parametrize("build", [ScaledByWeight, WeightAsOutput])
+def test_weights_that_something_else_uses_stay(build):
+    (layer,) = folded_pair(build()).layers
+    assert (layer.useless, layer.folded, layer.left) == (0, 0, 8)
+    assert str(layer.reason).startswith("its weight is ")
+    assert not ChannelAnalysis(build(), images(size=8)).zero_inputs()[layer.name].any()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        BiasAddedAgain,
+        ReadTwice,
+        Tied,
+        lambda: Pair(TwiceTheBias(8, 4, 1)),
+        lambda: Pair(ScaledByBias()),
+    ],
+    ids=["added again", "left out once", "tied weights", "doubled", "a scale"],
+)
+def test_biases_that_something_else_uses_take_no_constants(build):
+    (layer,) = folded_pair(build()).layers
+    assert (layer.useless, layer.folded, layer.left) == (4, 0, 4)
+    assert "bias is not its own" in str(layer.reason)
+
+
+def test_layers_of_other_kinds_may_have_no_bias():
+    (layer,) = folded_pair(Pair(WithoutBias())).layers
+    assert "neither a bias nor" in str(layer.reason)
+
+
+def test_running_means_that_something_else_uses_take_no_constants():
+    reader = nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), NormWithMean(4))
+    (layer,) = folded_pair(Pair(reader)).layers
+    assert "neither a bias nor" in str(layer.reason)
+
+
+def test_layers_that_are_called_twice_fold():
+    assert folded_pair(CalledTwice()).folded == 4
+
+
+def test_weights_that_are_not_finite_stay():
+    model = Pair()
+    with torch.no_grad():
+        model.d.weight[:, 1] = torch.inf
+    folded: Any
+    folded, report = fold_constants(model.eval(), images(size=8))
+    assert folded.d.weight[:, 1].isinf().all()
+    assert report.useless == 0

@@ -95,7 +95,9 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "upsampled": (lambda x: functional.interpolate(x, scale_factor=2), [2, 0, NAN]),
     "flattened": (lambda x: functional.max_pool2d(x, 4).flatten(1), [2] * 4 + [0] * 4 + [NAN] * 4),
     "mean over the image": (lambda x: x.mean((2, 3)), [2, 0, NAN]),
-    "sum over the image": (lambda x: x.sum((2, 3)), [128, 0, NAN]),
+    "sum over the image": (lambda x: x.sum((2, 3)), [NAN, 0, NAN]),
+    "sum over the batch": (lambda x: x.sum(0, keepdim=True), [NAN, 0, NAN]),
+    "sum over constant channels": (lambda x: x[:, :2].sum(1, keepdim=True), [2]),
     "mean over channels": (lambda x: x.mean(1, keepdim=True), [NAN]),
     "mean over constant channels": (lambda x: x[:, :2].mean(1, keepdim=True), [1]),
     "concatenated": (lambda x: torch.cat([x, 1 - x], 1), [2, 0, NAN, -1, 1, NAN]),
@@ -143,6 +145,24 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     ),
     "known weights": (lambda x: x * torch.arange(3.0).view(1, 3, 1, 1).exp(), [2, 0, NAN]),
     "not finite": (lambda x: 1 / x, [0.5, NAN, NAN]),
+    "times infinity": (lambda x: x * torch.tensor(math.inf), [NAN, NAN, NAN]),
+    "times no number": (lambda x: x * torch.tensor(NAN), [NAN, NAN, NAN]),
+    "a convolution by infinity": (
+        lambda x: functional.conv2d(x, torch.full((1, 3, 1, 1), math.inf) * weight_of(1, 1, 1)),
+        [NAN],
+    ),
+    "to half": (lambda x: (x + 1e-5).half().float(), [2, 2**-24 * 168, NAN]),
+    "to integers": (lambda x: (x * 0.2).int().float(), [NAN, NAN, NAN]),
+    "to booleans": (lambda x: x.bool().float(), [NAN, NAN, NAN]),
+    "indices of maxima": (
+        lambda x: functional.max_pool2d(x, 2, return_indices=True)[1].float(),
+        [NAN, NAN, NAN],
+    ),
+    "a random factor": (lambda x: x * torch.rand_like(torch.ones(3, 1, 1)), [NAN, 0, NAN]),
+    "a weight that is computed": (
+        lambda x: functional.conv2d(x, x.mean((2, 3))[:, :, None, None] * torch.ones(2, 3, 1, 1)),
+        [NAN, NAN],
+    ),
 }
 
 
@@ -273,6 +293,7 @@ def test_dropout_leaves_zeros_alone_in_training():
     assert analyse(model)["reader"].zero_inputs.tolist() == [True, False, False]
     assert zero.tolist() == [False, False, False]
     model.operation = nn.Dropout()
+    model.source.bias.requires_grad_(False)  # type: ignore[union-attr]
     assert ChannelAnalysis(model, images(size=8)).zero_inputs()["reader"].tolist() == [0, 1, 0]
 
 
