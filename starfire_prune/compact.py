@@ -201,7 +201,7 @@ def _random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
 
 
 def _unshare(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Give each module parameters of its own; where one was shared, so that each may be cut."""
+    """Give each module parameters of its own, to be cut apart; the places of each shared one."""
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -265,7 +265,7 @@ def _output(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
 
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For models that change their arguments."""
+    """The arguments for one run of a model that may change them."""
 
     def copied(leaf: Any) -> Any:
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
@@ -312,7 +312,7 @@ def _tolerance(model: nn.Module, outputs: list[Any]) -> float:
 
 
 def _deviation(expected: list[Any], outputs: list[Any], tolerance: float) -> float:
-    """The largest difference of two models' outputs, as a share of the largest in its trial.
+    """The largest difference of two models' outputs, as a share of the largest output in a trial.
 
     Raises:
         RuntimeError: if it is beyond `tolerance`.
