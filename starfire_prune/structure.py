@@ -441,7 +441,7 @@ def _by_rule(
         args = (*args[:2], None, *args[3:])
     value = rule(node, *args, **kwargs)
     if isinstance(value, (tuple, list)):
-        items = zip(value, _all_varying(node), strict=True)
+        items = zip(value, _all_varying(node), strict=False)  # norms have three outputs or five
         return [other if item is None else _settled(item) for item, other in items]
     return value if value is NotImplemented else _settled(value)
 

@@ -441,6 +441,207 @@ def test_layers_are_found_by_name_or_refused():
 
 
 # ---------------------------------------------------------------------------------------------
+# What is not constant
+# ---------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """An expression of a dead channel of zeros and a varying one, a parameter and a buffer."""
+
+    def __init__(self, expression: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.source = nn.Conv2d(3, 2, 1, bias=False)
+        self.reader = nn.Conv2d(2, 4, 1)
+        self.expression = expression
+        self.alpha = nn.Parameter(torch.full((2, 1, 1), 0.5))
+        self.register_buffer("n", torch.full((2, 1, 1), 0.5))
+        with torch.no_grad():
+            self.source.weight[0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.reader(self.expression(self, self.source(x)))
+        return output
+
+
+def zeros_of(model: nn.Module, layer: str = "reader", size: int = 8) -> list[bool]:
+    zeros: list[bool] = ChannelAnalysis(model, images(size=size)).zero_inputs()[layer].tolist()
+    return zeros
+
+
+RANDOM: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "dropout of a parameter": lambda m, x: 0 * x + functional.dropout(m.alpha, 0.5, m.training),
+    "like a parameter": lambda m, x: 0 * x + torch.rand_like(m.alpha),
+    "drawn by a buffer": lambda m, x: 0 * x + torch.bernoulli(m.n),
+}
+
+
+@pytest.mark.parametrize("expression", RANDOM.values(), ids=RANDOM)
+def test_random_numbers_vary_and_are_not_drawn(expression):
+    model = Between(expression).train()
+    analysis = ChannelAnalysis(model, images(size=8))
+    before = torch.get_rng_state()
+    zeros = analysis.zero_inputs()["reader"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not zeros.any()
+
+
+def count(module: Any, x: Tensor) -> Tensor:
+    module.n.add_(1)
+    output: Tensor = 0 * x + module.n
+    return output
+
+
+def test_buffers_that_the_forward_pass_changes_vary():
+    assert analyse(Between(lambda m, x: 0 * x + m.n))["reader"].inputs.tolist() == [0.5, 0.5]
+    assert analyse(Between(count))["reader"].inputs.isnan().all()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_running_means_that_more_than_a_norm_reads_vary_while_training(elsewhere):
+    def normalized(module: Any, x: Tensor) -> Tensor:
+        output: Tensor = 0 * module.norm(x)
+        return output + module.norm.running_mean.view(1, -1, 1, 1) if elsewhere else output
+
+    model = Between(normalized)
+    model.norm = nn.BatchNorm2d(2)
+    assert zeros_of(model) == [not elsewhere] * 2
+
+
+TRAINED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "scale": lambda m, x: x * m.alpha,
+    "scale, reshaped": lambda m, x: x * m.alpha.view(1, -1, 1, 1),
+    "shift": lambda m, x: functional.gelu(0 * x + m.alpha),
+    "weight of a norm": lambda m, x: functional.batch_norm(
+        x, None, None, m.alpha.view(-1), training=True
+    ),
+    "bias of a norm": lambda m, x: functional.batch_norm(
+        0 * x, None, None, None, m.alpha.view(-1), training=True
+    ),
+}
+
+
+@pytest.mark.parametrize("expression", TRAINED.values(), ids=TRAINED)
+def test_zeros_of_trained_vectors_are_no_zeros(expression):
+    model = Between(expression)
+    with torch.no_grad():
+        model.alpha.fill_(0.0)
+    assert not zeros_of(model)[1]
+    assert analyse(model)["reader"].zero_inputs.all()
+    model.alpha.requires_grad_(False)
+    assert zeros_of(model) == [True, True]
+
+
+def test_the_zero_bias_of_a_convolution_is_no_zero_while_it_is_trained():
+    model = Between(lambda m, x: x)
+    model.source.bias = nn.Parameter(torch.zeros(2))
+    assert zeros_of(model) == [False, False]
+    model.source.bias.requires_grad_(False)
+    assert zeros_of(model) == [True, False]
+
+
+def test_a_norm_takes_the_zero_bias_of_a_dead_channel_off():
+    model = dead_then_norm(beta=-1.0)
+    nn.init.zeros_(model[0].bias)  # type: ignore[arg-type]
+    assert zeros_of(model, "3") == [True, False]
+
+
+def test_zeros_under_masks_are_zeros():
+    model = Between(lambda m, x: x * m.alpha)
+    mask = torch.tensor([1.0, 0.0]).view(2, 1, 1)
+    prune.custom_from_mask(model, "alpha", mask)  # type: ignore[no-untyped-call]
+    assert zeros_of(model) == [True, True]
+
+
+def test_weights_from_the_input_vary():
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reader = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.mean(1).flatten(1)
+            output: Tensor = self.reader(functional.linear(0 * rows, rows[:1].expand(4, -1)))
+            return output
+
+    assert analyse(Computed())["reader"].inputs.isnan().all()
+
+
+@pytest.mark.slow
+def test_conditional_convolutions_vary():
+    model = timm.create_model("tf_efficientnet_cc_b0_4e", num_classes=10)
+    assert analyse(model, 32)["classifier"].inputs.isnan().all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Analyses of all kinds of models
+# ---------------------------------------------------------------------------------------------
+
+
+def test_autocast_around_the_analysis_changes_nothing():
+    model = Probe(functional.relu)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ChannelAnalysis(model, images(size=8))
+        found = inside.run()["reader"].inputs
+        assert inside.zero_inputs()["reader"].tolist() == zeros_of(model)
+    assert_constants(found.tolist(), [2, 0, NAN])
+
+
+def test_operations_that_hold_a_graph_vary_and_are_reported():
+    def branch(x: Tensor) -> Tensor:
+        output: Tensor = torch.cond(x.sum() > 0, torch.relu, torch.neg, (x,))
+        return output
+
+    class Branching(Probe):
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.reader(branch(x))
+            return output
+
+    channels = analyse(Branching(lambda x: x))
+    assert channels["reader"].inputs.isnan().all()
+    assert any(name.startswith("cond in ") for name in channels.unknown)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 1), nn.Linear(8, 4)])
+def test_a_model_may_be_a_layer_itself(layer):
+    analysis = ChannelAnalysis(layer, images(size=8))
+    assert [found.name for found in analysis.run().layers] == [""]
+    assert not analysis.zero_inputs()[""].any()
+
+
+class Auxiliary(Probe):
+    """A head for one mode beside the reader."""
+
+    def __init__(self, while_training: bool) -> None:
+        super().__init__(functional.relu)
+        self.head = nn.Conv2d(3, 4, 1)
+        self.while_training = while_training
+        self.source.bias.requires_grad_(False)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.operation(self.source(x))
+        output: Tensor = self.reader(features)
+        return output + self.head(features) if self.training is self.while_training else output
+
+
+@pytest.mark.parametrize("while_training", [True, False])
+def test_layers_of_one_mode_alone_have_no_zero_inputs(while_training):
+    zeros = ChannelAnalysis(Auxiliary(while_training), images(size=8)).zero_inputs()
+    assert zeros["reader"].tolist() == [False, True, False]
+    assert zeros["head"].tolist() == [False, False, False]
+
+
+def test_copies_of_an_analysis_follow_the_model_they_are_copied_with():
+    model = Probe(functional.relu)
+    analysis = ChannelAnalysis(model, images(size=8))
+    analysis.zero_inputs()
+    twin, other = copy.deepcopy((model, analysis))
+    with torch.no_grad():
+        twin.source.bias[0] = 3.0  # type: ignore[index]
+    assert_constants(other.run()["reader"].inputs.tolist(), [3, 0, NAN])
+    assert_constants(analysis.run()["reader"].inputs.tolist(), [2, 0, NAN])
+
+
+# ---------------------------------------------------------------------------------------------
 # The structure of fully connected layers
 # ---------------------------------------------------------------------------------------------
 
