@@ -138,7 +138,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
 
     An output channel is constant where none of its non-zero kernels reads a channel that varies,
     or, under padding by zeros, a constant other than zero: its border would differ. Where a weight
-    is not finite it varies.
+    varies or is not finite it varies.
     """
     rows = x.view(groups, -1)
     folded = rows.isfinite() & (rows != 0)
@@ -157,8 +157,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
 
 
 def _is_whole(node: fx.Node, weight: Tensor) -> bool:
-    """Whether a weight is all there: not one that is computed from the model's input."""
-    return weight.shape == shape_of(node.args[1]) and not bool(weight.isnan().any())
+    """Whether a weight is all there: not the template of one computed from the model's input."""
+    return weight.shape == shape_of(node.args[1])
 
 
 def _convolution(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *_: Any) -> Tensor:

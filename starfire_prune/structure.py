@@ -448,9 +448,11 @@ def _by_rule(
 
 def _with_infinity(value: Any) -> Any:
     """Infinity in place of a parameter's NaN, which rules would take for a varying place."""
-    if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
-        return value.nan_to_num(nan=math.inf)
-    return value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return (
+        value if bool(value.sum().isfinite()) else value.nan_to_num(math.inf, math.inf, -math.inf)
+    )
 
 
 def _is_centered(node: fx.Node) -> bool:
