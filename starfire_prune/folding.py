@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from starfire_prune.constant_rules import BATCH_NORMS, bias_of
-from starfire_prune.layers import clean_name
+from starfire_prune.layers import clean_name, unwrap
 from starfire_prune.structure import (
     ChannelAnalysis,
     Graph,
@@ -185,7 +185,7 @@ def _merge(weight: Tensor, inputs: Tensor) -> None:
 
 
 def _sink(model: nn.Module, layer: LayerChannels, own: bool, norm: str | None) -> _Sink | None:
-    bias = model.get_submodule(layer.name)._parameters.get("bias")
+    bias = _own_bias(model, layer.name)
     if layer.padded or not own:
         return None
     if bias is not None:
@@ -194,6 +194,11 @@ def _sink(model: nn.Module, layer: LayerChannels, own: bool, norm: str | None) -
         name = _dotted(norm, "running_mean")
         return _Sink(name, model.get_buffer(name), -1)
     return None
+
+
+def _own_bias(model: nn.Module, name: str) -> Tensor | None:
+    """The bias that a layer's module has, also if `torch.compile` wraps it."""
+    return unwrap(model.get_submodule(name))._parameters.get("bias")
 
 
 def _dotted(module: str, name: str) -> str:
@@ -221,7 +226,7 @@ def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
 def _has_own_bias(graph: Graph, model: nn.Module, name: str, calls: list[fx.Node]) -> bool:
     """Whether a layer's calls add its module's bias, used for nothing else, or it has none."""
     biases = [bias_of(call) for call in calls]
-    if model.get_submodule(name)._parameters.get("bias") is None:
+    if _own_bias(model, name) is None:
         return all(bias is None for bias in biases)
     return all(
         isinstance(bias, fx.Node)

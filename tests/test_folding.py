@@ -311,6 +311,17 @@ class CalledTwice(Pair):
         return self.d(self.c(x)) * self.d(self.c(x.flip(0)))
 
 
+class Outer(nn.Conv2d):
+    """A reader that holds the layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4, 1)
+        self.c = Pair().c
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.c(x))
+
+
 class TwiceTheBias(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return functional.conv2d(x, self.weight, 2 * self.bias)  # type: ignore[operator, arg-type]
@@ -400,3 +411,15 @@ def test_weights_that_are_not_finite_stay():
     folded, report = fold_constants(model.eval(), images(size=8))
     assert folded.d.weight[:, 1].isinf().all()
     assert report.useless == 0
+
+
+def test_compiled_layers_fold():
+    model = Pair()
+    model.d = torch.compile(model.d)
+    _, report = fold_constants(model, images(size=8))
+    assert (report.folded, report.layers[0].into) == (4, "d.bias")
+
+
+def test_a_model_that_is_a_layer_with_another_inside_folds_into_its_own_bias():
+    (layer,) = folded_pair(Outer()).layers
+    assert (layer.name, layer.into, layer.folded, layer.useless) == ("", "bias", 4, 4)
