@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from starfire_prune.folding import FoldReport, fold_in_place
 from starfire_prune.layers import prunable_layers
+from starfire_prune.model_graph import dense_copy
 from starfire_prune.reach import pinned_layers
 from starfire_prune.report import format_columns
-from starfire_prune.structure import ChannelAnalysis, dense_copy
+from starfire_prune.structure import ChannelAnalysis
 from starfire_prune.surgery import Surgery
 
 __all__ = ["CompactLayer", "CompactReport", "compact", "format_compaction"]

@@ -28,7 +28,7 @@ from starfire_prune.layers import (
 from starfire_prune.mask_method import MaskMethod, find_hook, make_permanent
 from starfire_prune.pruner_state import STATE_VERSION, check_state
 from starfire_prune.report import Sparsity, measure_sparsity
-from starfire_prune.zero_inputs import prunes_by_structure, reads, zero_inputs_of
+from starfire_prune.zero_inputs import prunes_by_structure, reads_any, zero_inputs_of
 
 if TYPE_CHECKING:
     from starfire_prune.recipe import Pruning
@@ -357,7 +357,7 @@ class Pruner:
             zeros = found.get(layer.name)
             if zeros is not None:
                 layer = layer.reading_zeros_in(zeros)
-            if self._tighten_layer(layer, progress, due=_reads_any(layer.module, zeros)):
+            if self._tighten_layer(layer, progress, due=reads_any(layer.module, zeros)):
                 changed.append(layer.name)
         return changed
 
@@ -485,14 +485,6 @@ def _key(name: str) -> str:
 def _mask(module: nn.Module) -> Tensor:
     mask: Tensor = module.get_buffer("weight_mask")
     return mask
-
-
-def _reads_any(module: nn.Module, zeros: Tensor | None) -> bool:
-    """Whether a weight that is kept reads one of these zeros."""
-    mask = module._buffers.get("weight_mask")
-    if zeros is None or mask is None:
-        return False  # at first a layer is due anyway
-    return bool(reads(mask, zeros).any())
 
 
 def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:

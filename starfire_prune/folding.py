@@ -11,14 +11,8 @@ from torch import Tensor, fx, nn
 
 from starfire_prune.constant_rules import BATCH_NORMS, bias_of
 from starfire_prune.layers import clean_name, unwrap
-from starfire_prune.structure import (
-    ChannelAnalysis,
-    Graph,
-    LayerChannels,
-    dense_copy,
-    layer_of,
-    over_weight,
-)
+from starfire_prune.model_graph import Graph, dense_copy, layer_of
+from starfire_prune.structure import ChannelAnalysis, LayerChannels, over_weight
 
 __all__ = ["FoldReport", "FoldedLayer", "fold_constants", "fold_in_place"]
 

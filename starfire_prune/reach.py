@@ -11,7 +11,7 @@ from torch import fx
 
 from starfire_prune import constant_rules
 from starfire_prune.constant_rules import CONVOLUTIONS, LINEAR, MIXING, RULES
-from starfire_prune.structure import Graph, is_known, layer_of, place_of
+from starfire_prune.model_graph import Graph, is_known, layer_of, place_of
 from starfire_prune.templates import shape_of
 
 __all__ = ["pinned_layers"]

@@ -15,7 +15,7 @@ from starfire_prune.structure import ChannelAnalysis, over_weight
 if TYPE_CHECKING:
     from starfire_prune.recipe import Pruning
 
-__all__ = ["ZeroInputs", "prunes_by_structure", "reads", "zero_inputs_of"]
+__all__ = ["ZeroInputs", "prunes_by_structure", "reads_any", "zero_inputs_of"]
 
 
 def zero_inputs_of(
@@ -119,7 +119,7 @@ class ZeroInputs:
                 taken[name] += number
 
 
-def reads(mask: Tensor, zeros: Tensor) -> Tensor:
+def _reads(mask: Tensor, zeros: Tensor) -> Tensor:
     """Which kept weights read a zero, bool of the mask's shape.
 
     Args:
@@ -129,8 +129,16 @@ def reads(mask: Tensor, zeros: Tensor) -> Tensor:
     return over_weight(zeros.to(mask.device), mask) & mask.bool()
 
 
+def reads_any(module: nn.Module, zeros: Tensor | None) -> bool:
+    """Whether a weight that is kept reads one of these zeros."""
+    mask = module._buffers.get("weight_mask")
+    if zeros is None or mask is None:
+        return False  # at first a layer is due anyway
+    return bool(_reads(mask, zeros).any())
+
+
 def _take(name: str, mask: Tensor, zeros: Tensor) -> int:
-    useless = reads(mask, zeros)
+    useless = _reads(mask, zeros)
     if mask.ndim == 2:
         useless = _all_but_one(useless, mask.bool())
     number = int(torch.count_nonzero(useless))

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 
 from starfire_prune import ck_structured, constant_rules
 from starfire_prune.folding import FoldReport, fold_constants, fold_in_place
-from starfire_prune.structure import ChannelAnalysis, dense_copy
+from starfire_prune.model_graph import dense_copy
+from starfire_prune.structure import ChannelAnalysis
 from tests.networks import SmallNet, equal_states, snapshot
 from tests.sparse_networks import (
     FULL,

@@ -14,7 +14,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from starfire_prune import ck_structured, constant_rules, fc_structure_mask, fc_structured
-from starfire_prune.structure import ChannelAnalysis, ConstantChannels, dense_copy
+from starfire_prune.model_graph import dense_copy
+from starfire_prune.structure import ChannelAnalysis, ConstantChannels
 from tests.networks import SmallNet, equal_states, hook_count, one_epoch, snapshot, train_step
 from tests.sparse_networks import NARROW, images, named, sparse_network
 
