@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from starfire_prune import training
 from starfire_prune.data import DataError, Datasets, build_loader, load_datasets
+from tests.runs import metrics_of, small_recipe
 from tests.shards import add_info, picture, write_shards, write_tar
 
 # What packages of others do while they are imported
@@ -412,9 +414,10 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package):
 # Real images
 
 
-def test_readers_give_the_photographs_that_the_folder_has(
-    hugging_face, webdataset, imagenette, tmp_path
-):
+@pytest.fixture(scope="module")
+def photographs(imagenette: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Some photographs of two classes: a folder data set, and the same as shards."""
+    tmp_path = tmp_path_factory.mktemp("photographs")
     root = tmp_path / "part"
     for part in ("train", "val"):
         for folder in sorted((imagenette / part).iterdir())[:2]:
@@ -430,6 +433,13 @@ def test_readers_give_the_photographs_that_the_folder_has(
                 files[f"{image.stem}.cls"] = str(label).encode()
         write_tar(shards / f"{split}.tar", files)
         add_info(shards, split, {f"{split}.tar": len(files) // 2})
+    return root, shards
+
+
+def test_readers_give_the_photographs_that_the_folder_has(
+    hugging_face, webdataset, photographs, tmp_path
+):
+    root, shards = photographs
     options: dict[str, Any] = {"image_size": 64, "num_classes": 2}
     expected = list(
         build_loader(load_datasets("folder", root=root, image_size=64).val, 8, train=False)
@@ -442,3 +452,19 @@ def test_readers_give_the_photographs_that_the_folder_has(
         assert len(batches) == len(expected) == 1
         assert torch.equal(batches[0][0], expected[0][0])
         assert torch.equal(batches[0][1], expected[0][1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ["hfds", "wds"])
+def test_readers_train_an_epoch(reader, hugging_face, webdataset, photographs, runs, tmp_path):
+    root, shards = photographs
+    name, where = {
+        "hfds": (f"hfds/{root}", tmp_path / "cache"),
+        "wds": ("wds/photographs", shards),
+    }[reader]
+    data = f"data={{name: {name}, root: {where}, image_size: 32, batch_size: 4, workers: 0}}"
+    one_epoch = ("epochs=1", "lr_schedule={}", "pruning.era=[0, 1]", "model.num_classes=2")
+    training.train(small_recipe(tmp_path, data, *one_epoch), tmp_path / "run")
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["phase"] == "era"
+    assert row["sparsity"] == pytest.approx(0.6, abs=0.02)  # whole kernels of small layers
