@@ -525,9 +525,9 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
 @pytest.mark.slow
 def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
     options = ("--set", "model.options.nonsense=1", "--only", "dense")
-    printed = output_of(
-        start(sys.executable, TOOL, table, "--output", table.parent / "runs", *options), 1
-    )
+    command = (sys.executable, TOOL, table, "--output", table.parent / "runs", *options)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # holds accelerate
+    printed = output_of(start(*command, PATH=path), 1)
     assert "\ntrain.py: model.options: resnet18 refuses them: " in printed
     assert "Traceback" not in printed
 
