@@ -154,7 +154,7 @@ def _is_cpu_rank() -> bool:
 
 def _check_processes(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
+    if accelerator.num_processes < launched:  # MPI may not set WORLD_SIZE
         raise RunError(
             f"WORLD_SIZE (={launched}) announces {launched} processes, and Accelerate has joined "
             f"{accelerator.num_processes}, so that each would train alone: launch by torchrun or "

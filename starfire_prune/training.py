@@ -87,7 +87,7 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool =
             return
         if writes:
             if not was_there:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True)  # refused if another run has made it meanwhile
                 stack.enter_context(locked(folder))
             begin_folder(folder, recipe, accelerator, first_epoch)
         accelerator.wait_for_everyone()

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +319,12 @@ def test_ranks_that_do_not_share_the_folder_are_refused_on_resuming(tmp_path):
         assert (
             "the checkpoints to go on from of rank(s) 1 differ from those of rank 0: --output must"
         ) in output_of(process, status=1)
+
+
+def test_processes_that_mpi_has_joined_need_no_world_size(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    joined: Any = SimpleNamespace(num_processes=2)
+    preparation._check_processes(joined)
 
 
 def test_processes_that_did_not_join_are_refused(runs, monkeypatch):
