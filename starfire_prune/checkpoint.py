@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -70,8 +70,9 @@ def save_checkpoint(
     pruner: Pruner | None = None,
     extra: Mapping[str, Any] | None = None,
     average: nn.Module | None = None,
+    keep: Collection[int] = (),
 ) -> Path:
-    """Write `folder/epoch-NNNN` and remove all but the last two checkpoints.
+    """Write `folder/epoch-NNNN`, and remove all but the last two checkpoints and those to keep.
 
     Call it on every rank: the ranks' masks are compared, and rank 0 writes.
 
@@ -83,6 +84,7 @@ def save_checkpoint(
         pruner: of the model.
         extra: plain numbers and strings to keep along.
         average: of the model's weights, which the pruner mirrors.
+        keep: numbers of epochs whose checkpoints stay.
 
     Raises:
         RuntimeError: from `pruner.check()`: nothing is written then.
@@ -109,7 +111,7 @@ def save_checkpoint(
             )
         state["sha256"] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    _remove_old(folder)
+    _remove_old(folder, keep)
     return path
 
 
@@ -263,9 +265,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
 
 
-def _remove_old(folder: Path) -> None:
+def _remove_old(folder: Path, keep: Collection[int]) -> None:
     """Keep the last two checkpoints, and nothing that a kill has left half written or removed."""
+    kept = {f"epoch-{epoch:04d}" for epoch in keep}
     for path in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+        if path.name in kept:
+            continue
         hidden = path.with_name(f".{path.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)  # at once out of sight: a checkpoint is never half there

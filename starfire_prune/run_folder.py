@@ -43,7 +43,7 @@ __all__ = [
 
 
 # Where the same data lie may change, as on a node's own disk, and so may who is told
-_MAY_DIFFER = ("data.root", "training.trackers")
+_MAY_DIFFER = ("data.root", "training.trackers", "training.keep_checkpoints")
 
 
 class RunError(RuntimeError):

@@ -328,7 +328,8 @@ def _record(run: Run, metrics: dict[str, Any]) -> None:
         extra["average_updates"] = run.average_updates
     folder = checkpoints_of(run.folder)
     done = metrics["epoch"] + 1
-    save_checkpoint(folder, done, run.model, run.optimizer, run.pruner, extra, average)
+    keep = run.recipe.training.keep_checkpoints
+    save_checkpoint(folder, done, run.model, run.optimizer, run.pruner, extra, average, keep)
     if accelerator.is_main_process:
         tqdm.write(_epoch_line(metrics, run.recipe.epochs))
 
