@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KEPT_CHECKPOINTS",
     "CheckpointError",
+    "checkpoint_epoch",
+    "checkpoints_in",
     "export_weights",
     "latest_checkpoint",
     "load_checkpoint",
@@ -121,8 +123,18 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     pruner: Pruner | None = None,
     average: nn.Module | None = None,
+    *,
+    forks: bool = False,
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote; the result holds `epoch` and `extra`.
+
+    Args:
+        path: of the checkpoint.
+        model: of the saved one's architecture.
+        optimizer: built from it.
+        pruner: of the model.
+        average: of the model's weights, which the pruner mirrors.
+        forks: the checkpoint is of another run's dense phase, whatever that run prunes later.
 
     Raises:
         CheckpointError: if a file is missing or damaged, or belongs to another model or settings.
@@ -137,9 +149,13 @@ def load_checkpoint(
                 raise ValueError("its contents are not those that were saved")
     with _reading(path / "optimizer.pt") as file:
         optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
-    if (saved is None) != (pruner is None):
+    if forks:
+        _check_dense(saved, path)
+        if pruner is not None:
+            pruner.skip_dense(state["epoch"])
+    elif (saved is None) != (pruner is None):
         raise CheckpointError(f"{path}: one of the checkpoint and the recipe prunes, not both")
-    if pruner is not None:
+    elif pruner is not None:
         with _reading(path / "masks.safetensors") as file:
             masks = load_file(file)
         with _reading(path / "state.json"):
@@ -156,8 +172,21 @@ def load_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the most epochs in a folder of checkpoints."""
-    checkpoints = _checkpoints(folder)
+    checkpoints = checkpoints_in(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder of checkpoints, which may not be there, by their epochs."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", path.name)]
+    return sorted(found, key=checkpoint_epoch)
+
+
+def checkpoint_epoch(path: Path) -> int:
+    """The number of epochs that were done at a checkpoint, by its name."""
+    return int(path.name.removeprefix("epoch-"))
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -258,18 +287,10 @@ def _metadata(
     }
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
-
-
 def _remove_old(folder: Path, keep: Collection[int]) -> None:
     """Keep the last two checkpoints, and nothing that a kill has left half written or removed."""
-    kept = {f"epoch-{epoch:04d}" for epoch in keep}
-    for path in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        if path.name in kept:
+    for path in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
+        if checkpoint_epoch(path) in keep:
             continue
         hidden = path.with_name(f".{path.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -287,6 +308,11 @@ def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> Non
         pruner.load_state_dict(state)
     except ValueError as error:  # of other settings or another model: it says what to do
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_dense(saved: Mapping[str, Any] | None, path: Path) -> None:
+    if saved is not None and saved["phase"] != "dense":
+        raise CheckpointError(f"{path} is of the phase {saved['phase']}: fork from a dense one")
 
 
 def _is_writer() -> bool:

@@ -197,6 +197,21 @@ class Pruner:
         self._epoch += 1
         self._epoch_updates = 0
 
+    def skip_dense(self, epochs: int) -> None:
+        """Take that many epochs of the dense phase for done, as where dense weights are loaded.
+
+        Raises:
+            ValueError: if the era begins before them.
+            RuntimeError: if an epoch has begun already.
+        """
+        if not 0 <= epochs <= self.pruning.era[0]:
+            raise ValueError(
+                f"`epochs` (={epochs}) must be in 0..{self.pruning.era[0]}, where the era begins"
+            )
+        if self._epoch or self._epoch_updates:
+            raise RuntimeError("skip_dense() comes before the first step() and end_epoch()")
+        self._epoch = epochs
+
     def masks(self) -> dict[str, Tensor]:
         """The present bool masks by parameter name (`layer1.0.conv1.weight`), True = kept.
 

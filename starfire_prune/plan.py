@@ -168,9 +168,8 @@ def _check_space(run: Run) -> None:
 def _bytes_to_write(run: Run) -> int:
     """What is still to be written at the most: a checkpoint is whole before an older one goes."""
     there = len(list(checkpoints_of(run.folder).glob("epoch-*")))
-    return max(KEPT_CHECKPOINTS + 1 - there, 1) * checkpoint_bytes(run) + _state_bytes(
-        unwrap(run.model)
-    )
+    kept = KEPT_CHECKPOINTS + len(run.recipe.training.keep_checkpoints)
+    return max(kept + 1 - there, 1) * checkpoint_bytes(run) + _state_bytes(unwrap(run.model))
 
 
 # Sizes
@@ -280,9 +279,11 @@ def _memory_line(run: Run) -> str:
 
 def _disk_line(run: Run) -> str:
     free = shutil.disk_usage(existing_part(run.folder)).free
+    epochs = ", ".join(map(str, run.recipe.training.keep_checkpoints))
+    others = f" and those after {epochs} epochs" if epochs else ""
     return (
-        f"about {_size(checkpoint_bytes(run))} a checkpoint, the last {KEPT_CHECKPOINTS} are kept; "
-        f"{_size(_state_bytes(unwrap(run.model)))} exported; {_size(free)} free"
+        f"about {_size(checkpoint_bytes(run))} a checkpoint, the last {KEPT_CHECKPOINTS}{others} "
+        f"are kept; {_size(_state_bytes(unwrap(run.model)))} exported; {_size(free)} free"
     )
 
 

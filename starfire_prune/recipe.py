@@ -52,11 +52,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Training",
+    "beyond_pruning",
+    "dense_epochs",
     "differing_keys",
     "dump_recipe",
     "load_recipe",
     "parse_pruning",
     "recipe_schema",
+    "training_differences",
     "write_schema",
 ]
 
@@ -78,6 +81,8 @@ _PARTS: Final[Mapping[str, type[Settings]]] = {
     "overrides": Override,
     "fc": Fc,
 }
+# What doesn't change a run: the data may lie elsewhere, as on a node's own disk
+_MAY_DIFFER: Final = ("data.root", "training.trackers", "training.keep_checkpoints")
 _EXPECTED: Final = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -240,6 +245,36 @@ def differing_keys(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
         {'pruning.amount': (0.6, 0.7)}
     """
     return dict(_differences(a.model_dump(), b.model_dump(), ()))
+
+
+def training_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
+    """`differing_keys` of two recipes, but for where the data lie and what is merely kept or told.
+
+    Example:
+        >>> a = load_recipe("recipes/quickstart.yaml")
+        >>> training_differences(
+        ...     a, load_recipe("recipes/quickstart.yaml", ["training.keep_checkpoints=[3]"])
+        ... )
+        {}
+    """
+    return {key: value for key, value in differing_keys(a, b).items() if key not in _MAY_DIFFER}
+
+
+def beyond_pruning(
+    differing: Mapping[str, tuple[object, object]],
+) -> dict[str, tuple[object, object]]:
+    """Those of differing keys that are not within `pruning`."""
+    return {key: value for key, value in differing.items() if key.partition(".")[0] != "pruning"}
+
+
+def dense_epochs(recipe: Recipe) -> int:
+    """The epochs that a recipe trains dense, before its era or without one.
+
+    Example:
+        >>> dense_epochs(load_recipe("recipes/quickstart.yaml"))
+        3
+    """
+    return recipe.epochs if recipe.pruning == "none" else recipe.pruning.era[0]
 
 
 def _differences(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[str, tuple[object, object]]]:

@@ -413,10 +413,11 @@ class Training(Settings):
     )
     channels_last: bool = Field(False, description="true: channels_last weights and images")
     compile: bool = Field(False, description="true: train the model compiled by torch.compile")
-    keep_checkpoints: Annotated[
-        tuple[Count, ...], Field(strict=False), AfterValidator(_rising)
-    ] = Field(
-        (), description="epochs done, rising, whose checkpoints stay beside the last two: for --fork"
+    keep_checkpoints: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = (
+        Field(
+            (),
+            description="epochs, rising, whose checkpoints stay beside the last two (--fork)",
+        )
     )
     trackers: Trackers = Field(
         (), description="Accelerate's trackers that get the metrics too: one, or a list"

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from starfire_prune.checkpoint import latest_checkpoint
+from starfire_prune.checkpoint import checkpoint_epoch, checkpoints_in, latest_checkpoint
 from starfire_prune.files import write_text
-from starfire_prune.recipe import Recipe, differing_keys, dump_recipe, load_recipe
+from starfire_prune.recipe import (
+    Recipe,
+    beyond_pruning,
+    dense_epochs,
+    dump_recipe,
+    load_recipe,
+    training_differences,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -36,14 +43,11 @@ __all__ = [
     "checkpoints_of",
     "existing_part",
     "exported_file",
+    "forked_checkpoint",
     "locked",
     "read_metrics",
     "writing",
 ]
-
-
-# Where the same data lie may change, as on a node's own disk, and so may who is told
-_MAY_DIFFER = ("data.root", "training.trackers", "training.keep_checkpoints")
 
 
 class RunError(RuntimeError):
@@ -90,18 +94,52 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) 
     return checkpoint
 
 
-def _check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
-    differing = differing_keys(saved, recipe)
-    for key in _MAY_DIFFER:
-        differing.pop(key, None)
-    if differing:
-        listed = "; ".join(
-            f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()
-        )
+def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
+    """The last checkpoint of another run that the run of `recipe` would have written too.
+
+    Until its era a run trains as a dense one: those that differ in their pruning alone share the
+    epochs before the first of their eras, bit for bit.
+
+    Args:
+        source: folder of the other run.
+        recipe: to train.
+
+    Raises:
+        RunError: if that is no run of the same recipe but for `pruning`, or has kept none of those.
+    """
+    saved = source / "recipe.yaml"
+    if not saved.is_file():
+        raise RunError(f"--fork {source} is no run's folder: it holds no {saved.name}")
+    other = load_recipe(saved)
+    if unlike := beyond_pruning(training_differences(other, recipe)):
         raise RunError(
-            f"{folder} holds the run of another recipe ({listed}): choose another --output, or "
-            f"delete the folder"
+            f"--fork {source} trains otherwise than this recipe ({_listed(unlike)}): only what is "
+            f"within pruning may differ"
         )
+    shared = min(dense_epochs(other), dense_epochs(recipe))
+    found = [
+        path for path in checkpoints_in(checkpoints_of(source)) if checkpoint_epoch(path) <= shared
+    ]
+    if not found:
+        raise RunError(
+            f"--fork {source} has kept no checkpoint of the {shared} epochs that both train dense: "
+            f"train it with training.keep_checkpoints=[{shared}], or go without --fork"
+            if shared
+            else f"--fork {source} has no use: this recipe or that run prunes from epoch 0 on"
+        )
+    return found[-1]
+
+
+def _check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
+    if differing := training_differences(saved, recipe):
+        raise RunError(
+            f"{folder} holds the run of another recipe ({_listed(differing)}): choose another "
+            f"--output, or delete the folder"
+        )
+
+
+def _listed(differing: Mapping[str, tuple[object, object]]) -> str:
+    return "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
 
 
 @contextmanager
@@ -154,15 +192,29 @@ def existing_part(path: Path) -> Path:
 
 
 def begin_folder(
-    folder: Path, recipe: Recipe, accelerator: Accelerator, first_epoch: int = 0
+    folder: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    first_epoch: int = 0,
+    source: Path | None = None,
 ) -> None:
-    """Write what a run begins with, or cut its metrics to the epochs before the one to resume."""
-    if first_epoch == 0:
+    """Write what a run begins with, or cut its metrics to the epochs before the one to resume.
+
+    Args:
+        folder: of the run.
+        recipe: that it trains.
+        accelerator: of this process.
+        first_epoch: to train.
+        source: folder of the run whose epochs before that it takes over.
+    """
+    if first_epoch == 0 or source is not None:
         if not (folder / "recipe.yaml").is_file():  # else an equal one, perhaps of the user's
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
         environment = _environment(accelerator) | {"seed": recipe.seed} | _reproducing(accelerator)
+        if source is not None:
+            environment["forked"] = {"run": source.name, "epochs": first_epoch}
         write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-    done = [row for row in read_metrics(folder) if row["epoch"] < first_epoch]
+    done = [row for row in read_metrics(source or folder) if row["epoch"] < first_epoch]
     write_text(_metrics_file(folder), "".join(json.dumps(row) + "\n" for row in done))
 
 

@@ -75,6 +75,10 @@ Seeds = Annotated[List[Seed], AfterValidator(_distinct)]
 
 _BASE: Final = "file of the recipe, relative to the table's"
 _SET: Final = "keys of the recipe and their values, as KEY=VALUE of --set: {pruning.amount: 0.7}"
+_FORK: Final = (
+    "name of the run whose dense epochs the others of its seed take over: they differ from it in "
+    "pruning alone"
+)
 _SEEDS: Final = "a run each with these seeds; default: the recipe's seed"
 
 
@@ -110,13 +114,19 @@ class TableSettings(Settings):
         None, description="file of the table whose runs are read, relative to this one"
     )
     set: Values = Field({}, description=f"for all runs: {_SET}")
+    fork: Name | None = Field(None, description=_FORK)
     seeds: Seeds | None = Field(None, description=_SEEDS)
     columns: List[Column] = Field(description="what is read from the runs")
     runs: List[RunSettings] = Field(description="the runs, in the table's order")
 
 
 PARTS: Final[Mapping[str, type[Settings]]] = {"columns": Column, "runs": RunSettings}
-_OF_TRAINING: Final = ("base", "set", "seeds")  # what a table of another one's runs leaves to it
+_OF_TRAINING: Final = (
+    "base",
+    "set",
+    "seeds",
+    "fork",
+)  # what a table of another one's runs leaves to it
 
 
 # Checks between keys: on plain data, so that they also run where a model was refused.
@@ -128,6 +138,7 @@ def table_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _doubled("columns", columns)
     yield from _doubled("runs", runs)
     yield from _source_problems(tree, runs)
+    yield from _fork_problems(tree, runs)
     for index, column in columns:
         yield from ((("columns", index, key), text) for key, text in _column_problems(column))
     names = [name for _, column in columns if isinstance(name := column.get("name"), str)]
@@ -138,6 +149,16 @@ def table_problems(tree: Mapping[str, Any]) -> Iterator[Problem]:
                 way_out = nearest(name, names) or f"; the columns are {', '.join(names)}"
                 text = f"is no column of the table {got(value)}{way_out}"
                 yield ("runs", index, "paper", name), text
+
+
+def _fork_problems(
+    tree: Mapping[str, Any], runs: Sequence[tuple[int, Mapping[str, Any]]]
+) -> Iterator[Problem]:
+    fork = tree.get("fork")
+    names = [name for _, run in runs if isinstance(name := run.get("name"), str)]
+    if isinstance(fork, str) and fork not in names and tree.get("runs_of") is None:
+        way_out = nearest(fork, names) or f"; the runs are {', '.join(names)}"
+        yield ("fork",), f"is no run of the table {got(fork)}{way_out}"
 
 
 def _items(values: object) -> list[tuple[int, dict[str, Any]]]:

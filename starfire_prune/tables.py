@@ -17,11 +17,14 @@ from typing import Any, Final
 from starfire_prune.files import write_text
 from starfire_prune.recipe import (
     RecipeError,
+    beyond_pruning,
+    dense_epochs,
     dump_recipe,
     load_recipe,
     nearest,
     problem_line,
     read_mapping,
+    training_differences,
     validated,
 )
 from starfire_prune.recipe_models import KeyPath, Recipe
@@ -67,6 +70,7 @@ class Run:
         overrides: `KEY=VALUE` each, as `load_recipe` and `--set` take them.
         folder: name of its folder. Runs of the same recipe share one: it is trained once.
         paper: the paper's numbers by the names of the columns.
+        fork: name of the folder of the run whose dense epochs it takes over; empty if of none.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Run:
     overrides: tuple[str, ...]
     folder: str
     paper: Mapping[str, float]
+    fork: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +230,41 @@ def _own_runs(
         run = Run(entry.name, recipe.seed, recipe, recipe_path, given, folder, entry.paper)
         runs.setdefault((run.name, run.seed), run)  # an override of the seed makes them all one
     lines = [_with_runs(line, path, settings, names) for line, names in faults.items()]
-    return list(runs.values()), lines
+    forked = [_forked(run, runs.get((settings.fork or "", run.seed))) for run in runs.values()]
+    return forked, [*lines, *_fork_faults(path, forked)]
+
+
+def _forked(run: Run, source: Run | None) -> Run:
+    """A run that takes over another one's dense epochs, if both train some."""
+    if source is None or source.folder == run.folder or not _shared_epochs(run, source):
+        return run
+    return dataclasses.replace(run, fork=source.folder)
+
+
+def _shared_epochs(run: Run, source: Run) -> int:
+    return min(dense_epochs(run.recipe), dense_epochs(source.recipe))
+
+
+def _fork_faults(path: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """A line for each run that can't take over the epochs of the one that it is to fork."""
+    by_folder = {run.folder: run for run in runs}
+    for run in runs:
+        if not run.fork:
+            continue
+        source = by_folder[run.fork]
+        shared = _shared_epochs(run, source)
+        kept = source.recipe.training.keep_checkpoints
+        unlike = beyond_pruning(training_differences(source.recipe, run.recipe))
+        if unlike:
+            keys = ", ".join(unlike)
+            text = f"can't fork {source.name}: they differ in {keys}, and may in pruning alone"
+            yield problem_line(os.fspath(path), ("runs", run.name), text)
+        elif not any(epochs <= shared for epochs in kept):
+            text = (
+                f"keeps no checkpoint that {run.name} can fork; set training.keep_checkpoints: "
+                f"[{shared}]"
+            )
+            yield problem_line(os.fspath(path), ("runs", source.name), text)
 
 
 def _seeded(settings: TableSettings) -> Iterator[tuple[RunSettings, int | None]]:

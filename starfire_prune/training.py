@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -45,6 +46,7 @@ from starfire_prune.run_folder import (
     checkpoint_to_resume,
     checkpoints_of,
     exported_file,
+    forked_checkpoint,
     locked,
     read_metrics,
     writing,
@@ -54,7 +56,14 @@ from starfire_prune.tracking import log_metrics, start_trackers
 __all__ = ["RunError", "evaluate", "train"]
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool = False) -> None:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    fork: Path | None = None,
+    dry_run: bool = False,
+) -> None:
     """Train as `recipe` says, and leave everything in `folder`.
 
     A folder that holds an unfinished run of the same recipe is resumed from its last checkpoint:
@@ -67,6 +76,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool =
         recipe: see `starfire_prune.recipe`.
         folder: of the run; made if it isn't there.
         resume: refuse to start from nothing.
+        fork: folder of a run whose recipe differs in `pruning` alone. The epochs that both train
+            dense are taken over from its last checkpoint of them, unless `folder` has one already.
         dry_run: stop after the plan, with nothing written.
 
     Raises:
@@ -82,14 +93,15 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool =
         was_there = folder.is_dir()
         if writes and was_there:
             stack.enter_context(locked(folder))
-        run, first_epoch = _planned(recipe, folder, accelerator, resume)
+        start = _start(recipe, folder, accelerator, resume, fork)
+        run, first_epoch = _planned(recipe, folder, accelerator, start)
         if dry_run:
             return
         if writes:
             if not was_there:
                 folder.mkdir(parents=True)  # refused if another run has made it meanwhile
                 stack.enter_context(locked(folder))
-            begin_folder(folder, recipe, accelerator, first_epoch)
+            begin_folder(folder, recipe, accelerator, first_epoch, start.source)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, recipe, folder, first_epoch)
         with _told():
@@ -100,17 +112,34 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, dry_run: bool =
         accelerator.end_training()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """From where a run goes on: a checkpoint, its own or of the run `source`, or nothing."""
+
+    checkpoint: Path | None
+    source: Path | None = None
+
+
+def _start(
+    recipe: Recipe, folder: Path, accelerator: Accelerator, resume: bool, fork: Path | None
+) -> _Start:
+    start = _Start(checkpoint_to_resume(folder, recipe, resume=resume))
+    if fork is not None and start.checkpoint is None:
+        start = _Start(forked_checkpoint(fork, recipe), fork)
+    if start.checkpoint is not None:
+        check_environment(start.source or folder, accelerator)
+    return start
+
+
 def _planned(
-    recipe: Recipe, folder: Path, accelerator: Accelerator, resume: bool
+    recipe: Recipe, folder: Path, accelerator: Accelerator, start: _Start
 ) -> tuple[Run, int]:
     """Prepare a run, check and print its plan, and go back to its checkpoint if there is one.
 
     Returns:
         The run, and the number of epochs that are done.
     """
-    checkpoint = checkpoint_to_resume(folder, recipe, resume=resume)
-    if checkpoint is not None:
-        check_environment(folder, accelerator)
+    checkpoint = start.checkpoint
     check_ranks_start_alike(recipe, checkpoint, accelerator)
     run = prepare_run(recipe, folder, accelerator, fresh=checkpoint is None)
     check_ranks_data_alike(run)
@@ -118,8 +147,9 @@ def _planned(
     accelerator.print(plan_text(run, checkpoint))
     if checkpoint is None:
         return run, 0
-    done = _restore(run, checkpoint)
-    accelerator.print(f"resumed {folder} after {done} of {recipe.epochs} epochs")
+    done = _restore(run, checkpoint, forks=start.source is not None)
+    verb = "resumed" if start.source is None else f"forked {start.source} for"
+    accelerator.print(f"{verb} {folder} after {done} of {recipe.epochs} epochs")
     return run, done
 
 
@@ -297,10 +327,11 @@ def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
 # --- around the loop ----------------------------------------------------------------------------
 
 
-def _restore(run: Run, checkpoint: Path) -> int:
+def _restore(run: Run, checkpoint: Path, *, forks: bool) -> int:
     """Go back to a checkpoint; the number of epochs that are done."""
     average = run.average.module if run.average is not None else None
-    state = load_checkpoint(checkpoint, run.model, run.optimizer, run.pruner, average)
+    parts = (run.model, run.optimizer, run.pruner, average)
+    state = load_checkpoint(checkpoint, *parts, forks=forks)
     scaler = run.accelerator.scaler
     if scaler is not None:
         scaler.load_state_dict(state["extra"]["scaler"])

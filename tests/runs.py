@@ -96,7 +96,9 @@ def new_process() -> None:
     random.seed()
 
 
-def train_killed(recipe: Recipe, folder: Path, epoch: int, moment: Moment) -> None:
+def train_killed(
+    recipe: Recipe, folder: Path, epoch: int, moment: Moment, fork: Path | None = None
+) -> None:
     """Train in a new process that dies in `epoch`, which must come to pass."""
     new_process()
     save, step, batches = checkpoint.save_checkpoint, Pruner.step, itertools.count(1)
@@ -120,7 +122,7 @@ def train_killed(recipe: Recipe, folder: Path, epoch: int, moment: Moment) -> No
         else:
             patch.setattr(training, "save_checkpoint", save_and_die)
         with pytest.raises(Killed) as caught:
-            training.train(recipe, folder)
+            training.train(recipe, folder, fork=fork)
     traceback.clear_frames(caught.tb)  # ends the loader's processes, as garbage they take 10 s
 
 

@@ -293,3 +293,27 @@ def test_training_goes_on_after_evaluation_in_the_era():
         run.model(torch.zeros(1, 3, 8, 8))
     run.model.train()
     assert_same(run.train_until(LAST), other.train_until(LAST))
+
+
+# Dense epochs that another run has trained
+
+
+def test_a_pruner_that_skips_its_dense_epoch_goes_on_as_one_that_has_trained_it():
+    trained = Run().train_until(UPDATES)
+    skipping = Run()
+    skipping.pruner.skip_dense(1)
+    assert skipping.pruner.state_dict() == trained.pruner.state_dict()
+
+
+@pytest.mark.parametrize("epochs", [-1, 2])
+def test_only_dense_epochs_can_be_skipped(epochs):
+    message = re.escape(f"`epochs` (={epochs}) must be in 0..1, where the era begins")
+    with pytest.raises(ValueError, match=message):
+        Run().pruner.skip_dense(epochs)
+
+
+@pytest.mark.parametrize("updates", [1, UPDATES])
+def test_epochs_can_be_skipped_before_the_first_update_alone(updates):
+    run = Run().train_until(updates)
+    with pytest.raises(RuntimeError, match="comes before the first step"):
+        run.pruner.skip_dense(1)

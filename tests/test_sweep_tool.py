@@ -158,6 +158,16 @@ def test_a_run_is_launched_with_its_recipe_its_settings_and_its_folder(swept, ta
     assert rest == ["--set", "pruning=none", "--output", f"{table.parent}/runs/dense-seed0"]
 
 
+def test_a_run_that_forks_is_launched_with_the_run_it_forks(swept, table):
+    text = table.read_text().replace("base: small.yaml\n", "base: small.yaml\nfork: dense\n")
+    keep = "pruning: none, training.keep_checkpoints: [1]"
+    table.write_text(text.replace("pruning: none", keep))
+    commands = swept("--print-commands").out.splitlines()
+    output = table.parent / "runs"
+    assert "--fork" not in commands[0]
+    assert all(f" --fork {output / FOLDERS[0]} " in command for command in commands[1:])
+
+
 def test_the_command_of_each_run_is_printed(swept, table):
     printed = swept().stdout
     for arguments in launched(table):

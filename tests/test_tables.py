@@ -164,8 +164,8 @@ def test_shipped_table_names_its_schema_for_editors(path):
 
 
 def test_all_tables_of_trained_networks_are_there():
-    names = ["quickstart", "table1", "table2", "table5", "table6", "table7", "table8"]
-    assert [path.stem for path in SHIPPED] == names
+    papers = ["table1", "table2", "table5", "table6", "table7", "table8"]
+    assert [path.stem for path in SHIPPED] == ["quickstart", *papers, "tiny_imagenet20"]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +425,51 @@ def test_overrides_within_pruning_leave_runs_of_a_dense_base_alone(file):
     a, b = load_table(file, ["pruning.amount=0.3"]).runs
     assert a.recipe.pruning == "none"
     assert pruning_of(b).amount == 0.3
+
+
+FORKING = TABLE.replace("base: base.yaml\n", "base: base.yaml\nfork: dense\n") + (
+    "runs:\n"
+    "- {name: dense, set: {pruning: none, training.keep_checkpoints: [3]}}\n"
+    "- {name: ck}\n"
+    "- {name: ck-from0, set: {pruning.era: [0, 3]}}\n"
+)
+
+
+def test_runs_fork_the_one_of_their_seed_but_for_those_that_prune_from_the_start(file):
+    file.write_text(FORKING.replace("fork: dense", "fork: dense\nseeds: [1, 2]"))
+    forks = {run.folder: run.fork for run in load_table(file).runs if run.fork}
+    assert forks == {"ck-seed1": "dense-seed1", "ck-seed2": "dense-seed2"}
+
+
+def test_without_fork_every_run_trains_all_its_epochs(file):
+    assert not any(run.fork for run in load_table(file).runs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (
+            "fork: dense",
+            "fork: dens",
+            "fork: is no run of the table (got 'dens'); did you mean dense?",
+        ),
+        (
+            "- {name: ck}",
+            "- {name: ck, set: {optimizer.lr: 0.1}}",
+            "runs.ck: can't fork dense: they differ in optimizer.lr, and may in pruning alone",
+        ),
+        (
+            "[3]",
+            "[4]",
+            "runs.dense: keeps no checkpoint that ck can fork; set training.keep_checkpoints: [3]",
+        ),
+    ],
+)
+def test_a_fork_that_cannot_be_is_refused(old, new, line, file):
+    file.write_text(FORKING.replace(old, new))
+    with pytest.raises(TableError) as caught:
+        load_table(file)
+    assert str(caught.value).splitlines() == [f"{file}: {line}"]
 
 
 def test_a_table_of_anothers_runs_chooses_them_by_name(file):

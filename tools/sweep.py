@@ -169,8 +169,9 @@ def _launcher(command: str, *, must_exist: bool) -> list[str]:
 def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
     train = os.path.relpath(TRAIN) if TRAIN.is_relative_to(Path.cwd()) else str(TRAIN)
     settings = [word for override in run.overrides for word in ("--set", override)]
+    fork = ["--fork", str(output / run.fork)] if run.fork else []
     folder = str(output / run.folder)
-    return [*launcher, train, str(run.recipe_path), *settings, "--output", folder]
+    return [*launcher, train, str(run.recipe_path), *settings, *fork, "--output", folder]
 
 
 # Running

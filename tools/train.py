@@ -22,6 +22,12 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="refuse to start from nothing")
     parser.add_argument(
+        "--fork",
+        type=_folder,
+        metavar="RUN",
+        help="folder of a run that differs in pruning alone: take over the epochs before the era",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print and check the plan, and train nothing"
     )
     arguments = parser.parse_args()
@@ -39,7 +45,13 @@ def main() -> int:
     except RecipeError as error:
         return _fail(str(error))
     try:
-        train(recipe, folder, resume=arguments.resume, dry_run=arguments.dry_run)
+        train(
+            recipe,
+            folder,
+            resume=arguments.resume,
+            fork=arguments.fork,
+            dry_run=arguments.dry_run,
+        )
     except DataError as error:
         return _fail(error_sentence(error))
     except (
