@@ -55,6 +55,7 @@ def file(tmp_path: Path) -> Path:
 def data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
     monkeypatch.setenv("TINY_IMAGENET", "/data/tiny-imagenet-200")
+    monkeypatch.setenv("TINY_IMAGENET20", "/data/tiny-imagenet-20")
 
 
 def refusal_of(call: Callable[..., object], *arguments: object) -> list[str]:
@@ -253,7 +254,7 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     assert line == (
         f"{file}: training.speed: unknown key (got 3); the keys here are mixed_precision, "
         "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, "
-        "channels_last, compile, trackers, threads"
+        "channels_last, compile, keep_checkpoints, trackers, threads"
     )
 
 

@@ -28,6 +28,7 @@ PLANS = {
     "quickstart": ("11,181,642", "1,437", "updates 136 to 315 of 450"),
     "resnet50_v1": ("25,557,032", "1,000", "updates 641 to 960 of 1,600"),
     "resnet50_v15": ("25,557,032", "1,000", "updates 641 to 960 of 1,600"),
+    "tiny_imagenet20_resnet18": ("11,186,772", "20", "updates 9 to 12 of 20"),
     "tiny_imagenet_resnet50": ("23,917,832", "200", "updates 1 to 40 of 160"),
 }
 
@@ -53,10 +54,10 @@ def make_imagenet(root: Path) -> Path:
     return root
 
 
-def make_tiny_imagenet(root: Path) -> Path:
-    """An image of noise for each of 200 classes to train on, and one to evaluate on."""
+def make_tiny_imagenet(root: Path, classes: int = 200) -> Path:
+    """An image of noise for each of the classes to train on, and one to evaluate on."""
     image = noise(64)
-    for label in range(200):
+    for label in range(classes):
         folder = root / "train" / f"n{label:08d}" / "images"
         folder.mkdir(parents=True)
         (folder / f"n{label:08d}_0.JPEG").write_bytes(image)
@@ -73,6 +74,7 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAGENET", str(make_imagenet(root / "imagenet")))
         patch.setenv("TINY_IMAGENET", str(make_tiny_imagenet(root / "tiny-imagenet-200")))
+        patch.setenv("TINY_IMAGENET20", str(make_tiny_imagenet(root / "tiny-imagenet-20", 20)))
         yield
 
 
@@ -109,7 +111,7 @@ def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     assert f": {images} images to train on, " in plan
     assert f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era)}: {updates}\n" in plan
     layers = plan.partition("\n\nlayer ")[2].splitlines()
-    assert sum(" ck " in line for line in layers) == (20 if "quick" in path.stem else 53)
+    assert sum(" ck " in line for line in layers) == (20 if "18" in recipe.model.name else 53)
     assert sum(" fine " in line for line in layers) == 1
 
 

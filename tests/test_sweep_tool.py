@@ -162,7 +162,7 @@ def test_a_run_that_forks_is_launched_with_the_run_it_forks(swept, table):
     text = table.read_text().replace("base: small.yaml\n", "base: small.yaml\nfork: dense\n")
     keep = "pruning: none, training.keep_checkpoints: [1]"
     table.write_text(text.replace("pruning: none", keep))
-    commands = swept("--print-commands").out.splitlines()
+    commands = swept("--print-commands").stdout.splitlines()
     output = table.parent / "runs"
     assert "--fork" not in commands[0]
     assert all(f" --fork {output / FOLDERS[0]} " in command for command in commands[1:])
@@ -343,6 +343,7 @@ def test_commands_are_those_that_a_sweep_launches(swept, table):
 def test_the_commands_of_a_shipped_table_are_those_of_its_runs(path, tool, monkeypatch):
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
     monkeypatch.setenv("TINY_IMAGENET", "/data/tiny-imagenet-200")
+    monkeypatch.setenv("TINY_IMAGENET20", "/data/tiny-imagenet-20")
     runs = {run.folder: run for run in reversed(load_table(path).runs)}
     printed = tool(path, "--print-commands").stdout.splitlines()
     assert len(printed) == len(runs)
@@ -350,6 +351,9 @@ def test_the_commands_of_a_shipped_table_are_those_of_its_runs(path, tool, monke
         *launcher, script, recipe = shlex.split(line)[:5]
         *settings, _, folder = shlex.split(line)[5:]
         run = runs[Path(folder).name]
+        if run.fork:
+            *settings, option, fork = settings
+            assert (option, Path(fork).name) == ("--fork", run.fork)
         assert launcher == ["accelerate", "launch", "--quiet"]
         assert (Path(script).name, Path(recipe)) == ("train.py", run.recipe_path)
         assert settings == [word for value in run.overrides for word in ("--set", value)]

@@ -93,12 +93,14 @@ ROUNDING = 0.0151  # of two numbers, and of the binary fractions
 def data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
     monkeypatch.setenv("TINY_IMAGENET", "/data/tiny-imagenet-200")
+    monkeypatch.setenv("TINY_IMAGENET20", "/data/tiny-imagenet-20")
 
 
 @pytest.fixture
 def no_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IMAGENET", raising=False)
     monkeypatch.delenv("TINY_IMAGENET", raising=False)
+    monkeypatch.delenv("TINY_IMAGENET20", raising=False)
 
 
 @pytest.fixture
@@ -546,7 +548,7 @@ DOUBLED = "runs: [{name: a}, {name: b}, {name: a}]"
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("", ["is empty; a table has the keys title, base, runs_of, set, seeds, columns, runs"]),
+        ("", [f"is empty; a table has the keys {', '.join(TableSettings.model_fields)}"]),
         (TABLE + "runs: []", ["runs: must be a list of at least one (got [])"]),
         (TABLE + "runs: {a: 1}", ["runs: must be a list (got {'a': 1}, a mapping)"]),
         (TABLE + "rnus: []\nruns: [{name: a}]", ["rnus: unknown key (got []); did you mean runs?"]),
