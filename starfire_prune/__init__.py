@@ -38,9 +38,18 @@ from starfire_prune.methods import (
     random_unstructured,
     window_structured,
 )
+from starfire_prune.plain_state import apply_masks
+from starfire_prune.pruned_file import (
+    convert_pruned,
+    load_masks,
+    load_pruned,
+    load_pruned_model,
+    save_pruned,
+)
 from starfire_prune.report import format_table, measure_sparsity
 
 if TYPE_CHECKING:
+    from starfire_prune.comm_hook import MaskedAllreduceState, masked_allreduce_hook
     from starfire_prune.recipe import Recipe, RecipeError, load_recipe
 
 __all__ = [
@@ -51,13 +60,16 @@ __all__ = [
     "FilterStructured",
     "IntraStructured",
     "MagnitudeUnstructured",
+    "MaskedAllreduceState",
     "Pruner",
     "RandomUnstructured",
     "Recipe",
     "RecipeError",
     "WindowStructured",
+    "apply_masks",
     "ck_mask",
     "ck_structured",
+    "convert_pruned",
     "fc_block",
     "fc_block_mask",
     "fc_fine",
@@ -69,12 +81,17 @@ __all__ = [
     "format_table",
     "intra_mask",
     "intra_structured",
+    "load_masks",
+    "load_pruned",
+    "load_pruned_model",
     "load_recipe",
     "magnitude_mask",
     "magnitude_unstructured",
+    "masked_allreduce_hook",
     "measure_sparsity",
     "random_mask",
     "random_unstructured",
+    "save_pruned",
     "window_mask",
     "window_structured",
 ]
@@ -82,6 +99,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _RECIPE_NAMES = frozenset({"Recipe", "RecipeError", "load_recipe"})
+_HOOK_NAMES = frozenset({"MaskedAllreduceState", "masked_allreduce_hook"})
 
 
 def __getattr__(name: str) -> Any:
@@ -89,4 +107,8 @@ def __getattr__(name: str) -> Any:
         from starfire_prune import recipe
 
         return getattr(recipe, name)
+    if name in _HOOK_NAMES:  # not before: some builds of torch have no distributed package
+        from starfire_prune import comm_hook
+
+        return getattr(comm_hook, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

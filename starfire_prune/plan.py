@@ -69,6 +69,7 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
                 ("start", _start_line(run, checkpoint)),
                 ("pruning", _pruning_line(run)),
                 ("memory", _memory_line(run)),
+                *_gradient_rows(run),
                 ("disk", _disk_line(run)),
             ]
         ),
@@ -275,6 +276,29 @@ def _pruning_line(run: Run) -> str:
 def _memory_line(run: Run) -> str:
     copies = 1 if run.average is None else 2
     return f"{_size(copies * _mask_bytes(run))} of masks a process"
+
+
+def _gradient_rows(run: Run) -> list[tuple[str, str]]:
+    """What `training.compress_gradients` does in this run, where it is set."""
+    if not run.recipe.training.compress_gradients:
+        return []
+    pruning, processes = run.recipe.pruning, run.accelerator.num_processes
+    if processes == 1:
+        return [("gradients", "compress_gradients has no effect: a single process sends none")]
+    if run.pruner is None or pruning == "none":
+        return [("gradients", "compress_gradients has no effect in dense training")]
+    if pruning.era[1] == run.recipe.epochs:
+        return [("gradients", "compress_gradients has no effect: the run ends with the era")]
+    whole = sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
+    weights = [(layer.amount, layer_weight(layer.module)) for layer in run.pruner.layers.values()]
+    gone = sum(amount * weight.nbytes for amount, weight in weights if weight.requires_grad)
+    return [
+        (
+            "gradients",
+            f"{_size(whole)} averaged an update, about {_size(whole - gone)} from epoch "
+            f"{pruning.era[1]} on",
+        )
+    ]
 
 
 def _disk_line(run: Run) -> str:

@@ -24,8 +24,10 @@ from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from starfire_prune.comm_hook import MaskedAllreduceState, masked_allreduce_hook
 from starfire_prune.data import Datasets, build_loader, load_datasets, prepare_loader
 from starfire_prune.distributed import compare_across_ranks
 from starfire_prune.engine import Pruner
@@ -268,6 +270,8 @@ def prepare_run(
     )
     run.pruner = _pruner(run)  # before DDP wraps the model, which then leaves the masks alone
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
+    if recipe.training.compress_gradients and run.pruner is not None:
+        _compress_gradients(run.model, run.pruner)
     return run
 
 
@@ -363,6 +367,13 @@ def _pruner(run: Run) -> Pruner | None:
     if run.average is not None:
         pruner.mirror(run.average.module)
     return pruner
+
+
+def _compress_gradients(model: nn.Module, pruner: Pruner) -> None:
+    """Register the hook with DDP, if there is one: Accelerate's settings know torch's own only."""
+    ddp = getattr(model, "_orig_mod", model)  # Accelerate compiles what DDP has wrapped
+    if isinstance(ddp, DistributedDataParallel):
+        ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
 
 
 def _mixup(recipe: Recipe) -> Mixup | None:

@@ -413,6 +413,9 @@ class Training(Settings):
     )
     channels_last: bool = Field(False, description="true: channels_last weights and images")
     compile: bool = Field(False, description="true: train the model compiled by torch.compile")
+    compress_gradients: bool = Field(
+        False, description="true: after the era, processes send each other kept gradients alone"
+    )
     keep_checkpoints: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = (
         Field(
             (),

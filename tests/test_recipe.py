@@ -254,7 +254,7 @@ def test_unknown_key_without_a_near_one_lists_the_keys(file):
     assert line == (
         f"{file}: training.speed: unknown key (got 3); the keys here are mixed_precision, "
         "gradient_accumulation, clip_grad_norm, label_smoothing, mixup, cutmix, ema, "
-        "channels_last, compile, keep_checkpoints, trackers, threads"
+        "channels_last, compile, compress_gradients, keep_checkpoints, trackers, threads"
     )
 
 
