@@ -24,7 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["NORMALISED", "PIXELS", "Space", "default_step_size", "fgsm", "pgd", "pixel_space"]
+__all__ = [
+    "NORMALISED",
+    "PIXELS",
+    "Space",
+    "check_epsilon",
+    "check_pgd",
+    "default_step_size",
+    "fgsm",
+    "pgd",
+    "pixel_space",
+]
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -122,7 +132,7 @@ def fgsm(
     """
     _check_batch(images, labels, space)
     for epsilon in epsilons:
-        _check_epsilon(epsilon, space)
+        check_epsilon(epsilon, space)
     if not any(epsilons):
         return [images.detach().clone() for _ in epsilons]
     clean = _working(images)
@@ -182,8 +192,8 @@ def pgd(
         True
     """
     _check_batch(images, labels, space)
-    _check_epsilon(epsilon, space)
-    _check_steps(steps, step_size, restarts, seed)
+    check_epsilon(epsilon, space)
+    check_pgd(steps, step_size, restarts, seed)
     if epsilon == 0:
         return images.detach().clone()
     step = default_step_size(epsilon, steps) if step_size is None else step_size
@@ -308,7 +318,8 @@ def _check_batch(images: Tensor, labels: Tensor, space: Space) -> None:
         )
 
 
-def _check_epsilon(epsilon: float, space: Space) -> None:
+def check_epsilon(epsilon: float, space: Space) -> None:
+    """Raise ValueError if an epsilon is out of the range of its space."""
     if space.name == "pixel" and not 0 <= epsilon <= 1:
         raise ValueError(
             f"`epsilon` (={epsilon:g}) must be in [0, 1] in pixel space: 8 of 255 levels are 8/255"
@@ -317,7 +328,8 @@ def _check_epsilon(epsilon: float, space: Space) -> None:
         raise ValueError(f"`epsilon` (={epsilon:g}) must be a number from 0")
 
 
-def _check_steps(steps: int, step_size: float | None, restarts: int, seed: int | None) -> None:
+def check_pgd(steps: int, step_size: float | None, restarts: int, seed: int | None) -> None:
+    """Raise ValueError if a setting of PGD is out of its range."""
     for name, count in (("steps", steps), ("restarts", restarts)):
         if count < 1:
             raise ValueError(f"`{name}` (={count}) must be at least 1")

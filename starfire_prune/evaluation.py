@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starfire_prune.files import write_text
+from starfire_prune.report import format_columns
 
 __all__ = [
     "Evaluation",
@@ -21,6 +22,7 @@ __all__ = [
     "Result",
     "evaluation_file",
     "file_sha256",
+    "format_evaluation",
     "merged",
     "read_evaluation",
     "write_evaluation",
@@ -173,6 +175,52 @@ def merged(old: Evaluation | None, new: Evaluation) -> Evaluation:
             "results": _in_order([*kept, *new.results]),
         }
     )
+
+
+def format_evaluation(evaluation: Evaluation) -> str:
+    """The table of an evaluation, a result a line.
+
+    Example:
+        >>> clean = Result(attack="none", epsilon=0.0, images=8, top1=0.75, top5=1.0, loss=0.5)
+        >>> known = {"weights_sha256": "", "data": {}, "environment": {}}
+        >>> print(format_evaluation(Evaluation(images=8, results=(clean,), **known)))
+        attack  epsilon  precision  images  top-1 [%]  top-5 [%]    loss
+        ------  -------  ---------  ------  ---------  ---------  ------
+        none             fp32            8      75.00     100.00  0.5000
+    """
+    header = ("attack", "epsilon", "precision", "images", "top-1 [%]", "top-5 [%]", "loss")
+    rows = [
+        [
+            _attack_cell(result),
+            "" if result.attack == "none" else f"{_amount(result, result.epsilon)} {result.space}",
+            result.precision,
+            f"{result.images}",
+            f"{100 * result.top1:.2f}",
+            f"{100 * result.top5:.2f}",
+            "-" if result.loss is None else f"{result.loss:.4f}",
+        ]
+        for result in evaluation.results
+    ]
+    return format_columns(header, rows, left=(0, 1, 2))
+
+
+def _attack_cell(result: Result) -> str:
+    text: str = result.attack
+    if result.steps is not None and result.step_size is not None:
+        text += f" {result.steps} steps of {_amount(result, result.step_size)}"
+        if result.seed is None:
+            text += " from the images"
+        elif result.restarts is not None and result.restarts > 1:
+            text += f", {result.restarts} starts"
+    return text if result.source is None else f"{text} by {result.source}"
+
+
+def _amount(result: Result, value: float) -> str:
+    """An epsilon as it is mostly written: levels of 255 for pixels."""
+    levels = round(value * 255, 2)
+    if result.space == "pixel" and 0 < value < 1 and abs(value * 255 - levels) < 1e-6:
+        return f"{levels:g}/255"
+    return f"{value:.4g}"
 
 
 def _subject(evaluation: Evaluation) -> tuple[object, ...]:

@@ -1,0 +1,307 @@
+"""Evaluate trained weights, clean and attacked: python tools/evaluate.py RUN --fgsm 1/255 4/255.
+
+The results of a run are kept in its folder, as evaluation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from starfire_prune.evaluation import Evaluation
+    from starfire_prune.robustness import Attack
+    from starfire_prune.subjects import Subject
+
+STEPS, RESTARTS, SEED = 10, 1, 0
+
+
+def main() -> int:
+    """Parse the command line and evaluate; quietly ends where nobody reads on, as in `… | head`."""
+    try:
+        status = _main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _main() -> int:
+    """Parse the command line and evaluate; errors of users are one sentence and exit status 2."""
+    arguments = _parser().parse_args()
+    try:
+        from starfire_prune.data import DataError, error_sentence
+        from starfire_prune.run_folder import RunError
+
+        _check(arguments)
+        subjects, source = _subjects(arguments)  # before the slow imports
+        _evaluate(arguments, subjects, source)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: pip install 'starfire-prune[train]'")
+    except DataError as error:
+        return _fail(error_sentence(error))
+    except (RunError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; runs whose results were printed keep them", status=130)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        type=_path,
+        nargs="+",
+        metavar="RUN_OR_MODEL",
+        help="folder of a finished run, or a safetensors file with --recipe",
+    )
+    _add_attacks(parser.add_argument_group("attacks"))
+    _add_inputs(parser.add_argument_group("models and data"))
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1")
+    parser.add_argument(
+        "--json", type=_path, metavar="PATH", help="also write the results to this file"
+    )
+    return parser
+
+
+def _add_attacks(group: argparse._ArgumentGroup) -> None:
+    for option, text in (("--fgsm", "of FGSM, such as 0 1/255 2/255 4/255"), ("--pgd", "of PGD")):
+        group.add_argument(
+            option, type=_number, nargs="+", default=[], metavar="EPS", help=f"epsilons {text}"
+        )
+    group.add_argument("--steps", type=int, metavar="N", help=f"of PGD; default: {STEPS}")
+    group.add_argument(
+        "--step-size", type=_number, metavar="SIZE", help="of PGD; default: 2.5 · epsilon / steps"
+    )
+    group.add_argument(
+        "--restarts",
+        type=int,
+        metavar="N",
+        help=f"random starts of PGD, of which the most harmful counts; default: {RESTARTS}",
+    )
+    group.add_argument(
+        "--no-random-start", action="store_true", help="let PGD start from the images themselves"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help=f"of the starts; default: {SEED}")
+    group.add_argument(
+        "--space",
+        choices=("pixel", "normalised"),
+        help="what epsilon is of: pixels in [0, 1], or the normalised numbers that the model gets; "
+        "default: pixel",
+    )
+    group.add_argument(
+        "--source",
+        type=_path,
+        metavar="RUN_OR_MODEL",
+        help="follow the gradients of this model instead (a transfer attack)",
+    )
+
+
+def _add_inputs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--recipe",
+        type=_path,
+        metavar="FILE",
+        help="recipe of the safetensors files; runs have one",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a key of the recipes, such as data.workers=0 (repeatable)",
+    )
+    group.add_argument(
+        "--data", type=_path, metavar="FOLDER", help="folder of the images, in place of data.root"
+    )
+    group.add_argument(
+        "--limit",
+        type=_count,
+        metavar="N",
+        help="evaluate N evenly spaced images (of shards the first N); default: all",
+    )
+    group.add_argument(
+        "--batch-size", type=_count, metavar="N", help="default: the recipe's in evaluation"
+    )
+
+
+# What to evaluate
+
+
+def _path(text: str) -> Path:
+    if not text:  # such as a variable that is not set
+        raise argparse.ArgumentTypeError("is empty; name a folder or a file")
+    return Path(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number such as 0.03 or 4/255 (runs come before the options)"
+        ) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for settings out of range or without effect."""
+    from starfire_prune.attacks import NORMALISED, PIXELS, check_epsilon, check_pgd
+
+    space = NORMALISED if arguments.space == "normalised" else PIXELS
+    for option in ("fgsm", "pgd"):
+        for epsilon in getattr(arguments, option):
+            try:
+                check_epsilon(epsilon, space)
+            except ValueError as error:
+                raise ValueError(f"--{option}: {error}") from None
+    check_pgd(*_pgd_settings(arguments))
+    _check_effect(arguments)
+
+
+def _check_effect(arguments: argparse.Namespace) -> None:
+    given = [
+        name
+        for name, value in vars(arguments).items()
+        if value is not None and value is not False and value != []
+    ]
+    of_pgd = ("steps", "step_size", "restarts", "seed", "no_random_start")
+    needs = {**dict.fromkeys(of_pgd, ("pgd",)), **dict.fromkeys(("space", "source"), _ATTACKS)}
+    for name, any_of in needs.items():
+        if name in given and not set(any_of) & set(given):
+            wanted = " or ".join(f"--{option}" for option in any_of)
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {wanted}")
+    if "seed" in given and "no_random_start" in given:
+        raise ValueError("--seed has no effect with --no-random-start: leave one of them out")
+    paths = [*arguments.runs, *([arguments.source] if arguments.source else [])]
+    if "recipe" in given and all(path.is_dir() for path in paths):
+        raise ValueError("--recipe has no effect: runs have their own; change keys of it by --set")
+
+
+_ATTACKS = ("fgsm", "pgd")
+
+
+def _pgd_settings(arguments: argparse.Namespace) -> tuple[int, float | None, int, int | None]:
+    """Steps, step size, restarts and seed."""
+    steps = STEPS if arguments.steps is None else arguments.steps
+    restarts = RESTARTS if arguments.restarts is None else arguments.restarts
+    seed = SEED if arguments.seed is None else arguments.seed
+    return steps, arguments.step_size, restarts, None if arguments.no_random_start else seed
+
+
+def _subjects(arguments: argparse.Namespace) -> tuple[list[Subject], Subject | None]:
+    from starfire_prune.subjects import check_keeps, find_subject
+
+    recipe, overrides, data = arguments.recipe, arguments.overrides, arguments.data
+    subjects = [find_subject(path, recipe, overrides, data) for path in arguments.runs]
+    for subject in subjects:
+        check_keeps(subject)
+    if arguments.source is None:
+        return subjects, None
+    return subjects, find_subject(arguments.source, recipe, needs_data=False)
+
+
+def _attacks(arguments: argparse.Namespace) -> list[Attack]:
+    from starfire_prune.attacks import default_step_size
+    from starfire_prune.robustness import Attack
+
+    steps, step_size, restarts, seed = _pgd_settings(arguments)
+    return [
+        *(Attack("fgsm", epsilon) for epsilon in dict.fromkeys(arguments.fgsm)),
+        *(
+            Attack(
+                "pgd",
+                epsilon,
+                steps,
+                default_step_size(epsilon, steps) if step_size is None else step_size,
+                restarts,
+                seed,
+            )
+            for epsilon in dict.fromkeys(arguments.pgd)
+        ),
+    ]
+
+
+# Evaluating
+
+
+def _evaluate(
+    arguments: argparse.Namespace, subjects: Sequence[Subject], source: Subject | None
+) -> None:
+    from starfire_prune.evaluation import format_evaluation, write_evaluation
+    from starfire_prune.files import write_text
+    from starfire_prune.robustness import chosen_device, evaluate_subject
+
+    device, attacks = chosen_device(arguments.device), _attacks(arguments)
+    done: list[tuple[Subject, Evaluation]] = []
+    for number, subject in enumerate(subjects):
+        evaluation = evaluate_subject(
+            subject,
+            attacks,
+            space=arguments.space or "pixel",
+            source=source,
+            limit=arguments.limit,
+            batch_size=arguments.batch_size,
+            device=device,
+        )
+        done.append((subject, evaluation))
+        heading = subject.folder or subject.weights
+        print(f"\n{heading}" if number else heading, format_evaluation(evaluation), sep="\n")
+        if subject.folder is not None and subject.keeps_evaluation:
+            write_evaluation(subject.folder, evaluation)
+        for line in _notes(subject, evaluation):
+            print(line, flush=True)
+    if arguments.json is not None:
+        content = [{"name": subject.name, **each.model_dump(mode="json")} for subject, each in done]
+        write_text(arguments.json, json.dumps(content, indent=1) + "\n")
+
+
+# What is printed
+
+
+def _notes(subject: Subject, evaluation: Evaluation) -> Iterator[str]:
+    from starfire_prune.evaluation import evaluation_file
+    from starfire_prune.subjects import trained_top1
+
+    clean = evaluation.results[0]
+    own = trained_top1(subject) if clean.images == evaluation.images else None
+    if own is not None and abs(own - clean.top1) > 1e-9:
+        yield (
+            f"the run itself ended with a top-1 of {own:.2%} in metrics.jsonl: another device, "
+            f"other versions, or other files in the data"
+        )
+    asked = subject.recipe.training.mixed_precision
+    if asked != "no" and clean.precision != asked:
+        yield f"training.mixed_precision (={asked}) is not for this device: clean images in fp32"
+    if subject.keeps_evaluation and subject.folder is not None:
+        yield f"kept in {evaluation_file(subject.folder)}"
+    elif subject.folder is not None:
+        yield f"not kept in the run's folder: {', '.join(subject.other_data)} is not the run's"
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"evaluate.py: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
