@@ -38,6 +38,14 @@ from starfire_prune.methods import (
     random_unstructured,
     window_structured,
 )
+from starfire_prune.plain_state import apply_masks
+from starfire_prune.pruned_file import (
+    convert_pruned,
+    load_masks,
+    load_pruned,
+    load_pruned_model,
+    save_pruned,
+)
 from starfire_prune.report import format_table, measure_sparsity
 
 if TYPE_CHECKING:
@@ -58,8 +66,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "WindowStructured",
+    "apply_masks",
     "ck_mask",
     "ck_structured",
+    "convert_pruned",
     "fc_block",
     "fc_block_mask",
     "fc_fine",
@@ -71,6 +81,9 @@ __all__ = [
     "format_table",
     "intra_mask",
     "intra_structured",
+    "load_masks",
+    "load_pruned",
+    "load_pruned_model",
     "load_recipe",
     "magnitude_mask",
     "magnitude_unstructured",
@@ -78,6 +91,7 @@ __all__ = [
     "measure_sparsity",
     "random_mask",
     "random_unstructured",
+    "save_pruned",
     "window_mask",
     "window_structured",
 ]

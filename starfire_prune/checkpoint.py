@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,15 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, distributed, nn
+from torch import nn
 
-from starfire_prune.files import replaced_file, replaced_folder
-from starfire_prune.layers import clean_name, prunable_layers, unwrap
-from starfire_prune.report import effective_weight
+from starfire_prune.file_errors import CheckpointError, reason, writing
+from starfire_prune.files import replaced_folder
+from starfire_prune.layers import unwrap
+from starfire_prune.plain_state import plain_state_dict
+from starfire_prune.pruned_file import is_writer, read_metadata, save_pruned
 
 if TYPE_CHECKING:
     from starfire_prune.engine import Pruner
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 KEPT_CHECKPOINTS = 2
-_METADATA_KEY = "starfire_prune"
 # What json, safetensors, torch and optimizers raise for files that are damaged or of another model
 _DAMAGE = (
     AttributeError,
@@ -58,10 +58,6 @@ _DAMAGE = (
     UnpicklingError,
     ValueError,
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be read or written, or does not fit."""
 
 
 def save_checkpoint(
@@ -95,10 +91,10 @@ def save_checkpoint(
     if pruner is not None:
         pruner.check()
     path = folder / f"epoch-{epoch:04d}"
-    if not _is_writer():
+    if not is_writer():
         return path
     state: dict[str, Any] = {"epoch": epoch, "extra": dict(extra or {}), "pruner": None}
-    with _writing(path), replaced_folder(path) as temporary:
+    with writing(path), replaced_folder(path) as temporary:
         save_model(unwrap(model), str(temporary / "model.safetensors"))
         if average is not None:
             save_model(average, str(temporary / "average.safetensors"))
@@ -189,42 +185,13 @@ def checkpoint_epoch(path: Path) -> int:
     return int(path.name.removeprefix("epoch-"))
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A pruned model's state under the names of the dense one: `weight`, no `weight_orig`.
-
-    Tensors are copies in contiguous memory on the CPU, and pruned weights are +0.0.
-    """
-    model = unwrap(model)
-    names = {module: name for name, module in prunable_layers(model).items()}
-    pruned = {
-        f"{names[module]}.weight": effective_weight(module)
-        for module in names
-        if "weight_orig" in module._parameters
-    }
-    own = {clean_name(name): value for name, value in model.state_dict().items()}
-    state = {
-        name.removesuffix("_orig") if name.removesuffix("_orig") in pruned else name: value
-        for name, value in own.items()
-        if name.removesuffix("_mask") not in pruned
-    }
-    weights = {f"{name}.weight" for name in names.values()}
-    return {
-        name: (pruned.get(name, value) + 0 if name in weights else value.clone()).contiguous().cpu()
-        for name, value in state.items()
-    }
-
-
 def export_weights(
     path: Path,
     model: nn.Module,
     pruner: Pruner | None = None,
     average_decay: float | None = None,
 ) -> None:
-    """Write a safetensors file with plain keys, that a fresh timm model loads strictly.
-
-    Its metadata holds, as JSON under `starfire_prune`, the method, amount and era, and for each
-    pruned weight the method, the target, the zeros and the size. Call it on every rank: the ranks'
-    masks are compared, and rank 0 writes.
+    """Write the weights at the end of a run: `save_pruned` with `format="dense"`.
 
     Args:
         path: of the file.
@@ -233,58 +200,9 @@ def export_weights(
         average_decay: noted where the model is a moving average of the weights.
 
     Raises:
-        RuntimeError: if a pruned weight is not zero.
-        CheckpointError: if the disk is full.
+        PruningError, RanksError, CheckpointError: as `save_pruned`.
     """
-    if pruner is not None:
-        pruner.check()
-    if not _is_writer():
-        return
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(_metadata(model, pruner, average_decay))}
-    with _writing(path), replaced_file(path) as temporary:
-        save_file(plain_state_dict(model), str(temporary), metadata=metadata)
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `export_weights` noted in a file's metadata; empty for foreign files.
-
-    Raises:
-        CheckpointError: if there is no such file, or it is no safetensors file.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-        content: dict[str, Any] = json.loads(metadata.get(_METADATA_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {_reason(error)}; export it anew") from error
-    return content
-
-
-def _metadata(
-    model: nn.Module, pruner: Pruner | None, average_decay: float | None
-) -> dict[str, Any]:
-    average = {} if average_decay is None else {"average_decay": average_decay}
-    if pruner is None:
-        return {"format_version": 1, "method": None, **average, "weights": {}}
-    sparsity = pruner.sparsity(model)
-    return {
-        "format_version": 1,
-        "method": pruner.pruning.method,
-        "amount": pruner.pruning.amount,
-        "era": list(pruner.pruning.era),
-        "phase": pruner.phase,
-        **average,
-        "weights": {
-            f"{name}.weight": {
-                "method": layer.method,
-                "amount": layer.amount,
-                "zeros": sparsity[name].zeros,
-                "total": sparsity[name].total,
-                "free": sparsity[name].free,
-            }
-            for name, layer in pruner.layers.items()
-        },
-    }
+    save_pruned(model, path, pruner=pruner, average_decay=average_decay)
 
 
 def _remove_old(folder: Path, keep: Collection[int]) -> None:
@@ -315,11 +233,6 @@ def _check_dense(saved: Mapping[str, Any] | None, path: Path) -> None:
         raise CheckpointError(f"{path} is of the phase {saved['phase']}: fork from a dense one")
 
 
-def _is_writer() -> bool:
-    is_distributed = distributed.is_available() and distributed.is_initialized()
-    return not is_distributed or distributed.get_rank() == 0
-
-
 @contextmanager
 def _reading(file: Path) -> Iterator[Path]:
     """Turn what goes wrong with a file of a checkpoint into a sentence that names it."""
@@ -329,28 +242,6 @@ def _reading(file: Path) -> Iterator[Path]:
         raise
     except _DAMAGE as error:
         raise CheckpointError(
-            f"{file} can't be loaded: {_reason(error)}; to go on from the checkpoint before it, "
+            f"{file} can't be loaded: {reason(error)}; to go on from the checkpoint before it, "
             f"delete the folder {file.parent}"
         ) from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a sentence; what stood at `path` or beside it is whole."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch tells a full disk as a mismatch of positions, within the real error
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise CheckpointError(
-            f"{path} can't be written: {_reason(cause)}; what was saved before is whole: make "
-            f"room and run the same command again"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, UnpicklingError):  # torch would advise to execute what the file holds
-        return "it is damaged, or holds more than tensors and plain values"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return textwrap.shorten(str(error), 300) or type(error).__name__

@@ -1,0 +1,280 @@
+"""How a tensor with zeros is stored in fewer bytes: pure functions, specified in docs/format.md.
+
+A tensor of shape `(K, C, *kernel)` is `K * C` kernels; one of fewer than three dimensions has a
+kernel a weight. What is zero is decided by bits: +0.0 alone, so that -0.0 and NaNs stay as they
+are. Four encodings, whose parts follow each other in this order:
+
+- `dense`: `values`, every weight.
+- `ck`: `kernels`, a bit a kernel; `values`, all weights of the kernels whose bit is set.
+- `window`: `kernels`; `patterns`, a bit a weight of the kernels whose bit is set; `values`, the
+  weights whose bit is set.
+- `bitmap`: `weights`, a bit a weight; `values`, the weights whose bit is set.
+
+Decoding checks whatever it reads: the sizes that a shape claims come before any memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = [
+    "PARTS",
+    "CodecError",
+    "Encoded",
+    "bits_of",
+    "decode",
+    "decode_into",
+    "deflate",
+    "encode",
+    "inflate",
+    "kept_values",
+    "pack_bits",
+    "read_parts",
+    "unpack_bits",
+]
+
+Bytes = npt.NDArray[np.uint8]
+Bools = npt.NDArray[np.bool_]
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "dense": ("values",),
+    "ck": ("kernels", "values"),
+    "window": ("kernels", "patterns", "values"),
+    "bitmap": ("weights", "values"),
+}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class CodecError(ValueError):
+    """Stored bytes that are no tensor of the shape they claim."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A tensor in one of the encodings.
+
+    Attributes:
+        encoding: a key of `PARTS`.
+        shape: of the tensor.
+        item_bytes: size of a weight, 1, 2, 4 or 8.
+        parts: the bytes of each part, by its name, flat.
+    """
+
+    encoding: str
+    shape: tuple[int, ...]
+    item_bytes: int
+    parts: Mapping[str, Bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size for part in self.parts.values())
+
+
+def encode(tensor: Tensor, encoding: str | None = None) -> Encoded:
+    """Encode a tensor in the way that takes the fewest bytes; of equal ones the first of `PARTS`.
+
+    Tensors of fewer than three dimensions have no kernels: `dense` and `bitmap` are for them.
+
+    Args:
+        tensor: of any shape and any dtype of 1, 2, 4 or 8 bytes, on the CPU.
+        encoding: to take whatever its size; a tensor without weights is dense in any case.
+
+    Example:
+        >>> weight = torch.zeros(8, 2, 3, 3)
+        >>> weight[0, 0] = 1.0
+        >>> encoded = encode(weight)
+        >>> encoded.encoding, encoded.size_bytes  # 16 bits and 9 weights
+        ('ck', 38)
+    """
+    bits = bits_of(tensor.contiguous())
+    values: npt.NDArray[np.generic] = bits.numpy()
+    kernels = values.reshape(_kernels_of(tuple(tensor.shape)))
+    kept = kernels != 0
+    alive = kept.any(1)
+    chosen = (
+        (encoding or _cheapest(kept, alive, values.itemsize, tensor.ndim > 2))
+        if kept.size
+        else "dense"
+    )
+    parts: dict[str, npt.NDArray[np.generic]]
+    if chosen == "dense":
+        parts = {"values": values}
+    elif chosen == "ck":
+        parts = {"kernels": pack_bits(alive), "values": kernels[alive]}
+    elif chosen == "window":
+        patterns = pack_bits(kept[alive])
+        parts = {"kernels": pack_bits(alive), "patterns": patterns, "values": kernels[kept]}
+    else:
+        parts = {"weights": pack_bits(kept), "values": kernels[kept]}
+    flat = {name: part.reshape(-1).view(np.uint8) for name, part in parts.items()}
+    return Encoded(chosen, tuple(tensor.shape), values.itemsize, flat)
+
+
+def decode(encoded: Encoded) -> Tensor:
+    """The bits of an encoded tensor, as integers of its shape."""
+    out = torch.empty(math.prod(encoded.shape), dtype=_INTEGERS[encoded.item_bytes])
+    decode_into(encoded, out)
+    return out.view(encoded.shape)
+
+
+def decode_into(encoded: Encoded, out: Tensor) -> None:
+    """Decode into memory that is there.
+
+    Args:
+        encoded: by `encode` or `read_parts`, which have checked it.
+        out: integers of the weights' size, contiguous, of as many elements.
+    """
+    out = out.view(-1)
+    values = torch.from_numpy(kept_values(encoded))
+    if encoded.encoding == "dense":
+        out.copy_(values)
+        return
+    out.zero_()
+    n_kernels, kernel_size = _kernels_of(encoded.shape)
+    if encoded.encoding == "ck":
+        rows = _indices(unpack_bits(encoded.parts["kernels"], n_kernels))
+        out.view(n_kernels, kernel_size).index_copy_(0, rows, values.view(-1, kernel_size))
+    else:
+        out.scatter_(0, _indices(_kept(encoded)), values)
+
+
+def kept_values(encoded: Encoded) -> npt.NDArray[np.signedinteger]:
+    """The stored weights' bits as integers, flat."""
+    dtype = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[encoded.item_bytes]
+    return np.require(encoded.parts["values"].view(dtype), requirements=["A", "W"])
+
+
+def read_parts(
+    encoding: str, shape: tuple[int, ...], item_bytes: int, read: Callable[[str, int], Bytes]
+) -> Encoded:
+    """Put an encoded tensor together from parts that are read, and check it.
+
+    Args:
+        encoding: a key of `PARTS`.
+        shape: that the tensor claims, of ints from 0.
+        item_bytes: size of a weight, 1, 2, 4 or 8.
+        read: given a part's name and the bytes that it must have by all that was read before,
+            returns it or raises.
+
+    Raises:
+        CodecError: if bits are set behind a bitmap's last one; what `read` raises.
+    """
+    n_kernels, kernel_size = _kernels_of(shape)
+    count = n_kernels * kernel_size
+    if not count and encoding != "dense":
+        raise CodecError(f"a tensor of shape {shape} holds no weights: it must be dense")
+    parts: dict[str, Bytes] = {}
+    for name in PARTS[encoding][:-1]:
+        length = n_kernels if name == "kernels" else count
+        parts[name] = read(name, -(-length // 8))
+        _check_end(name, parts[name], length)
+        count = _set_bits(parts[name]) * (kernel_size if name == "kernels" else 1)
+    parts["values"] = read("values", count * item_bytes)
+    return Encoded(encoding, shape, item_bytes, parts)
+
+
+def pack_bits(bits: Bools) -> Bytes:
+    """Bits in row-major order, eight a byte, the first in the lowest place; zeros at the end."""
+    return np.packbits(bits, bitorder="little")
+
+
+def unpack_bits(packed: Bytes, length: int) -> Bools:
+    """The inverse of `pack_bits`, flat."""
+    return np.unpackbits(packed, count=length, bitorder="little").view(np.bool_)
+
+
+def deflate(data: Bytes, item_bytes: int) -> bytes:
+    """Deflate items of several bytes by planes: first all their lowest bytes, the highest last.
+
+    Returns:
+        A zlib stream (RFC 1950).
+    """
+    planes = np.ascontiguousarray(data.reshape(-1, item_bytes).T)
+    # Weights hardly repeat: entropy coding alone is faster, and smaller, than a search for matches
+    stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    return stream.compress(planes.data) + stream.flush()
+
+
+def inflate(data: Bytes, size_bytes: int, item_bytes: int) -> Bytes:
+    """The inverse of `deflate`, into at most `size_bytes`.
+
+    Raises:
+        CodecError: if the stream is damaged, or holds fewer or more bytes.
+    """
+    stream = zlib.decompressobj()
+    try:
+        planes = stream.decompress(data.data, size_bytes) if size_bytes else b""
+        rest = stream.decompress(stream.unconsumed_tail if size_bytes else data.data, 1)
+    except zlib.error as error:
+        raise CodecError(f"its deflated bytes are damaged ({error})") from error
+    if len(planes) != size_bytes or rest or not stream.eof or stream.unused_data:
+        raise CodecError(f"its deflated bytes don't hold the {size_bytes} that its shape needs")
+    return np.frombuffer(planes, np.uint8).reshape(item_bytes, -1).T.flatten()
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of the same size, in the same memory.
+
+    Raises:
+        CodecError: if a weight has more than 8 bytes.
+    """
+    if tensor.element_size() not in _INTEGERS:
+        raise CodecError(f"{tensor.dtype} has more than 8 bytes a number: it can't be stored")
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
+def _cheapest(kept: Bools, alive: Bools, item_bytes: int, has_kernels: bool) -> str:
+    n_alive, n_kept = np.count_nonzero(alive), np.count_nonzero(kept)
+    kernel_size = kept.shape[1]
+    a_kernel = -(-alive.size // 8)
+    sizes = {
+        "dense": kept.size * item_bytes,
+        "ck": a_kernel + n_alive * kernel_size * item_bytes,
+        "window": a_kernel - (-n_alive * kernel_size // 8) + n_kept * item_bytes,
+        "bitmap": -(-kept.size // 8) + n_kept * item_bytes,
+    }
+    if not has_kernels:
+        del sizes["ck"], sizes["window"]
+    return min(sizes, key=lambda encoding: sizes[encoding])
+
+
+def _kernels_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many kernels a tensor has, and how many weights a kernel."""
+    return math.prod(shape[:2]), math.prod(shape[2:])
+
+
+def _kept(encoded: Encoded) -> Bools:
+    """Which weights are stored, flat, for the encodings with a bit a weight."""
+    n_kernels, kernel_size = _kernels_of(encoded.shape)
+    if encoded.encoding == "bitmap":
+        return unpack_bits(encoded.parts["weights"], n_kernels * kernel_size)
+    alive = unpack_bits(encoded.parts["kernels"], n_kernels)
+    length = int(np.count_nonzero(alive)) * kernel_size
+    kept = np.zeros((n_kernels, kernel_size), np.bool_)
+    kept[alive] = unpack_bits(encoded.parts["patterns"], length).reshape(-1, kernel_size)
+    return kept.reshape(-1)
+
+
+def _indices(bits: Bools) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(bits))
+
+
+def _set_bits(packed: Bytes) -> int:
+    return int(np.bincount(packed, minlength=256) @ _BITS_OF_BYTES)
+
+
+def _check_end(name: str, packed: Bytes, length: int) -> None:
+    if length % 8 and packed[-1] >> length % 8:
+        raise CodecError(f"bits are set behind the last of its {name}")
+
+
+_BITS_OF_BYTES = np.array([byte.bit_count() for byte in range(256)])

@@ -1,0 +1,327 @@
+"""Tensors of a pruned model as the stored tensors of a file, and back.
+
+A tensor that is stored dense keeps its name, dtype and shape, so that every reader of safetensors
+finds it. The parts of an encoded one are `name:part`. A table, JSON under `TENSORS_KEY` in the
+file's metadata, tells for each tensor the encoding and a CRC-32 a part (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from starfire_prune.codec import (
+    PARTS,
+    CodecError,
+    Encoded,
+    bits_of,
+    decode_into,
+    deflate,
+    encode,
+    inflate,
+    pack_bits,
+    read_parts,
+    unpack_bits,
+)
+from starfire_prune.tensor_file import (
+    DTYPES,
+    DamageError,
+    StoredTensor,
+    TensorFile,
+    checked_shape,
+    dtype_code,
+    parse_json,
+)
+
+__all__ = ["TENSORS_KEY", "TensorEntry", "read_entries", "store_tensors"]
+
+TENSORS_KEY = "starfire_prune.tensors"
+_NOTE_BYTES = 200  # about what an encoded tensor adds to the header: it has to save more
+_KEYS = frozenset({"encoding", "dtype", "shape", "deflated", "crc32", "kept_zeros"})
+_MAX_THREADS = 8
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a file, checked but not decoded.
+
+    Attributes:
+        name: of the tensor.
+        dtype: of its numbers.
+        encoded: its parts, inflated.
+        deflated: names of the parts that are stored deflated.
+        stored_bytes: that its parts take in the file.
+        kept_zeros: base64 of the deflated bitmap of weights that are +0.0 and not pruned.
+    """
+
+    name: str
+    dtype: torch.dtype
+    encoded: Encoded
+    deflated: tuple[str, ...]
+    stored_bytes: int
+    kept_zeros: str | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.encoded.shape
+
+    @property
+    def size_bytes(self) -> int:
+        """That the tensor takes once decoded."""
+        return math.prod(self.shape) * self.encoded.item_bytes
+
+    def decode(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        decode_into(self.encoded, bits_of(tensor))
+        return tensor
+
+    def copy_into(self, target: Tensor) -> None:
+        """Decode into a tensor of the same shape; in its own memory, if it is of this dtype."""
+        is_plain = target.device.type == "cpu" and target.is_contiguous()
+        if is_plain and target.dtype == self.dtype:
+            decode_into(self.encoded, bits_of(target))
+        else:
+            target.detach().copy_(self.decode())
+
+    def mask(self) -> Tensor:
+        """Which weights are kept, bool of the tensor's shape: those that are not +0.0, but noted.
+
+        Raises:
+            DamageError: if the note is damaged.
+        """
+        kept = bits_of(self.decode()) != 0
+        if self.kept_zeros is None:
+            return kept
+        try:
+            packed = base64.b64decode(self.kept_zeros, validate=True)
+            flat = inflate(np.frombuffer(packed, np.uint8), -(-kept.numel() // 8), 1)
+        except (binascii.Error, CodecError) as error:
+            raise DamageError(f"tensor {self.name!r}: its kept zeros are damaged") from error
+        return kept | torch.from_numpy(unpack_bits(flat, kept.numel())).view(self.shape)
+
+
+def store_tensors(
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    *,
+    compress: bool,
+    deflates: bool = False,
+) -> tuple[dict[str, StoredTensor], str]:
+    """Encode tensors for a file.
+
+    Args:
+        state: contiguous tensors on the CPU, pruned weights +0.0.
+        masks: of the pruned ones, bool of their shapes, True = kept.
+        compress: take the encoding of the fewest bytes, rather than dense.
+        deflates: deflate every part that gets smaller.
+
+    Returns:
+        The stored tensors and the table.
+
+    Raises:
+        DamageError: for a dtype that can't be stored.
+    """
+
+    def store(name: str) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        stored, entry = _store(name, state[name], compress, deflates)
+        return stored, {**entry, **_note_zeros(state[name], masks.get(name))}
+
+    results = dict(zip(state, _parallel(store, state), strict=True))
+    tensors = {name: part for stored, _ in results.values() for name, part in stored.items()}
+    table = {name: entry for name, (_, entry) in results.items()}
+    if len(tensors) != sum(len(stored) for stored, _ in results.values()):
+        raise DamageError("a tensor has the name of another's part: rename it")
+    return tensors, json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+
+
+def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:
+    """Check a file's tensors: sizes before anything is allocated, then the checksums.
+
+    Args:
+        file: with a table.
+        max_bytes: that all tensors may take once decoded.
+
+    Raises:
+        DamageError: naming the tensor, if anything does not fit.
+    """
+    if TENSORS_KEY not in file.metadata:
+        raise DamageError("its metadata hold no table of tensors")
+    table = parse_json(file.metadata[TENSORS_KEY], "its table of tensors")
+    claims = [_named(name, lambda: _Claim.parse(name, table[name], file)) for name in table]  # noqa: B023
+    total = sum(claim.size_bytes for claim in claims)
+    if total > max_bytes:
+        raise DamageError(
+            f"its tensors take {total:,} bytes, and `max_bytes` (={max_bytes:,}) allows no more: "
+            f"raise it if you trust the file"
+        )
+    missing = set(file.tensors) - {part for claim in claims for part in claim.stored}
+    if missing:
+        raise DamageError(f"tensor {min(missing)!r} is not in its table")
+    entries = _parallel(lambda claim: _named(claim.name, claim.read), claims)
+    return {entry.name: entry for entry in entries}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """What the table claims of a tensor, well-formed but not compared with the bytes."""
+
+    name: str
+    encoding: str
+    dtype: str
+    shape: tuple[int, ...]
+    deflated: tuple[str, ...]
+    crc32: Mapping[str, int]
+    kept_zeros: str | None
+    stored: Mapping[str, StoredTensor]
+
+    @classmethod
+    def parse(cls, name: str, entry: object, file: TensorFile) -> _Claim:
+        if not isinstance(entry, dict) or not entry.keys() <= _KEYS:
+            raise DamageError("its entry in the table has unknown keys")
+        encoding, crc32 = entry.get("encoding"), entry.get("crc32")
+        if encoding not in list(PARTS):
+            raise DamageError("its encoding is unknown")
+        if not isinstance(crc32, dict) or tuple(crc32) != PARTS[encoding]:
+            raise DamageError("its parts are not those of its encoding")
+        kept_zeros, deflated = entry.get("kept_zeros"), entry.get("deflated", [])
+        if not isinstance(kept_zeros, str | None) or not isinstance(deflated, list):
+            raise DamageError("its entry in the table is of wrong types")
+        if any(part not in PARTS[encoding] for part in deflated):
+            raise DamageError("an unknown part of it is deflated")
+        names = _stored_names(name, encoding, deflated)
+        missing = [stored for stored in names.values() if stored not in file.tensors]
+        if missing:
+            raise DamageError(f"its part {missing[0]!r} is missing")
+        stored = {names[part]: file.tensors[names[part]] for part in names}
+        if names["values"] == name:
+            entry = {"dtype": stored[name].dtype, "shape": list(stored[name].shape)}
+        dtype, shape = entry.get("dtype"), checked_shape(entry.get("shape"))
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise DamageError("its dtype is unknown")
+        return cls(name, encoding, dtype, shape, tuple(deflated), crc32, kept_zeros, stored)
+
+    @property
+    def item_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def size_bytes(self) -> int:
+        # Dimensions of 0 count as 1: torch works out strides with them all the same
+        return math.prod(max(length, 1) for length in self.shape) * self.item_bytes
+
+    def read(self) -> TensorEntry:
+        encoded = read_parts(self.encoding, self.shape, self.item_bytes, self._read_part)
+        if self.dtype == "BOOL" and bool((encoded.parts["values"] > 1).any()):
+            raise DamageError("its bools are not all 0 or 1")
+        return TensorEntry(
+            name=self.name,
+            dtype=DTYPES[self.dtype],
+            encoded=encoded,
+            deflated=self.deflated,
+            stored_bytes=sum(stored.data.size for stored in self.stored.values()),
+            kept_zeros=self.kept_zeros,
+        )
+
+    def _read_part(self, part: str, size_bytes: int) -> npt.NDArray[np.uint8]:
+        name = _stored_names(self.name, self.encoding, self.deflated)[part]
+        stored, is_deflated = self.stored[name], part in self.deflated
+        if zlib.crc32(stored.data.data) != self.crc32[part]:
+            raise DamageError(f"its {part} are damaged: they have not the CRC-32 of the table")
+        item_bytes = self.item_bytes if part == "values" else 1
+        if stored.dtype != (self.dtype if part == "values" and not is_deflated else "U8"):
+            raise DamageError(f"its {part} are stored as {stored.dtype}")
+        if is_deflated:
+            return inflate(stored.data, size_bytes, item_bytes)
+        if stored.data.size != size_bytes:
+            raise DamageError(
+                f"its {part} have {stored.data.size} bytes, and its shape and the parts before "
+                f"need {size_bytes}"
+            )
+        return stored.data
+
+
+def _store(
+    name: str, tensor: Tensor, compress: bool, deflates: bool
+) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    code = dtype_code(tensor.dtype)
+    if code is None:
+        raise DamageError(f"tensor {name!r} is of {tensor.dtype}, which such files don't hold")
+    encoded = encode(tensor, "dense")
+    if compress and tensor.is_floating_point():
+        smallest = encode(tensor)
+        if smallest.size_bytes + _NOTE_BYTES < encoded.size_bytes:
+            encoded = smallest
+    parts, dtypes, deflated = dict(encoded.parts), dict.fromkeys(encoded.parts, "U8"), []
+    dtypes["values"] = code
+    for part in parts if deflates else ():
+        item_bytes = encoded.item_bytes if part == "values" else 1
+        smaller = np.frombuffer(deflate(parts[part], item_bytes), np.uint8)
+        if smaller.size + _NOTE_BYTES < parts[part].size:
+            parts[part], dtypes[part] = smaller, "U8"
+            deflated.append(part)
+    names = _stored_names(name, encoded.encoding, deflated)
+    stored = {
+        names[part]: StoredTensor(
+            dtypes[part],
+            encoded.shape if names[part] == name else (data.size // DTYPES[dtypes[part]].itemsize,),
+            data,
+        )
+        for part, data in parts.items()
+    }
+    entry: dict[str, Any] = {"encoding": encoded.encoding}
+    if names["values"] != name:
+        entry |= {"dtype": code, "shape": list(encoded.shape)}
+    if deflated:
+        entry["deflated"] = deflated
+    return stored, {**entry, "crc32": {part: zlib.crc32(data.data) for part, data in parts.items()}}
+
+
+def _note_zeros(tensor: Tensor, mask: Tensor | None) -> dict[str, str]:
+    """The note of weights that are kept and +0.0, which no other place of a file tells."""
+    if mask is None:
+        return {}
+    kept_zeros = mask & (bits_of(tensor) == 0)
+    if not bool(kept_zeros.any()):
+        return {}
+    packed = deflate(pack_bits(kept_zeros.contiguous().numpy()), 1)
+    return {"kept_zeros": base64.b64encode(packed).decode("ascii")}
+
+
+def _stored_names(name: str, encoding: str, deflated: Iterable[str]) -> dict[str, str]:
+    """The names in the file of a tensor's parts."""
+    if encoding == "dense" and not list(deflated):
+        return {"values": name}
+    return {part: f"{name}:{part}" for part in PARTS[encoding]}
+
+
+def _named(name: str, function: Callable[[], Result]) -> Result:
+    try:
+        return function()
+    except (CodecError, DamageError) as error:
+        raise DamageError(f"tensor {name!r}: {error}") from error
+
+
+def _parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Map over items by as many threads as torch uses: checksums and NumPy release the GIL."""
+    threads = min(torch.get_num_threads(), _MAX_THREADS)
+    if threads == 1:
+        return list(map(function, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
