@@ -10,7 +10,7 @@ from torch import Tensor
 
 from starfire_prune.files import replaced_file
 
-__all__ = ["plot_masks", "plot_training"]
+__all__ = ["plot_masks", "plot_training", "tiled_kernels"]
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
@@ -57,7 +57,7 @@ def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: i
         kernels = mask.bool().cpu()
         if kernels.ndim == 2:
             kernels = kernels[: 3 * n_out, : 3 * n_in, None, None]
-        image = _tiled(kernels[:n_out, :n_in] if mask.ndim > 2 else kernels).numpy()
+        image = tiled_kernels(kernels[:n_out, :n_in] if mask.ndim > 2 else kernels).numpy()
         panel.imshow(image, cmap="Blues", vmin=0, vmax=1)  # the same blue on every panel
         panel.set_title(f"{title}\n{1 - mask.float().mean():.0%} zero", fontsize=10)
         panel.set_xlabel("input channel" if mask.ndim > 2 else "input feature")
@@ -68,8 +68,19 @@ def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: i
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _tiled(kernels: Tensor) -> Tensor:
-    """`(K, C, R, S)` as one image: kept 1, pruned 0.12, and gaps of 0 between the kernels."""
+def tiled_kernels(kernels: Tensor) -> Tensor:
+    """A mask as one image, kernels as tiles: kept 1, pruned 0.12, and gaps of 0 between them.
+
+    Args:
+        kernels: bool, `(K, C, R, S)`.
+
+    Returns:
+        float `(K (R + 1), C (S + 1))`, or `(K, C)` where kernels are single weights.
+
+    Example:
+        >>> tiled_kernels(torch.tensor([[[[True, False]]]])).tolist()
+        [[1.0, 0.11999999731779099, 0.0], [0.0, 0.0, 0.0]]
+    """
     n_out, n_in, height, width = kernels.shape
     gap = int(height * width > 1)
     image = torch.zeros(n_out, height + gap, n_in, width + gap)
