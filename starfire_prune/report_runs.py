@@ -1,0 +1,302 @@
+"""The runs of a report, read from their folders: recipe, metrics, weights and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from starfire_prune.checkpoint import CheckpointError, read_metadata
+from starfire_prune.evaluation import (
+    Evaluation,
+    EvaluationError,
+    evaluation_file,
+    file_sha256,
+    read_evaluation,
+)
+from starfire_prune.models import PretrainedError, create_model, load_weights
+from starfire_prune.recipe import Model, Recipe, RecipeError, dump_recipe, load_recipe
+from starfire_prune.report import Sparsity, measure_sparsity
+from starfire_prune.report_numbers import RunNumbers, run_numbers
+from starfire_prune.run_folder import RunError, exported_file, read_metrics
+
+__all__ = ["ReportError", "ReportedRun", "Variant", "read_run", "settings_key", "variants_of"]
+
+_SEED: Final = re.compile(r"-seed\d+$")
+# By how much the exported zeros may differ from the last epoch's: an average of weights, which
+# may be what is exported, holds other accidental zeros
+_OTHER_WEIGHTS: Final = 1e-3
+
+
+class ReportError(ValueError):
+    """A run that can't be reported; the message says why and what to do, in a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedRun:
+    """A run as it is reported.
+
+    Attributes:
+        folder: of the run, as it was given.
+        recipe: that it trained.
+        metrics: the objects of its `metrics.jsonl`.
+        sparsity: of the weights that it exported; None while it isn't finished.
+        evaluation: what its `evaluation.json` holds; None if it has not been evaluated.
+    """
+
+    folder: Path
+    recipe: Recipe
+    metrics: Sequence[Mapping[str, Any]] = ()
+    sparsity: Sparsity | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.resolve().name
+
+    def mask(self, layer: str) -> Tensor:
+        """Which weights of a layer the exported file keeps, bool, of the weight's shape."""
+        with safe_open(str(exported_file(self.folder)), framework="pt") as file:
+            weight: Tensor = file.get_tensor(f"{layer}.weight")
+        return weight != 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its epochs are done."""
+        return len(self.metrics) == self.recipe.epochs
+
+    @functools.cached_property
+    def numbers(self) -> RunNumbers:
+        """What its metrics come to."""
+        pruning = self.recipe.pruning
+        return run_numbers(self.metrics, 0.0 if pruning == "none" else pruning.amount)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: of their folders without the seed.
+        runs: by seed.
+    """
+
+    name: str
+    runs: tuple[ReportedRun, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first run."""
+        return self.runs[0].recipe
+
+    @property
+    def method(self) -> str:
+        """How it prunes: `"dense"`, or the method for convolutions."""
+        return "dense" if self.recipe.pruning == "none" else self.recipe.pruning.method
+
+    @property
+    def counted(self) -> tuple[ReportedRun, ...]:
+        """The runs that its means are of: the finished ones, if there are any."""
+        return tuple(run for run in self.runs if run.finished) or self.runs
+
+
+def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
+    """Reads the folder of a run.
+
+    Args:
+        folder: of the run.
+        unfinished: also take a run that isn't finished, as far as it is.
+
+    Raises:
+        ReportError: if there is no such folder, it is no run's, the run isn't finished, or a file
+            is damaged or another run's.
+
+    Example:
+        >>> read_run(Path("runs/quickstart")).numbers.best_top1  # doctest: +SKIP
+        97.78
+    """
+    recipe = _recipe(folder)
+    try:
+        metrics = read_metrics(folder)
+    except (RunError, OSError, UnicodeDecodeError) as error:
+        raise ReportError(_sentence(error)) from error
+    _check_metrics(folder, recipe, metrics)
+    is_exported = exported_file(folder).is_file()
+    if not (is_exported and len(metrics) == recipe.epochs):
+        _check_unfinished(folder, recipe, len(metrics), is_exported, unfinished)
+    if not is_exported:
+        return ReportedRun(folder, recipe, metrics)
+    sparsity = _sparsity(folder, recipe, metrics[-1])
+    return ReportedRun(folder, recipe, metrics, sparsity, _evaluation(folder))
+
+
+def variants_of(runs: Iterable[ReportedRun]) -> tuple[Variant, ...]:
+    """The runs in groups that differ in their seeds alone, in the order of their first ones.
+
+    A variant is named as its first run's folder without `-seedN`; with the folder above it, or
+    more, where another variant has that name.
+    """
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in runs:
+        groups.setdefault(settings_key(run.recipe), []).append(run)
+    firsts = [group[0].folder for group in groups.values()]
+    names = _distinct_names(firsts)
+    return tuple(
+        Variant(name, tuple(sorted(group, key=lambda run: run.recipe.seed)))
+        for name, group in zip(names, groups.values(), strict=True)
+    )
+
+
+def settings_key(recipe: Recipe, *, pruning: bool = True) -> str:
+    """What two recipes share that train alike but for the seed, and perhaps for `pruning`."""
+    data = recipe.data.model_copy(update={"root": None})
+    training = recipe.training.model_copy(update={"trackers": (), "keep_checkpoints": ()})
+    same = {"seed": 0, "data": data, "training": training}
+    return dump_recipe(recipe.model_copy(update=same if pruning else {**same, "pruning": "none"}))
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of each folder without the seed; more parts where those are not distinct."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = [_SEED.sub("", own[-1]) for own in parts]
+    depth = 1
+    while len(set(names)) < len(names):
+        doubled = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join(own[-depth:]) if name in doubled else name
+            for name, own in zip(names, parts, strict=True)
+        ]
+        depth += 1
+    return names
+
+
+def _recipe(folder: Path) -> Recipe:
+    if not folder.is_dir():
+        raise ReportError(
+            f"there is no folder {folder}: name a folder that tools/train.py has made"
+        )
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        inner = sorted(path.parent for path in folder.glob("*/recipe.yaml"))
+        way_out = f"; it holds runs, name these: {inner[0]} …" if inner else ""
+        raise ReportError(f"{folder} is no run's folder: it holds no {file.name}{way_out}")
+    try:
+        return load_recipe(file, keep_unset=True)
+    except (RecipeError, OSError) as error:
+        raise ReportError(f"{_sentence(error)}; restore that file, or leave the run out") from error
+
+
+def _check_metrics(folder: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> None:
+    epochs = [row["epoch"] for row in metrics]
+    file = folder / "metrics.jsonl"
+    if epochs != list(range(len(epochs))):
+        raise ReportError(f"{file} is damaged: its epochs are not 0, 1, 2 …: restore it")
+    if len(epochs) > recipe.epochs:
+        raise ReportError(
+            f"{file} is of another run: it has {len(epochs)} epochs, and the recipe beside it "
+            f"{recipe.epochs}: restore it, or leave the run out"
+        )
+    for row in metrics:
+        for key in ("top1", "sparsity_network"):
+            if key not in row:
+                raise ReportError(
+                    f"{file} is damaged: epoch {row['epoch']} has no {key}: restore it"
+                )
+
+
+def _check_unfinished(
+    folder: Path, recipe: Recipe, done: int, is_exported: bool, unfinished: bool
+) -> None:
+    if is_exported:
+        raise ReportError(
+            f"{folder / 'metrics.jsonl'} is damaged: it ends after {done} of {recipe.epochs} "
+            f"epochs, though the run has exported its weights: restore it, or leave the run out"
+        )
+    if not unfinished:
+        raise ReportError(
+            f"{folder} isn't finished ({done} of {recipe.epochs} epochs are done): wait for it, "
+            f"leave it out, or add --unfinished to have it reported as far as it is"
+        )
+
+
+# Weights
+
+
+def _sparsity(folder: Path, recipe: Recipe, last: Mapping[str, Any]) -> Sparsity:
+    """Of the exported weights, which must be the recipe's model's and end as the metrics do."""
+    file = exported_file(folder)
+    try:
+        pruned = _pruned_layers(read_metadata(file), file)
+        model = _model(recipe.model)
+        fresh = load_weights(model, file)
+    except (CheckpointError, PretrainedError) as error:
+        raise ReportError(f"{_sentence(error)}; restore it, or leave the run out") from error
+    if fresh:
+        raise ReportError(
+            f"{file} is of another number of classes than the recipe beside it "
+            f"({recipe.model.num_classes}): restore it, or leave the run out"
+        )
+    sparsity = measure_sparsity(model, pruned)
+    _check_zeros(file, sparsity.network, last["sparsity_network"])
+    return sparsity
+
+
+def _pruned_layers(metadata: Mapping[str, Any], file: Path) -> list[str]:
+    try:
+        return [key.removesuffix(".weight") for key in metadata["weights"]]
+    except (LookupError, TypeError) as error:
+        raise ReportError(
+            f"{file} was not exported by tools/train.py, its metadata don't tell what is pruned: "
+            f"restore it, or leave the run out"
+        ) from error
+
+
+def _check_zeros(file: Path, exported: float, trained: float | None) -> None:
+    if trained is not None and abs(exported - trained) > _OTHER_WEIGHTS:
+        raise ReportError(
+            f"{file} is of another run: {exported:.2%} of its weights are zero, and metrics.jsonl "
+            f"ends with {trained:.2%}: restore it, or leave the run out"
+        )
+
+
+def _evaluation(folder: Path) -> Evaluation | None:
+    try:
+        evaluation = read_evaluation(folder)
+    except EvaluationError as error:
+        raise ReportError(_sentence(error)) from error
+    file = exported_file(folder)
+    if evaluation is not None and evaluation.weights_sha256 != file_sha256(file):
+        raise ReportError(
+            f"{evaluation_file(folder)} is of other weights than {file}: evaluate anew, or delete "
+            f"it"
+        )
+    return evaluation
+
+
+def _model(settings: Model) -> nn.Module:
+    """The model of a recipe; runs of a report mostly share it, and load their weights into it."""
+    return _cached_model(settings.name, settings.num_classes, json.dumps(settings.options))
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_model(name: str, num_classes: int, options: str) -> nn.Module:
+    try:
+        return create_model(name, num_classes, **json.loads(options))
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ReportError(f"the recipe's model {name} can't be made here: {error}") from error
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error, and of how many more there are."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename} can't be read: {error.strerror}"
+    first, *more = str(error).splitlines() or [type(error).__name__]
+    return f"{first} (and {len(more)} more)" if more else first

@@ -1,0 +1,260 @@
+"""The parts of a report that are curves and points, with the words beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
+
+from starfire_prune.attack_numbers import Attack, attack_curve, attacks_of, results_under
+from starfire_prune.picture_style import MOST_CURVES, Line
+from starfire_prune.report_numbers import Curve, curve, mean_curve, mean_of, number_text
+from starfire_prune.report_page import Picture, Section
+from starfire_prune.report_pictures import Points, Series, curves, points
+from starfire_prune.report_runs import Variant
+from starfire_prune.report_tables import mean_top1, robustness_grid
+from starfire_prune.report_words import listed, numbered, settings_text, titled_picture
+
+__all__ = ["accuracy_section", "robustness_section", "sparsity_section"]
+
+Lines = Mapping[str, Line]
+
+_CLOSER_FROM: Final = 8  # epochs from which on the last half has a picture of its own
+_BAND: Final = "Lines are means over the seeds, bands go from the lowest to the highest run"
+
+
+def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
+    """Accuracy over the epochs, all of them and the last half, and last and best epochs apart."""
+    pictures = []
+    for part_name, suffix, part in _parts(variants):
+        series = _series(part, lines, "top1")
+        ends = _told_ends(part, mean_top1)
+        settings = f"{_band(part)}Settings: {settings_text(part)}."
+        drops = _shared_drops(part)
+        dotted = f" Dotted: the learning rate drops, after epoch {listed(drops)}." if drops else ""
+        axes = ("epoch", "top-1 on held-out images [%]")
+        pictures.append(
+            titled_picture(
+                f"accuracy{suffix}",
+                f"Top-1 accuracy over the epochs{part_name}",
+                f"As in the paper's Figures 4 and 6 to 10. {settings}{dotted}",
+                f"Curves of top-1 accuracy over the epochs. After the last one: {ends}.",
+                curves(series, axes, verticals=drops),
+            )
+        )
+        last = max(own.recipe.epochs for own in part)
+        if min(run.numbers.epochs for own in part for run in own.counted) >= _CLOSER_FROM:
+            closer = curves(
+                series, axes, x_from=float(last // 2), verticals=[d for d in drops if d > last // 2]
+            )
+            pictures.append(
+                titled_picture(
+                    f"accuracy-closer{suffix}",
+                    f"The same from epoch {last // 2} on{part_name}",
+                    "The y axis is cut to what these epochs reach.",
+                    f"The last half of the same curves, closer. After the last epoch: {ends}.",
+                    closer,
+                )
+            )
+        if any("top5" in row for own in part for run in own.runs for row in run.metrics):
+            pictures.append(
+                titled_picture(
+                    f"top5{suffix}",
+                    f"Top-5 accuracy over the epochs{part_name}",
+                    f"As in the paper's Figure 10. {settings}",
+                    f"Curves of top-5 accuracy over the epochs. After the last: "
+                    f"{_told_ends(part, _top5)}.",
+                    curves(_series(part, lines, "top5"), ("epoch", "top-5 on held-out images [%]")),
+                )
+            )
+    return Section("Accuracy", pictures=(*pictures, _last_and_best(variants, lines)))
+
+
+def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
+    """Sparsity over the epochs, and what was asked for against what was reached."""
+    pictures = [
+        titled_picture(
+            f"sparsity{suffix}",
+            f"Sparsity over the epochs{part_name}",
+            f"Share of zeros among all convolution and linear weights, as in the paper's Figures "
+            f"4, 7 to 9 and 11: it rises within the pruning era and is fixed after it. "
+            f"{_band(part)}Settings: {settings_text(part)}.",
+            f"Curves of sparsity over the epochs. After the last: {_told_ends(part, _reached)}.",
+            curves(
+                _series(part, lines, "sparsity_network"), ("epoch", "zero weights [%]"), whole=True
+            ),
+        )
+        for part_name, suffix, part in _parts(variants)
+    ]
+    pruned = [own for own in variants if own.method != "dense"]
+    if pruned:
+        pictures.append(_asked_and_reached(pruned, lines))
+    return Section("Sparsity", pictures=tuple(pictures))
+
+
+def robustness_section(variants: Sequence[Variant], lines: Lines) -> Section | None:
+    """Top-1 under attack over epsilon; None where no run has been evaluated."""
+    evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
+    if not evaluated:
+        return None
+    found = attacks_of(run.evaluation for own in evaluated for run in own.runs)
+    pictures = [
+        _attacked(evaluated, lines, attack)
+        for attack in found
+        if attack.name != "none" and attack.source is None
+    ]
+    text = (
+        "Pictures show attacks that follow the gradients of the network itself (white box), as the "
+        "paper's Table 3; those transferred from another run are in the table alone."
+        if any(attack.source is not None for attack in found)
+        else "The attacks follow the gradients of the network itself (white box), as the paper's "
+        "Table 3."
+    )
+    grid = robustness_grid(variants, lines)
+    return Section("Robustness", text, (grid,), tuple(numbered(pictures)))
+
+
+# Accuracy and sparsity
+
+
+def _last_and_best(variants: Sequence[Variant], lines: Lines) -> Picture:
+    marks = [
+        Points(
+            own.name,
+            lines[own.name],
+            _known(run.numbers.last_top1 for run in own.runs),
+            _known(run.numbers.best_top1 for run in own.runs),
+        )
+        for own in variants
+    ]
+    return titled_picture(
+        "last-and-best",
+        "Last and best epoch",
+        "A dot is a run after its last epoch, the ring its best one: choosing that by the same "
+        f"images flatters, so the dot counts. Settings: {settings_text(variants)}.",
+        f"Top-1 of each run after its last and its best epoch. Means after the last: "
+        f"{_told_ends(variants, mean_top1)}.",
+        points(marks, "top-1 on held-out images [%]", ("last epoch", "best epoch")),
+    )
+
+
+def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
+    marks = [
+        Points(
+            own.name,
+            lines[own.name],
+            _known(run.numbers.reached for run in own.runs),
+            (own.runs[0].numbers.asked,),
+        )
+        for own in pruned
+    ]
+    told = "; ".join(
+        f"{own.name} asked {number_text(own.runs[0].numbers.asked, 1)} %, reached "
+        f"{number_text(_reached(own), 1)} %"
+        for own in pruned
+    )
+    return titled_picture(
+        "asked-and-reached",
+        "Sparsity asked for and reached",
+        "A stroke is the sparsity asked for, a dot what a run has reached over all convolution and "
+        f"linear weights. Settings: {settings_text(pruned)}.",
+        f"Sparsity asked for and reached: {told}.",
+        points(marks, "zero weights [%]", ("reached", "asked for"), strokes=True),
+    )
+
+
+def _reached(variant: Variant) -> float | None:
+    return mean_of(run.numbers.reached for run in variant.counted)
+
+
+def _top5(variant: Variant) -> float | None:
+    return mean_of(run.numbers.last_top5 for run in variant.counted)
+
+
+def _parts(variants: Sequence[Variant]) -> Iterator[tuple[str, str, list[Variant]]]:
+    """The variants of each picture of curves, with what its title and its file's name end with.
+
+    Many are parted by their methods, each part beside the dense ones.
+    """
+    if len(variants) <= MOST_CURVES:
+        yield "", "", list(variants)
+        return
+    dense = [own for own in variants if own.method == "dense"][: MOST_CURVES // 2]
+    room = MOST_CURVES - len(dense)
+    for method in dict.fromkeys(own.method for own in variants if own.method != "dense"):
+        members = [own for own in variants if own.method == method]
+        count = math.ceil(len(members) / room)
+        size = math.ceil(len(members) / count)
+        for number in range(count):
+            suffix = f"-{number + 1}" if count > 1 else ""
+            part = [*dense, *members[number * size : (number + 1) * size]]
+            yield f": {method}{suffix.replace('-', ' ')}", f"-{method}{suffix}", part
+
+
+def _series(variants: Sequence[Variant], lines: Lines, key: str) -> list[Series]:
+    return [
+        Series(own.name, lines[own.name], tuple(curve(run.metrics, key) for run in own.counted))
+        for own in variants
+    ]
+
+
+def _shared_drops(variants: Sequence[Variant]) -> list[int]:
+    """After which epochs the learning rate drops, where it does so in all runs alike."""
+    schedules = {
+        own.recipe.lr_schedule.milestones if own.recipe.lr_schedule.name == "step" else ()
+        for own in variants
+    }
+    return list(schedules.pop()) if len(schedules) == 1 else []
+
+
+# Robustness
+
+
+def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Picture:
+    series = [
+        Series(own.name, lines[own.name], own_curves)
+        for own in variants
+        if (own_curves := _attack_curves(own, attack))
+    ]
+    ends = "; ".join(
+        f"{own.label} {number_text(y[-1])} % at epsilon {x[-1]:.4g}"
+        for own in series
+        for x, y in [mean_curve(own.curves)]
+        if x
+    )
+    shown = [own for own in variants if own.name in {one.label for one in series}]
+    images = sorted(
+        {
+            result.images
+            for own in shown
+            for run in own.runs
+            for result in results_under(run.evaluation, attack)
+        }
+    )
+    return titled_picture(
+        f"robustness-{attack.name}",
+        f"Top-1 under {attack.label}",
+        f"ε is the most by which {attack.unit} change; at 0 stand the clean images. "
+        f"{listed(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
+        f"Top-1 over epsilon: {ends}.",
+        curves(series, (f"ε, of {attack.unit}", "top-1 [%]")),
+    )
+
+
+def _attack_curves(variant: Variant, attack: Attack) -> tuple[Curve, ...]:
+    found = (attack_curve(run.evaluation, attack) for run in variant.runs)
+    return tuple(own for own in found if own[0])
+
+
+def _told_ends(variants: Sequence[Variant], value: Callable[[Variant], float | None]) -> str:
+    return "; ".join(f"{own.name} {number_text(value(own))} %" for own in variants)
+
+
+def _band(variants: Sequence[Variant]) -> str:
+    """What lines and bands are, where there are several runs of a variant."""
+    several = any(len(own.counted) > 1 for own in variants)
+    return f"{_BAND}. " if several else ""
+
+
+def _known(values: Iterable[float | None]) -> tuple[float, ...]:
+    return tuple(value for value in values if value is not None)

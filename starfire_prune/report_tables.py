@@ -1,0 +1,270 @@
+"""The tables of a report: variants, their runs, and the paper's numbers beside measured ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from starfire_prune.attack_numbers import accuracy, columns_of
+from starfire_prune.picture_style import Line
+from starfire_prune.report_numbers import (
+    ABSENT,
+    LAST_EPOCHS,
+    RunNumbers,
+    mean_of,
+    number_text,
+    spread_text,
+)
+from starfire_prune.report_page import Grid
+from starfire_prune.report_runs import ReportedRun, Variant, settings_key
+from starfire_prune.table_results import RunResult, read_result
+from starfire_prune.tables import Column, Table
+
+__all__ = [
+    "Comparison",
+    "above_dense",
+    "compared",
+    "mean_top1",
+    "paper_grid",
+    "robustness_grid",
+    "runs_grid",
+    "variants_grid",
+]
+
+_NUMBERS: Final[Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]] = {
+    # heading: the number, its digits, whether it has a sign
+    "top-1, last epoch [%]": (lambda own: own.last_top1, 2, False),
+    "top-1, best epoch [%]": (lambda own: own.best_top1, 2, False),
+    "best epoch": (lambda own: own.best_epoch, 0, False),
+    f"gain, last {LAST_EPOCHS} epochs": (lambda own: own.gain, 2, True),
+    "sparsity asked [%]": (lambda own: own.asked, 1, False),
+    "reached [%]": (lambda own: own.reached, 1, False),
+}
+_OF_RUNS_ALONE: Final[Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]] = {
+    "reached in pruned layers [%]": (lambda own: own.reached_selected, 1, False),
+    "top-5, last epoch [%]": (lambda own: own.last_top5, 2, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The runs of a table among those that are reported.
+
+    Attributes:
+        table: with the paper's numbers.
+        results: of its runs that are reported, in the table's order.
+        missing: folders of its runs that are not.
+        problems: why a run with the name of one of the table's isn't that one, a sentence each.
+    """
+
+    table: Table
+    results: tuple[RunResult, ...]
+    missing: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def compared(table: Table, runs: Sequence[ReportedRun]) -> Comparison:
+    """Find the runs of a table: by the names of their folders, and of the same recipe."""
+    parents = {run.name: run.folder.resolve().parent for run in runs}
+    results = [read_result(run, parents[run.folder]) for run in table.runs if run.folder in parents]
+    return Comparison(
+        table,
+        tuple(result for result in results if not result.problem),
+        tuple(dict.fromkeys(run.folder for run in table.runs if run.folder not in parents)),
+        tuple(dict.fromkeys(result.problem for result in results if result.problem)),
+    )
+
+
+def mean_top1(variant: Variant) -> float | None:
+    """Mean top-1 after the last epoch in percent, of the finished runs if there are any."""
+    return mean_of(run.numbers.last_top1 for run in variant.counted)
+
+
+def above_dense(variant: Variant, variants: Sequence[Variant]) -> float | None:
+    """By how many points the mean top-1 is above that of dense training, all else the same.
+
+    None where there is no such dense variant, or this is dense itself.
+    """
+    key = settings_key(variant.recipe, pruning=False)
+    own = mean_top1(variant)
+    for other in variants:
+        is_dense = other.method == "dense" and settings_key(other.recipe, pruning=False) == key
+        if is_dense and other is not variant and own is not None:
+            dense = mean_top1(other)
+            return None if dense is None else own - dense
+    return None
+
+
+def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Grid:
+    """The table of variants: means over their seeds."""
+    header = ["variant", *_NUMBERS, "method", "era", "epochs", "runs"]
+    at = header.index("top-1, last epoch [%]") + 1
+    header.insert(at, "to dense")
+    rows = []
+    for variant in variants:
+        numbers = [run.numbers for run in variant.counted]
+        cells = [
+            spread_text([value(own) for own in numbers], len(variant.runs), digits, sign=sign)
+            for value, digits, sign in _NUMBERS.values()
+        ]
+        name, *kind = _variant_cells(variant)
+        row = [name, *cells, *kind, _epochs(variant), str(len(variant.runs))]
+        row.insert(at, number_text(above_dense(variant, variants), sign=True))
+        rows.append(_asked_once(row, header, variant))
+    caption = (
+        "Means ± standard deviations over the seeds; sparsity is that of all convolution and "
+        "linear weights; epochs count from 1."
+    )
+    swatches = tuple(_swatch(lines[variant.name]) for variant in variants)
+    left = (0, header.index("method"), header.index("era"))
+    return Grid(caption, tuple(header), tuple(map(tuple, rows)), left, swatches)
+
+
+def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None) -> Grid:
+    """The table of runs, a line each, with the paper's numbers and those under attack."""
+    numbers = {**_NUMBERS, **_OF_RUNS_ALONE}
+    attacks = columns_of(run.evaluation for variant in variants for run in variant.runs)
+    columns = _paper_columns(comparison) if comparison else []
+    header = [
+        *("run", "variant", "method", "era", "seed", "model", "data", "epochs done", "epochs"),
+        *numbers,
+        *(f"{column.name}{suffix}" for column in columns for suffix in (", table", ", paper")),
+        *(name for name, _, _ in attacks),
+    ]
+    rows = []
+    for variant in variants:
+        for run in variant.runs:
+            recipe = run.recipe
+            rows.append(
+                (
+                    *(str(run.folder), *_variant_cells(variant), str(recipe.seed)),
+                    *(recipe.model.name, recipe.data.name),
+                    *(str(run.numbers.epochs), str(recipe.epochs)),
+                    *(
+                        number_text(value(run.numbers), digits, sign=sign)
+                        for value, digits, sign in numbers.values()
+                    ),
+                    *_paper_cells(run, comparison, columns),
+                    *(
+                        number_text(accuracy(run.evaluation, attack, epsilon))
+                        for _, attack, epsilon in attacks
+                    ),
+                )
+            )
+    caption = f"Each of the {len(rows)} runs" if len(rows) > 1 else "The run"
+    return Grid(caption, tuple(header), tuple(rows), (0, 1, 2, 3, 5, 6))
+
+
+def paper_grid(comparison: Comparison) -> Grid | None:
+    """The paper's numbers beside the measured ones; None where the table has none of its runs."""
+    columns = _paper_columns(comparison)
+    if not columns:
+        return None
+    by_name: dict[str, list[RunResult]] = {}
+    for result in comparison.results:
+        if result.run.paper:
+            by_name.setdefault(result.run.name, []).append(result)
+    header = ["run"]
+    for column in columns:
+        header += [_column_name(column), "paper", "difference"]
+    rows = [
+        (name, *(cell for column in columns for cell in _compared_cells(results, column)))
+        for name, results in by_name.items()
+    ]
+    caption = f"{comparison.table.title}: measured, in the paper, and measured less the paper's."
+    return Grid(caption, tuple(header), tuple(rows))
+
+
+def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Grid:
+    """Top-1 of variants under each attack that any of their runs was evaluated under."""
+    evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
+    columns = columns_of(run.evaluation for variant in evaluated for run in variant.runs)
+    rows = [
+        (
+            variant.name,
+            *(
+                spread_text(
+                    [accuracy(run.evaluation, attack, epsilon) for run in variant.runs],
+                    len(variant.runs),
+                )
+                for _, attack, epsilon in columns
+            ),
+        )
+        for variant in evaluated
+    ]
+    caption = "Top-1 on clean and on attacked images; means ± standard deviations over the seeds."
+    header = ("variant", *(name for name, _, _ in columns))
+    return Grid(
+        caption, header, tuple(rows), swatches=tuple(_swatch(lines[row[0]]) for row in rows)
+    )
+
+
+def era_text(recipe_pruning: object) -> str:
+    """The epochs from 1 in which a recipe prunes."""
+    era = getattr(recipe_pruning, "era", None)
+    return ABSENT if era is None else f"{era[0] + 1}–{era[1]}"
+
+
+def _variant_cells(variant: Variant) -> tuple[str, str, str]:
+    return variant.name, variant.method, era_text(variant.recipe.pruning)
+
+
+def _epochs(variant: Variant) -> str:
+    """The epochs of a variant, and how far the runs are that aren't through."""
+    behind = [str(run.numbers.epochs) for run in variant.runs if not run.finished]
+    done = f" ({', '.join(behind)} done)" if behind else ""
+    return f"{variant.recipe.epochs}{done}"
+
+
+def _asked_once(row: list[str], header: Sequence[str], variant: Variant) -> list[str]:
+    """What all runs of a variant share is no mean."""
+    row[header.index("sparsity asked [%]")] = number_text(variant.runs[0].numbers.asked, 1)
+    return row
+
+
+def _swatch(line: Line) -> tuple[str | None, tuple[float, ...]]:
+    return line.colour, line.dashes
+
+
+def _paper_columns(comparison: Comparison) -> list[Column]:
+    given = {name for result in comparison.results for name in result.run.paper}
+    return [column for column in comparison.table.columns if column.name in given]
+
+
+def _column_name(column: Column) -> str:
+    return column.name if column.metric == "best_epoch" else f"{column.name} [%]"
+
+
+def _digits(column: Column) -> int:
+    return 0 if column.metric == "best_epoch" else 2
+
+
+def _paper_cells(
+    run: ReportedRun, comparison: Comparison | None, columns: Sequence[Column]
+) -> list[str]:
+    """What a run has in the table's columns, and what the paper has there."""
+    results = [
+        own for own in (comparison.results if comparison else ()) if own.run.folder == run.name
+    ]
+    cells = []
+    for column in columns:
+        found = [own for own in results if column.name in own.run.paper]
+        measured = found[0].value(column) if found else None
+        paper = found[0].run.paper[column.name] if found else None
+        cells += [number_text(measured, _digits(column)), number_text(paper, _digits(column))]
+    return cells
+
+
+def _compared_cells(results: Sequence[RunResult], column: Column) -> list[str]:
+    """Measured, the paper's, and the difference."""
+    digits = _digits(column)
+    values = [value for result in results if (value := result.value(column)) is not None]
+    paper = results[0].run.paper.get(column.name)
+    above = statistics.mean(values) - paper if values and paper is not None else None
+    return [
+        spread_text(values, len(results), digits),
+        number_text(paper, digits),
+        number_text(above, digits, sign=True),
+    ]
