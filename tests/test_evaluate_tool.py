@@ -598,18 +598,14 @@ def test_what_is_no_number_is_refused(arguments, message, tool, run):
 
 
 @pytest.mark.slow
-def test_a_network_trained_on_photographs_is_attacked(tool, tiny_imagenet, tmp_path, monkeypatch):
-    from starfire_prune.training import train
-
-    monkeypatch.setattr(robustness, "load_datasets", load_datasets)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    data = f"{{name: tiny_imagenet, root: {tiny_imagenet}, image_size: 32, batch_size: 64}}"
-    settings = (f"data={data}", "model.num_classes=20", "epochs=2", "pruning=none")
+def test_a_network_trained_on_photographs_is_attacked(tool, runs, tiny_imagenet, tmp_path):
+    data = f"data={{name: tiny_imagenet, root: {tiny_imagenet}, image_size: 32, batch_size: 64"
+    settings = (f"{data}, workers: 0}}", "model.num_classes=20", "epochs=2", "pruning=none")
     options = "model.options={layers: [1, 1, 1, 1], channels: [16, 16, 32, 32]}"
-    recipe = small_recipe(tmp_path, *settings, options, "lr_schedule={}")
-    train(recipe, tmp_path / "run")
-    tool(tmp_path / "run", "--fgsm", "0", "1/255", "8/255", "--pgd", "8/255", "--seed", "1")
+    train_on(small_recipe(tmp_path, *settings, options, "lr_schedule={}"), tmp_path / "run")
+    ended = tool(tmp_path / "run", "--fgsm", "0", "1/255", "8/255", "--pgd", "8/255")
+    assert (ended.status, ended.stderr) == (0, "")
     clean, none, near, far, steps = results_of(tmp_path / "run")
+    assert clean.images == 1000
     assert clean.top1 == none.top1 == metrics_of(tmp_path / "run")[-1]["top1"]
     assert clean.top1 > near.top1 > far.top1 >= steps.top1
-    assert clean.images == 1000
