@@ -1,0 +1,78 @@
+"""Accuracies under attack, from evaluations made by hand."""
+
+from typing import Any
+
+from starfire_prune.attack_numbers import (
+    Attack,
+    accuracy,
+    attack_curve,
+    attacks_of,
+    columns_of,
+    results_under,
+)
+from starfire_prune.evaluation import Evaluation, Result
+
+CLEAN = {"attack": "none", "epsilon": 0.0, "top1": 0.75}
+PGD = {"attack": "pgd", "steps": 10, "step_size": 0.01, "restarts": 2, "seed": 0}
+
+
+def evaluation(*results: dict[str, Any]) -> Evaluation:
+    shared: dict[str, Any] = {"images": 100, "top5": 0.9, "loss": 1.0}
+    return Evaluation(
+        weights_sha256="0",
+        data={},
+        images=100,
+        environment={},
+        results=tuple(Result(**{**shared, **result}) for result in results),
+    )
+
+
+def fgsm(epsilon: float, top1: float, **settings: Any) -> dict[str, Any]:
+    return {"attack": "fgsm", "epsilon": epsilon, "top1": top1, **settings}
+
+
+def test_a_curve_begins_at_the_clean_images():
+    own = evaluation(CLEAN, fgsm(0.1, 0.25), fgsm(0.05, 0.5))
+    assert attack_curve(own, Attack("fgsm")) == ((0.0, 0.05, 0.1), (75.0, 50.0, 25.0))
+
+
+def test_a_curve_without_clean_images_begins_at_the_first_epsilon():
+    assert attack_curve(evaluation(fgsm(0.1, 0.25)), Attack("fgsm")) == ((0.1,), (25.0,))
+
+
+def test_there_is_no_curve_of_an_attack_that_was_not_made():
+    assert attack_curve(evaluation(CLEAN), Attack("fgsm")) == ((), ())
+    assert attack_curve(None, Attack("fgsm")) == ((), ())
+
+
+def test_a_transferred_attack_is_another_one_than_that_on_the_model_itself():
+    own = evaluation(fgsm(0.1, 0.25), fgsm(0.1, 0.5, source="dense"))
+    assert accuracy(own, Attack("fgsm"), 0.1) == 25.0
+    assert accuracy(own, Attack("fgsm", source="dense"), 0.1) == 50.0
+    assert [result.top1 for result in results_under(own, Attack("fgsm"))] == [0.25]
+
+
+def test_of_equal_attacks_that_on_the_most_images_counts():
+    own = evaluation(fgsm(0.1, 0.25, images=50), fgsm(0.1, 0.5, images=80))
+    assert accuracy(own, Attack("fgsm"), 0.1) == 50.0
+
+
+def test_attacks_begin_with_none_and_end_with_transferred_ones():
+    own = evaluation(fgsm(0.1, 0.5, source="dense"), fgsm(0.1, 0.25), CLEAN)
+    assert attacks_of([None, own]) == [
+        Attack("none"),
+        Attack("fgsm"),
+        Attack("fgsm", source="dense"),
+    ]
+
+
+def test_columns_are_of_all_epsilons_that_any_evaluation_holds():
+    columns = columns_of([evaluation(fgsm(0.1, 0.25)), evaluation(CLEAN, fgsm(0.05, 0.5))])
+    assert [name for name, _, _ in columns] == ["clean [%]", "FGSM, ε 0.05 [%]", "FGSM, ε 0.1 [%]"]
+
+
+def test_an_attack_is_named_by_all_its_settings():
+    own = evaluation({**PGD, "epsilon": 0.1, "top1": 0.1, "space": "normalised", "source": "ck"})
+    (attack,) = attacks_of([own])
+    assert attack.label == "PGD of 10 steps, 2 restarts, normalised, transferred from ck"
+    assert attack.unit == "normalised pixels"

@@ -1,0 +1,186 @@
+"""The report of runs: what its words say, and which pictures it has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from starfire_prune import mask_pictures, report_pictures
+from starfire_prune.picture_style import Images
+from starfire_prune.recipe import load_recipe
+from starfire_prune.report_layers import chosen_layer
+from starfire_prune.report_page import Report
+from starfire_prune.report_runs import ReportedRun, ReportError, read_run
+from starfire_prune.report_words import file_name, numbered
+from starfire_prune.run_report import build_report, write_report
+from tests.reported import TOP1, leave_dense, leave_evaluation, leave_run
+
+Left = Callable[..., ReportedRun]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures have tests of their own, and take a while."""
+    for module in (report_pictures, mask_pictures):
+        monkeypatch.setattr(module, "rendered", lambda *_: Images(b"light", b"dark", 960, 720))
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Left:
+    """Leaves and reads a run."""
+
+    def leave(name: str, *overrides: str, **options: Any) -> ReportedRun:
+        own = leave_dense if name.startswith("dense") else leave_run
+        return read_run(own(tmp_path / name, *overrides, **options), unfinished=True)
+
+    return leave
+
+
+def names(report: Report) -> list[str]:
+    return [picture.name for picture in report.pictures]
+
+
+def headings(report: Report) -> list[str]:
+    return [section.heading for section in report.sections]
+
+
+def test_a_report_of_several_variants(left):
+    report = build_report([left("ck", "seed=0"), left("dense", "seed=0", top1=(0.5,) * 4)])
+    assert report.title == "2 ways of training resnet18 on digits"
+    assert report.summary == (
+        "2 runs of 2 variants: resnet18 on digits (10 classes, 16 px), 4 epochs, seed 0.",
+        "Dense training ends at 50.00 % top-1.",
+        "Pruned training ends at 75.00 % top-1 (+25.00 points to dense).",
+        "ck is furthest from the sparsity asked for: 60.0 % asked, 61.3 % reached.",
+    )
+    assert report.notes == ()
+    assert headings(report) == ["Results", "Accuracy", "Sparsity", "Layers and masks", "Each run"]
+    assert names(report) == [
+        *("accuracy", "top5", "last-and-best", "sparsity", "asked-and-reached"),
+        *("layers-ck", "masks-ck"),
+    ]
+    assert [row[0] for row in report.sections[0].grids[0].rows] == ["dense", "ck"]
+
+
+def test_a_report_of_a_dense_run_has_no_masks(left):
+    report = build_report([left("dense-seed3")])
+    assert report.title == ("dense: resnet18 on digits (10 classes, 16 px), 4 epochs, seed 3")
+    assert headings(report) == ["Results", "Accuracy", "Sparsity", "Each run"]
+
+
+def test_the_highest_and_the_lowest_pruned_variant_are_told(left):
+    runs = [left("ck"), left("window", "pruning.method=window", top1=(0.1, 0.1, 0.1, 0.25))]
+    summary = build_report(runs).summary
+    assert "The highest of the pruned variants is ck, at 75.00 % top-1." in summary
+    assert "The lowest is window, at 25.00 %." in summary
+
+
+def test_runs_that_hit_their_targets_are_told(left):
+    run = left("magnitude", "pruning.method=magnitude")
+    assert build_report([run]).summary[-1] == (
+        "All sparse runs have reached the sparsity asked for within 1 point."
+    )
+
+
+def test_runs_of_different_data_are_told_and_not_ranked(left, tmp_path):
+    other = left(
+        "folder-ck", "data.name=folder", f"data.root={tmp_path}/birds", "pruning.amount=0.5"
+    )
+    report = build_report([left("ck"), other])
+    assert report.notes[0] == (
+        "The runs are of different data sets: their accuracies can't be compared (digits (10 "
+        "classes, 16 px): ck; birds (10 classes, 16 px): folder-ck)."
+    )
+    assert not [line for line in report.summary if "highest" in line]
+
+
+def test_runs_of_different_lengths_are_told(left):
+    runs = [left("ck"), left("long", "epochs=5", top1=(0.5,) * 5)]
+    assert "The runs are of different numbers of epochs (4: ck; 5: long)." in (
+        build_report(runs).notes
+    )
+
+
+def test_unfinished_runs_are_told_and_have_no_masks(left):
+    report = build_report([left("ck", top1=TOP1[:2], exports=False)])
+    assert report.notes[0].startswith("Not finished: ck (2 of 4 epochs). They count in means")
+    assert "Layers and masks" not in headings(report)
+
+
+def test_a_run_that_has_done_no_epoch_is_reported(left):
+    report = build_report([left("ck", top1=(), exports=False)])
+    assert "Not finished: ck (0 of 4 epochs)" in report.notes[0]
+    assert report.runs.rows[0][report.runs.header.index("top-1, last epoch [%]")] == "-"
+
+
+def test_long_runs_have_the_last_half_of_their_curves_closer(left):
+    report = build_report([left("ck", "epochs=8", top1=(0.5,) * 8)])
+    assert names(report)[:2] == ["accuracy", "accuracy-closer"]
+
+
+def test_many_variants_have_a_picture_a_method_beside_dense(left, tmp_path):
+    run = left("dense")
+    small = tmp_path / "small.yaml"
+    amounts = [load_recipe(small, [f"pruning.amount=0.{n}"]) for n in range(20, 34)]
+    pruned = [ReportedRun(Path(f"ck-{n}"), own, run.metrics) for n, own in enumerate(amounts)]
+    runs = [run, *pruned]
+    shown = [name for name in names(build_report(runs)) if name.startswith("accuracy")]
+    assert shown == ["accuracy-ck-1", "accuracy-ck-2"]
+
+
+def test_attacks_on_the_model_itself_have_pictures_and_all_are_in_the_table(tmp_path):
+    folder = leave_run(tmp_path / "ck")
+    attack = {"attack": "fgsm", "epsilon": 0.1, "top1": 0.25}
+    leave_evaluation(folder, attack, {**attack, "source": "dense", "top1": 0.5})
+    report = build_report([read_run(folder)])
+    (section,) = [own for own in report.sections if own.heading == "Robustness"]
+    assert [picture.name for picture in section.pictures] == ["robustness-fgsm"]
+    assert section.grids[0].rows == (("ck", "25.00", "50.00"),)
+    assert "24 images." in section.pictures[0].caption
+
+
+def test_captions_tell_the_settings(left):
+    for picture in build_report([left("ck")]).pictures:
+        assert "resnet18 on digits (10 classes, 16 px), 4 epochs, seed 3" in picture.caption
+        assert picture.alt
+
+
+def test_masks_are_of_the_middle_layer_or_the_one_that_is_named(left):
+    run = left("ck")
+    middle, named = (build_report([run], layer=layer) for layer in (None, "conv1"))
+    assert "layer2.0.conv2, of shape 8×8×3×3" in middle.pictures[-1].caption
+    assert "conv1, of shape " in named.pictures[-1].caption
+
+
+def test_a_layer_that_is_not_pruned_is_refused(left):
+    run = left("ck")
+    with pytest.raises(
+        ReportError, match=r"--layer fc is no convolution that .* prunes; it prunes"
+    ):
+        build_report([left("dense"), run], layer="fc")
+
+
+def test_a_model_of_points_alone_shows_one_of_them(left):
+    run = left("ck", "pruning.include=[layer2.0.downsample.0]")
+    assert run.sparsity is not None
+    layer = chosen_layer(run.sparsity)
+    assert layer is not None
+    assert layer.name == "layer2.0.downsample.0"
+
+
+def test_pictures_of_like_names_have_files_of_their_own(left):
+    picture = build_report([left("dense")]).pictures[0]
+    assert [own.name for own in numbered([picture] * 3)] == ["accuracy", "accuracy-2", "accuracy-3"]
+    assert file_name("../a b") == "a-b"
+    assert file_name("…") == "run"
+
+
+def test_what_is_written_is_the_page_its_tables_and_the_pictures(left, tmp_path):
+    report = build_report([left("ck")])
+    page = write_report(report, tmp_path / "out")
+    assert page == tmp_path / "out" / "report.html"
+    assert {path.name for path in page.parent.iterdir()} == {
+        *("report.html", "report.md", "report.csv"),
+        *(f"{name}.png" for name in names(report)),
+    }
