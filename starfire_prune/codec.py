@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "window": ("kernels", "patterns", "values"),
     "bitmap": ("weights", "values"),
 }
+_WINDOWS_AT_ONCE = 2**15  # kernels, a multiple of 8: their weights stay in the cache
+_MAX_KERNEL_BYTES = 2**30
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -95,28 +97,17 @@ def encode(tensor: Tensor, encoding: str | None = None) -> Encoded:
         >>> encoded.encoding, encoded.size_bytes  # 16 bits and 9 weights
         ('ck', 38)
     """
-    bits = bits_of(tensor.contiguous())
-    values: npt.NDArray[np.generic] = bits.numpy()
+    values: npt.NDArray[np.generic] = bits_of(tensor.contiguous()).numpy()
     kernels = values.reshape(_kernels_of(tuple(tensor.shape)))
     kept = kernels != 0
-    alive = kept.any(1)
-    chosen = (
-        (encoding or _cheapest(kept, alive, values.itemsize, tensor.ndim > 2))
-        if kept.size
-        else "dense"
-    )
-    parts: dict[str, npt.NDArray[np.generic]]
-    if chosen == "dense":
-        parts = {"values": values}
-    elif chosen == "ck":
-        parts = {"kernels": pack_bits(alive), "values": kernels[alive]}
-    elif chosen == "window":
-        patterns = pack_bits(kept[alive])
-        parts = {"kernels": pack_bits(alive), "patterns": patterns, "values": kernels[kept]}
-    else:
-        parts = {"weights": pack_bits(kept), "values": kernels[kept]}
-    flat = {name: part.reshape(-1).view(np.uint8) for name, part in parts.items()}
-    return Encoded(chosen, tuple(tensor.shape), values.itemsize, flat)
+    if not kept.size:
+        encoding = "dense"
+    elif encoding is None:
+        encoding = _cheapest(kept, values.itemsize, tensor.ndim)
+    parts = {
+        name: part.reshape(-1).view(np.uint8) for name, part in _parts(encoding, kernels, kept)
+    }
+    return Encoded(encoding, tuple(tensor.shape), values.itemsize, parts)
 
 
 def decode(encoded: Encoded) -> Tensor:
@@ -133,18 +124,22 @@ def decode_into(encoded: Encoded, out: Tensor) -> None:
         encoded: by `encode` or `read_parts`, which have checked it.
         out: integers of the weights' size, contiguous, of as many elements.
     """
-    out = out.view(-1)
-    values = torch.from_numpy(kept_values(encoded))
+    values, out = torch.from_numpy(kept_values(encoded)), out.view(-1)
     if encoded.encoding == "dense":
         out.copy_(values)
         return
     out.zero_()
     n_kernels, kernel_size = _kernels_of(encoded.shape)
-    if encoded.encoding == "ck":
-        rows = _indices(unpack_bits(encoded.parts["kernels"], n_kernels))
-        out.view(n_kernels, kernel_size).index_copy_(0, rows, values.view(-1, kernel_size))
+    if encoded.encoding == "bitmap":
+        _scatter(out, unpack_bits(encoded.parts["weights"], out.numel()), values)
+    elif encoded.encoding == "window":
+        _scatter_windows(out, encoded, values)
+    elif kernel_size == 1:
+        _scatter(out, unpack_bits(encoded.parts["kernels"], n_kernels), values)
     else:
-        out.scatter_(0, _indices(_kept(encoded)), values)
+        kernels = _rows(out, kernel_size)
+        alive = np.flatnonzero(unpack_bits(encoded.parts["kernels"], n_kernels))
+        kernels[alive] = _rows(values, kernel_size)
 
 
 def kept_values(encoded: Encoded) -> npt.NDArray[np.signedinteger]:
@@ -170,14 +165,17 @@ def read_parts(
     """
     n_kernels, kernel_size = _kernels_of(shape)
     count = n_kernels * kernel_size
-    if not count and encoding != "dense":
+    if encoding != "dense" and not count:
         raise CodecError(f"a tensor of shape {shape} holds no weights: it must be dense")
+    if encoding in ("ck", "window") and kernel_size * item_bytes > _MAX_KERNEL_BYTES:
+        raise CodecError(f"a kernel of shape {shape[2:]} has more than {_MAX_KERNEL_BYTES} bytes")
     parts: dict[str, Bytes] = {}
     for name in PARTS[encoding][:-1]:
         length = n_kernels if name == "kernels" else count
         parts[name] = read(name, -(-length // 8))
         _check_end(name, parts[name], length)
-        count = _set_bits(parts[name]) * (kernel_size if name == "kernels" else 1)
+        n_set = int(np.count_nonzero(unpack_bits(parts[name], length)))
+        count = n_set * (kernel_size if name == "kernels" else 1)
     parts["values"] = read("values", count * item_bytes)
     return Encoded(encoding, shape, item_bytes, parts)
 
@@ -218,7 +216,10 @@ def inflate(data: Bytes, size_bytes: int, item_bytes: int) -> Bytes:
         raise CodecError(f"its deflated bytes are damaged ({error})") from error
     if len(planes) != size_bytes or rest or not stream.eof or stream.unused_data:
         raise CodecError(f"its deflated bytes don't hold the {size_bytes} that its shape needs")
-    return np.frombuffer(planes, np.uint8).reshape(item_bytes, -1).T.flatten()
+    items = np.empty((size_bytes // item_bytes, item_bytes), np.uint8)
+    for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(item_bytes, -1)):
+        items[:, place] = plane
+    return items.reshape(-1)
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -232,18 +233,33 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()])
 
 
-def _cheapest(kept: Bools, alive: Bools, item_bytes: int, has_kernels: bool) -> str:
-    n_alive, n_kept = np.count_nonzero(alive), np.count_nonzero(kept)
+def _parts(
+    encoding: str, kernels: npt.NDArray[np.generic], kept: Bools
+) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+    """The parts of a tensor of shape `(kernels, weights of a kernel)`."""
+    stored = np.ones_like(kept) if encoding == "dense" else kept
+    if encoding == "bitmap":
+        yield "weights", pack_bits(kept)
+    if encoding in ("ck", "window"):
+        alive: Bools = np.logical_or.reduce(kept, axis=1)
+        yield "kernels", pack_bits(alive)
+        if encoding == "window":
+            yield "patterns", pack_bits(kept[alive])
+        else:
+            stored = np.broadcast_to(alive[:, None], kept.shape)
+    yield "values", kernels[stored]
+
+
+def _cheapest(kept: Bools, item_bytes: int, n_dims: int) -> str:
+    alive: Bools = np.logical_or.reduce(kept, axis=1)
     kernel_size = kept.shape[1]
-    a_kernel = -(-alive.size // 8)
-    sizes = {
-        "dense": kept.size * item_bytes,
-        "ck": a_kernel + n_alive * kernel_size * item_bytes,
-        "window": a_kernel - (-n_alive * kernel_size // 8) + n_kept * item_bytes,
-        "bitmap": -(-kept.size // 8) + n_kept * item_bytes,
-    }
-    if not has_kernels:
-        del sizes["ck"], sizes["window"]
+    n_alive, n_kept = int(np.count_nonzero(alive)), int(np.count_nonzero(kept))
+    n_kernels = -(-alive.size // 8)
+    sizes: dict[str, int] = {"dense": kept.size * item_bytes}
+    if n_dims > 2 and kernel_size * item_bytes <= _MAX_KERNEL_BYTES:
+        sizes["ck"] = n_kernels + n_alive * kernel_size * item_bytes
+        sizes["window"] = n_kernels - (-n_alive * kernel_size // 8) + n_kept * item_bytes
+    sizes["bitmap"] = -(-kept.size // 8) + n_kept * item_bytes
     return min(sizes, key=lambda encoding: sizes[encoding])
 
 
@@ -252,29 +268,32 @@ def _kernels_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:2]), math.prod(shape[2:])
 
 
-def _kept(encoded: Encoded) -> Bools:
-    """Which weights are stored, flat, for the encodings with a bit a weight."""
+def _scatter(out: Tensor, bits: Bools, values: Tensor) -> None:
+    """Put values, in their order, where bits are set."""
+    out.scatter_(0, torch.from_numpy(np.flatnonzero(bits)), values)
+
+
+def _scatter_windows(out: Tensor, encoded: Encoded, values: Tensor) -> None:
     n_kernels, kernel_size = _kernels_of(encoded.shape)
-    if encoded.encoding == "bitmap":
-        return unpack_bits(encoded.parts["weights"], n_kernels * kernel_size)
-    alive = unpack_bits(encoded.parts["kernels"], n_kernels)
-    length = int(np.count_nonzero(alive)) * kernel_size
-    kept = np.zeros((n_kernels, kernel_size), np.bool_)
-    kept[alive] = unpack_bits(encoded.parts["patterns"], length).reshape(-1, kernel_size)
-    return kept.reshape(-1)
+    kernels, patterns = _rows(out, kernel_size), encoded.parts["patterns"]
+    alive = np.flatnonzero(unpack_bits(encoded.parts["kernels"], n_kernels))
+    start = 0
+    for first in range(0, len(alive), _WINDOWS_AT_ONCE):
+        rows = alive[first : first + _WINDOWS_AT_ONCE]
+        packed = patterns[first * kernel_size // 8 :]
+        kept = unpack_bits(packed, len(rows) * kernel_size)
+        end = start + int(np.count_nonzero(kept))
+        dense = values.new_zeros(len(kept))
+        _scatter(dense, kept, values[start:end])
+        kernels[rows] = _rows(dense, kernel_size)
+        start = end
 
 
-def _indices(bits: Bools) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(bits))
-
-
-def _set_bits(packed: Bytes) -> int:
-    return int(np.bincount(packed, minlength=256) @ _BITS_OF_BYTES)
+def _rows(tensor: Tensor, kernel_size: int) -> npt.NDArray[np.void]:
+    """A tensor's kernels as items of an array, which is faster to index than rows."""
+    return tensor.numpy().view(f"V{kernel_size * tensor.element_size()}")
 
 
 def _check_end(name: str, packed: Bytes, length: int) -> None:
     if length % 8 and packed[-1] >> length % 8:
         raise CodecError(f"bits are set behind the last of its {name}")
-
-
-_BITS_OF_BYTES = np.array([byte.bit_count() for byte in range(256)])

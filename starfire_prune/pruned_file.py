@@ -33,7 +33,13 @@ from starfire_prune.pruned_metadata import (
     pruning_metadata,
     recipe_metadata,
 )
-from starfire_prune.pruned_tensors import TENSORS_KEY, TensorEntry, read_entries, store_tensors
+from starfire_prune.pruned_tensors import (
+    TENSORS_KEY,
+    TensorEntry,
+    in_parallel,
+    read_entries,
+    store_tensors,
+)
 from starfire_prune.tensor_file import (
     MAX_BYTES,
     DamageError,
@@ -142,7 +148,7 @@ def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tenso
     """
     entries = read_pruned_file(path, max_bytes=max_bytes).entries
     with _loading(Path(path)):
-        return {name: entry.decode() for name, entry in entries.items()}
+        return dict(zip(entries, in_parallel(TensorEntry.decode, entries.values()), strict=True))
 
 
 def load_pruned_model(
@@ -343,8 +349,7 @@ def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     told = [f"{what} {_few(names)}" for what, names in problems.items() if names]
     if told:
         raise DamageError(f"it is of another model: it {' and '.join(told)}")
-    for name, entry in entries.items():
-        entry.copy_into(own[name])
+    in_parallel(lambda entry: entry.copy_into(own[entry.name]), entries.values())
 
 
 def _few(names: list[str], most: int = 3) -> str:

@@ -45,7 +45,7 @@ from starfire_prune.tensor_file import (
     parse_json,
 )
 
-__all__ = ["TENSORS_KEY", "TensorEntry", "read_entries", "store_tensors"]
+__all__ = ["TENSORS_KEY", "TensorEntry", "in_parallel", "read_entries", "store_tensors"]
 
 TENSORS_KEY = "starfire_prune.tensors"
 _NOTE_BYTES = 200  # about what an encoded tensor adds to the header: it has to save more
@@ -92,6 +92,7 @@ class TensorEntry:
         decode_into(self.encoded, bits_of(tensor))
         return tensor
 
+    @torch.no_grad()
     def copy_into(self, target: Tensor) -> None:
         """Decode into a tensor of the same shape; in its own memory, if it is of this dtype."""
         is_plain = target.device.type == "cpu" and target.is_contiguous()
@@ -143,7 +144,7 @@ def store_tensors(
         stored, entry = _store(name, state[name], compress, deflates)
         return stored, {**entry, **_note_zeros(state[name], masks.get(name))}
 
-    results = dict(zip(state, _parallel(store, state), strict=True))
+    results = dict(zip(state, in_parallel(store, state), strict=True))
     tensors = {name: part for stored, _ in results.values() for name, part in stored.items()}
     table = {name: entry for name, (_, entry) in results.items()}
     if len(tensors) != sum(len(stored) for stored, _ in results.values()):
@@ -174,7 +175,7 @@ def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:
     missing = set(file.tensors) - {part for claim in claims for part in claim.stored}
     if missing:
         raise DamageError(f"tensor {min(missing)!r} is not in its table")
-    entries = _parallel(lambda claim: _named(claim.name, claim.read), claims)
+    entries = in_parallel(lambda claim: _named(claim.name, claim.read), claims)
     return {entry.name: entry for entry in entries}
 
 
@@ -318,7 +319,7 @@ def _named(name: str, function: Callable[[], Result]) -> Result:
         raise DamageError(f"tensor {name!r}: {error}") from error
 
 
-def _parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Map over items by as many threads as torch uses: checksums and NumPy release the GIL."""
     threads = min(torch.get_num_threads(), _MAX_THREADS)
     if threads == 1:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -120,21 +121,21 @@ def write_tensor_file(
 
 
 def read_tensor_file(path: Path) -> TensorFile:
-    """Read a safetensors file; its bytes are mapped to memory and read as they are used.
+    """Read a safetensors file; its bytes are mapped to memory, and read as they are used.
 
     Raises:
         CheckpointError: if there is no such file, or it is no whole safetensors file whose header
             has the CRC-32 that it names.
     """
     try:
-        if not path.is_file():
+        if not path.is_file():  # a pipe would wait for ever
             raise DamageError("there is no such file")
         with path.open("rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise DamageError(f"a safetensors file has at least 8 bytes, and this has {size}")
             # Copied on a write, so that arrays over it count as writable
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         return _parse(np.frombuffer(mapped, np.uint8))
     except (OSError, DamageError) as error:
         raise CheckpointError(f"{path} can't be loaded: {reason(error)}") from error
