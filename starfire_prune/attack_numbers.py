@@ -9,7 +9,16 @@ from typing import Final
 from starfire_prune.evaluation import Evaluation, Result
 from starfire_prune.report_numbers import Curve
 
-__all__ = ["Attack", "accuracy", "attack_curve", "attacks_of", "columns_of", "results_under"]
+__all__ = [
+    "Attack",
+    "accuracy",
+    "attack_curve",
+    "attacks_of",
+    "columns_of",
+    "epsilon_text",
+    "is_level",
+    "results_under",
+]
 
 _SPACES: Final = {"pixel": "pixels in [0, 1]", "normalised": "normalised pixels"}
 
@@ -24,6 +33,7 @@ class Attack:
         steps: of PGD.
         restarts: of PGD.
         source: name of the run whose gradients it followed; None for the model's own.
+        precision: of the passes.
     """
 
     name: str
@@ -31,6 +41,7 @@ class Attack:
     steps: int | None = None
     restarts: int | None = None
     source: str | None = None
+    precision: str = "fp32"
 
     @property
     def label(self) -> str:
@@ -49,6 +60,8 @@ class Attack:
             parts.append(f"{self.restarts} restarts")
         if self.space != "pixel":
             parts.append(self.space)
+        if self.precision != "fp32":
+            parts.append(self.precision)
         if self.source is not None:
             parts.append(f"transferred from {self.source}")
         return ", ".join(parts)
@@ -62,7 +75,7 @@ class Attack:
 def attacks_of(evaluations: Iterable[Evaluation | None]) -> list[Attack]:
     """The attacks that any of the evaluations holds: none, those on the model itself, the rest."""
     found = {_attack(result): None for one in evaluations if one for result in one.results}
-    return sorted(found, key=lambda attack: (attack.name != "none", attack.source is not None))
+    return sorted(found, key=_place)
 
 
 def columns_of(evaluations: Iterable[Evaluation | None]) -> list[tuple[str, Attack, float]]:
@@ -72,9 +85,29 @@ def columns_of(evaluations: Iterable[Evaluation | None]) -> list[tuple[str, Atta
     for attack in attacks_of(evaluations):
         found = {result.epsilon for one in evaluations for result in results_under(one, attack)}
         for epsilon in sorted(found):
-            at = "" if attack.name == "none" else f", ε {epsilon:.4g}"
-            columns.append((f"{attack.label}{at} [%]", attack, epsilon))
+            if attack.name == "none":
+                columns.append((f"{attack.label} [%]", attack, epsilon))
+            elif epsilon:  # at 0 an attack leaves the images as they are
+                at = epsilon_text(epsilon, attack)
+                columns.append((f"{attack.label}, ε {at} [%]", attack, epsilon))
     return columns
+
+
+def epsilon_text(epsilon: float, attack: Attack) -> str:
+    """An epsilon as a person gives it: of pixels in 255ths where it is a number of them.
+
+    Example:
+        >>> epsilon_text(8 / 255, Attack("fgsm")), epsilon_text(0.1, Attack("fgsm"))
+        ('8/255', '0.1')
+    """
+    if attack.space == "pixel" and is_level(epsilon):
+        return f"{round(255 * epsilon)}/255"
+    return f"{epsilon:.4g}"
+
+
+def is_level(epsilon: float) -> bool:
+    """Whether epsilon is a number of the steps between pixels of 8 bits."""
+    return abs(255 * epsilon - round(255 * epsilon)) < 1e-6
 
 
 def results_under(evaluation: Evaluation | None, attack: Attack) -> list[Result]:
@@ -105,4 +138,10 @@ def attack_curve(evaluation: Evaluation | None, attack: Attack) -> Curve:
 def _attack(result: Result) -> Attack:
     if result.attack == "none":
         return Attack("none")
-    return Attack(result.attack, result.space, result.steps, result.restarts, result.source)
+    settings = (result.space, result.steps, result.restarts, result.source, result.precision)
+    return Attack(result.attack, *settings)
+
+
+def _place(attack: Attack) -> tuple[object, ...]:
+    own = (attack.name != "none", attack.source or "", attack.name)
+    return (*own, attack.space != "pixel", attack.steps or 0, attack.restarts or 0)

@@ -41,6 +41,7 @@ class RunNumbers:
         best_top1: the highest so far, in percent.
         best_epoch: the first, from 1, that has it: the epoch of convergence in the paper's Table 5.
         gain: of top-1 over the last ten epochs, in points: the paper's Table 7.
+        average_top1: of the moving average of the weights, in percent; None if there is none.
     """
 
     epochs: int = 0
@@ -52,6 +53,7 @@ class RunNumbers:
     best_top1: float | None = None
     best_epoch: int | None = None
     gain: float | None = None
+    average_top1: float | None = None
 
 
 def run_numbers(metrics: Sequence[Mapping[str, Any]], asked: float) -> RunNumbers:
@@ -85,6 +87,7 @@ def run_numbers(metrics: Sequence[Mapping[str, Any]], asked: float) -> RunNumber
         best_top1=None if best is None else known[best],
         best_epoch=best,
         gain=None if last is None or earlier is None else last - earlier,
+        average_top1=_percent(rows[epochs], "ema_top1"),
     )
 
 

@@ -61,6 +61,7 @@ def curves(
     x_from: float | None = None,
     verticals: Sequence[float] = (),
     whole: bool = False,
+    marked: bool = False,
 ) -> Images:
     """Draw the mean curve of each variant, a band from its lowest to its highest run behind it.
 
@@ -70,6 +71,7 @@ def curves(
         x_from: draw what comes from there on only.
         verticals: places of dotted upright lines.
         whole: let y go from 0 to 100.
+        marked: mark the points that the curves join.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -77,7 +79,7 @@ def curves(
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         for own in series:
-            _draw_series(axes, own, theme)
+            _draw_series(axes, own, theme, marked)
         for x in verticals:
             axes.axvline(x, color=theme.muted, lw=1, ls=":")
         _limit(axes, series, x_from, whole)
@@ -230,7 +232,7 @@ def _label_width(labels: Sequence[str]) -> float:
     return 0.36 + _LETTER_INCHES * max((len(shortened(label)) for label in labels), default=0)
 
 
-def _draw_series(axes: Axes, series: Series, theme: Theme) -> None:
+def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> None:
     colour = series.line.colour_on(theme)
     x, mean = mean_curve(series.curves)
     if len(series.curves) > 1:
@@ -238,8 +240,9 @@ def _draw_series(axes: Axes, series: Series, theme: Theme) -> None:
         lowest = [min(points[at] for points in own) for at in x]
         highest = [max(points[at] for points in own) for at in x]
         axes.fill_between(x, lowest, highest, color=colour, alpha=0.13, lw=0)
-    mark = "o" if len(x) < 2 else ""
-    (line,) = axes.plot(x, mean, marker=mark, color=colour, lw=1.6, label=series.label)
+    mark = "o" if marked or len(x) < 2 else ""
+    (line,) = axes.plot(x, mean, marker=mark, ms=3.5, color=colour, lw=1.6, label=series.label)
+    line.set_clip_on(not marked)  # marks at the edges are whole
     if series.line.dashes:
         line.set_dashes(series.line.dashes)
 
@@ -275,9 +278,9 @@ def _label_ends(axes: Axes, series: Sequence[Series], theme: Theme, height: floa
     for (own, x, y), place in zip(ends, places, strict=True):
         colour = own.line.colour_on(theme)
         reach = right + 0.06 * (right - left)
-        (joint,) = axes.plot([x, reach], [y, place], color=colour, lw=1, clip_on=False)
-        if own.line.dashes:
-            joint.set_dashes(own.line.dashes)
+        if x < right:  # it has ended before the others: nothing is drawn that looks like a value
+            axes.plot([x, right], [y, y], color=colour, lw=0.8, ls=":")
+        axes.plot([right, reach], [y, place], color=colour, lw=1, clip_on=False)
         text = shortened(own.label)
         at = (reach + 0.015 * (right - left), place)
         axes.text(*at, text, fontsize=_LABEL_POINTS, va="center", color=theme.ink)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from starfire_prune.attack_numbers import Attack, attack_curve, attacks_of, results_under
-from starfire_prune.picture_style import MOST_CURVES, Line
+from starfire_prune.attack_numbers import (
+    Attack,
+    attack_curve,
+    attacks_of,
+    epsilon_text,
+    is_level,
+    results_under,
+)
+from starfire_prune.picture_style import MOST_CURVES, Images, Line
 from starfire_prune.report_numbers import Curve, curve, mean_curve, mean_of, number_text
 from starfire_prune.report_page import Picture, Section
 from starfire_prune.report_pictures import Points, Series, curves, points
@@ -217,7 +225,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
         if (own_curves := _attack_curves(own, attack))
     ]
     ends = "; ".join(
-        f"{own.label} {number_text(y[-1])} % at epsilon {x[-1]:.4g}"
+        f"{own.label} {number_text(y[-1])} % at epsilon {epsilon_text(x[-1], attack)}"
         for own in series
         for x, y in [mean_curve(own.curves)]
         if x
@@ -237,8 +245,24 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
         f"ε is the most by which {attack.unit} change; at 0 stand the clean images. "
         f"{listed(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
         f"Top-1 over epsilon: {ends}.",
-        curves(series, (f"ε, of {attack.unit}", "top-1 [%]")),
+        _over_epsilon(series, attack),
     )
+
+
+def _over_epsilon(series: Sequence[Series], attack: Attack) -> Images:
+    """The picture of curves over epsilon, in 255ths where all are numbers of these."""
+    in_levels = attack.space == "pixel" and all(
+        is_level(epsilon) for own in series for x, _ in own.curves for epsilon in x
+    )
+    if not in_levels:
+        return curves(series, (f"ε, of {attack.unit}", "top-1 [%]"), marked=True)
+    scaled = [
+        dataclasses.replace(
+            own, curves=tuple((tuple(round(255 * e) for e in x), y) for x, y in own.curves)
+        )
+        for own in series
+    ]
+    return curves(scaled, ("255 · ε, of pixels in [0, 1]", "top-1 [%]"), marked=True)
 
 
 def _attack_curves(variant: Variant, attack: Attack) -> tuple[Curve, ...]:

@@ -33,7 +33,9 @@ __all__ = [
     "variants_grid",
 ]
 
-_NUMBERS: Final[Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]] = {
+_Numbers = Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]
+
+_NUMBERS: Final[_Numbers] = {
     # heading: the number, its digits, whether it has a sign
     "top-1, last epoch [%]": (lambda own: own.last_top1, 2, False),
     "top-1, best epoch [%]": (lambda own: own.best_top1, 2, False),
@@ -42,9 +44,14 @@ _NUMBERS: Final[Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bo
     "sparsity asked [%]": (lambda own: own.asked, 1, False),
     "reached [%]": (lambda own: own.reached, 1, False),
 }
-_OF_RUNS_ALONE: Final[Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]] = {
+_OF_RUNS_ALONE: Final[_Numbers] = {
     "reached in pruned layers [%]": (lambda own: own.reached_selected, 1, False),
     "top-5, last epoch [%]": (lambda own: own.last_top5, 2, False),
+}
+
+
+_AVERAGED: Final[_Numbers] = {
+    "top-1 of the average [%]": (lambda own: own.average_top1, 2, False),
 }
 
 
@@ -124,7 +131,8 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
 
 def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None) -> Grid:
     """The table of runs, a line each, with the paper's numbers and those under attack."""
-    numbers = {**_NUMBERS, **_OF_RUNS_ALONE}
+    averaged = any(run.numbers.average_top1 is not None for own in variants for run in own.runs)
+    numbers = {**_NUMBERS, **_OF_RUNS_ALONE, **(_AVERAGED if averaged else {})}
     attacks = columns_of(run.evaluation for variant in variants for run in variant.runs)
     columns = _paper_columns(comparison) if comparison else []
     header = [

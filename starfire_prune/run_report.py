@@ -210,6 +210,14 @@ def _notes(variants: Sequence[Variant], comparison: Comparison | None) -> Iterat
             f"Not finished: {_few(behind)}. They count in means only where no run of their "
             f"variant is finished, and then as far as they are."
         )
+    averaged = [
+        run.name for own in variants for run in own.runs if run.numbers.average_top1 is not None
+    ]
+    if averaged:
+        yield (
+            f"Exported with a moving average of the weights: {_few(averaged)}. Its top-1 is in the "
+            f"table of runs; curves and means are of the weights that trained."
+        )
     if comparison is not None:
         if comparison.missing:
             yield f"Not among these runs, but in the table: {_few(comparison.missing)}."

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from starfire_prune.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from starfire_prune.report import format_columns
+from starfire_prune.report_numbers import ABSENT, spread_text
 from starfire_prune.run_folder import RunError, exported_file, read_metrics
 from starfire_prune.tables import Column, Run, Table
 
@@ -19,7 +20,6 @@ __all__ = ["RunResult", "format_results", "read_result"]
 Metrics = Mapping[int, Mapping[str, Any]]
 
 _KEYS: Final = {"top1": "top1", "top5": "top5", "sparsity": "sparsity_network"}
-_ABSENT: Final = "-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _run_cells(results: Sequence[RunResult]) -> list[str]:
         f"{100 * results[0].amount:.1f}",
     )
     reached = [100 * s for result in results if (s := result.sparsity) is not None]
-    return [done, asked, f"{statistics.mean(reached):.1f}" if reached else _ABSENT]
+    return [done, asked, f"{statistics.mean(reached):.1f}" if reached else ABSENT]
 
 
 def _column_cells(
@@ -182,7 +182,7 @@ def _column_cells(
     for column in columns:
         values = [value for result in results if (value := result.value(column)) is not None]
         digits = 0 if column.metric == "best_epoch" and len(results) == 1 else 2
-        cells.append(_mean(values, len(results), digits))
+        cells.append(spread_text(values, len(results), digits))
         if column.name in compared:
             cells += _paper_cells(values, results[0].run.paper.get(column.name), digits)
     return cells
@@ -191,15 +191,6 @@ def _column_cells(
 def _paper_cells(values: Sequence[float], paper: float | None, digits: int) -> list[str]:
     """The paper's number, and how far the mean is above it."""
     if paper is None:
-        return [_ABSENT, _ABSENT]
-    above = f"{statistics.mean(values) - paper:+.{digits}f}" if values else _ABSENT
+        return [ABSENT, ABSENT]
+    above = f"{statistics.mean(values) - paper:+.{digits}f}" if values else ABSENT
     return [f"{paper:.{digits}f}", above]
-
-
-def _mean(values: Sequence[float], seeds: int, digits: int) -> str:
-    if not values:
-        return _ABSENT
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"

@@ -71,6 +71,23 @@ def test_columns_are_of_all_epsilons_that_any_evaluation_holds():
     assert [name for name, _, _ in columns] == ["clean [%]", "FGSM, ε 0.05 [%]", "FGSM, ε 0.1 [%]"]
 
 
+def test_epsilon_is_told_in_steps_of_pixels_where_it_is_some():
+    levels = columns_of([evaluation(fgsm(2 / 255, 0.5), fgsm(0.05, 0.25))])
+    assert [name for name, _, _ in levels] == ["FGSM, ε 2/255 [%]", "FGSM, ε 0.05 [%]"]
+    (column,) = columns_of([evaluation(fgsm(2 / 255, 0.5, space="normalised"))])
+    assert column[0] == "FGSM, normalised, ε 0.007843 [%]"
+
+
+def test_an_attack_that_changes_nothing_has_no_column():
+    assert columns_of([evaluation(fgsm(0.0, 0.75))]) == []
+
+
+def test_an_attack_in_another_precision_is_another_one():
+    own = evaluation(fgsm(0.1, 0.25), fgsm(0.1, 0.5, precision="bf16"))
+    assert accuracy(own, Attack("fgsm"), 0.1) == 25.0
+    assert Attack("fgsm", precision="bf16").label == "FGSM, bf16"
+
+
 def test_an_attack_is_named_by_all_its_settings():
     own = evaluation({**PGD, "epsilon": 0.1, "top1": 0.1, "space": "normalised", "source": "ck"})
     (attack,) = attacks_of([own])

@@ -91,6 +91,14 @@ def test_a_closer_picture_shows_what_its_epochs_reach(figures):
     assert 64.0 < high < 65.0
 
 
+def test_a_curve_that_ends_before_the_others_is_not_drawn_on(figures):
+    curves([*SERIES, Series("half", BLUE, (((1.0,), (45.0,)),))], ("epoch", "top-1 [%]"))
+    axes = figures[0].axes[0]
+    assert list(lines_labelled(axes)["half"].get_xdata()) == [1.0]
+    (rest,) = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert list(rest.get_ydata()) == [45.0, 45.0]
+
+
 @pytest.mark.parametrize("own", [(), (((), ()),), (((1.0,), (50.0,)),)])
 def test_runs_of_no_or_one_epoch_have_a_picture(own, figures):
     curves([Series("ck", BLUE, own)], ("epoch", "top-1 [%]"))

@@ -93,9 +93,10 @@ def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("report") / "out"
     table = runs[0].parent / "table.yaml"
     arguments = [*runs, "--table", table, "--output", output]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        runpy.run_path(str(TOOL), run_name="__main__")
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(TOOL), run_name="__main__")
     assert caught.value.code == 0
     return output
 

@@ -114,6 +114,15 @@ def test_a_run_that_has_done_no_epoch_is_reported(left):
     assert report.runs.rows[0][report.runs.header.index("top-1, last epoch [%]")] == "-"
 
 
+def test_the_average_of_weights_is_told_apart(left):
+    run = left("dense")
+    rows = [{**row, "ema_top1": 0.8125} for row in run.metrics]
+    report = build_report([ReportedRun(run.folder, run.recipe, rows)])
+    assert "Exported with a moving average of the weights: dense. Its top-1" in report.notes[0]
+    column = report.runs.header.index("top-1 of the average [%]")
+    assert report.runs.rows[0][column] == "81.25"
+
+
 def test_long_runs_have_the_last_half_of_their_curves_closer(left):
     report = build_report([left("ck", "epochs=8", top1=(0.5,) * 8)])
     assert names(report)[:2] == ["accuracy", "accuracy-closer"]
