@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
@@ -122,7 +123,8 @@ def rendered(draw: Callable[[Figure, Theme], None], height_inches: float = 3.6) 
 
 
 def _png(draw: Callable[[Figure, Theme], None], theme: Theme, size: tuple[float, float]) -> bytes:
-    with matplotlib.rc_context(_settings(theme)):
+    with matplotlib.rc_context(_settings(theme)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a run's name: a box stands
         figure = Figure(figsize=size)
         draw(figure, theme)
         file = io.BytesIO()
@@ -149,6 +151,7 @@ def _settings(theme: Theme) -> dict[Any, Any]:
         "axes.edgecolor": theme.grid,
         "grid.color": theme.grid,
         "font.size": 9.5,
+        "text.parse_math": False,  # of a run's name
         "axes.titlesize": 9.5,
         "axes.grid": True,
         "axes.axisbelow": True,

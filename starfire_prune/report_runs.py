@@ -126,7 +126,11 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
     recipe = _recipe(folder)
     try:
         metrics = read_metrics(folder)
-    except (RunError, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ReportError(
+            f"{folder / 'metrics.jsonl'} is damaged: it is no text: restore it"
+        ) from error
+    except (RunError, OSError) as error:
         raise ReportError(_sentence(error)) from error
     _check_metrics(folder, recipe, metrics)
     is_exported = exported_file(folder).is_file()
@@ -252,7 +256,7 @@ def _sparsity(folder: Path, recipe: Recipe, last: Mapping[str, Any]) -> Sparsity
 def _pruned_layers(metadata: Mapping[str, Any], file: Path) -> list[str]:
     try:
         return [key.removesuffix(".weight") for key in metadata["weights"]]
-    except (LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError) as error:
         raise ReportError(
             f"{file} was not exported by tools/train.py, its metadata don't tell what is pruned: "
             f"restore it, or leave the run out"

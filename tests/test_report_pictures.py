@@ -84,6 +84,12 @@ def test_pictures_have_the_colours_of_their_page(figures):
     assert (light["dense"].get_color(), dark["dense"].get_color()) == (LIGHT.ink, DARK.ink)
 
 
+def test_a_name_of_any_signs_is_written_as_it_is(figures):
+    name = "$x_{ _界\\"
+    curves([Series(name, BLUE, SERIES[0].curves)], ("epoch", "top-1 [%]"))
+    assert [text.get_text() for text in figures[0].axes[0].texts] == [name]
+
+
 def test_a_closer_picture_shows_what_its_epochs_reach(figures):
     curves(SERIES, ("epoch", "top-1 [%]"), x_from=2.0)
     low, high = figures[0].axes[0].get_ylim()

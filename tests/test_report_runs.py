@@ -107,6 +107,11 @@ def test_damaged_metrics_are_refused(folder):
     assert refusal(folder).startswith("ck-seed3/metrics.jsonl is damaged (")
 
 
+def test_metrics_that_are_no_text_are_refused(folder):
+    (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    assert refusal(folder) == "ck-seed3/metrics.jsonl is damaged: it is no text: restore it"
+
+
 def test_metrics_without_an_epoch_are_refused(folder):
     write_metrics(folder, [{"epoch": 1, "top1": 0.5, "sparsity_network": 0.0}])
     assert "its epochs are not 0, 1, 2 …: restore it" in refusal(folder)
