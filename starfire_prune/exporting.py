@@ -1,0 +1,243 @@
+"""What is exported: the weights of a finished run or of a file, their model and their images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from starfire_prune.file_errors import CheckpointError, reason
+from starfire_prune.pruned_file import (
+    FileFormat,
+    convert_pruned,
+    load_pruned_model,
+    read_pruned_file,
+    save_pruned,
+)
+from starfire_prune.pruned_metadata import METADATA_KEY
+from starfire_prune.recipe import Recipe
+from starfire_prune.subjects import find_subject
+
+if TYPE_CHECKING:
+    from starfire_prune.image_settings import ImageSettings
+
+__all__ = ["ExportError", "Source", "find_source", "load_source", "write_weights"]
+
+_WAY_OUT = "give --recipe FILE or --model NAME"
+
+
+class ExportError(ValueError):
+    """What can't be exported; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights, and what is known of them.
+
+    Attributes:
+        path: that was named, the folder of a run or a file.
+        weights: the safetensors file.
+        recipe: of the run, as it was given or as the file holds it.
+        architecture: arguments of `timm.create_model`, if known: by the recipe that was given, the
+            name that was given, or by the file.
+        is_checked: whether the file is of `save_pruned`, with checksums.
+        named: whether the model is named from outside, not by the file.
+    """
+
+    path: Path
+    weights: Path
+    recipe: Recipe | None
+    architecture: Mapping[str, Any] | None
+    is_checked: bool
+    named: bool
+
+    def input_size(self, model: nn.Module) -> tuple[int, int, int]:
+        """Channels, height and width of the images for a model of `load_source`.
+
+        The size is that of the run, or else the one that timm gives for the architecture.
+        """
+        own: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+        channels = (self.architecture or {}).get("in_chans", 3)
+        images = self.images
+        if images is not None:
+            return channels, images.size, images.size
+        _, height, width = own.get("input_size", (3, 224, 224))
+        return channels, height, width
+
+    @property
+    def images(self) -> ImageSettings | None:
+        """How the images were prepared, if it is known."""
+        from starfire_prune.image_settings import image_settings
+
+        return None if self.recipe is None else image_settings(self.recipe)
+
+
+def find_source(path: Path, recipe: Path | None = None, model: str | None = None) -> Source:
+    """Find the weights of a run's folder, or of a file, and what is known of their model.
+
+    Args:
+        path: folder of a finished run, or a safetensors file.
+        recipe: file of the recipe of a safetensors file; a run has its own.
+        model: name of a timm model, in place of a recipe.
+
+    Raises:
+        ExportError: for a recipe or a model that has no effect.
+        EvaluationError: if there is nothing at `path`, or an unfinished run.
+        RecipeError, CheckpointError, RunError: if a file is none or is damaged.
+    """
+    if recipe is not None and model is not None:
+        raise ExportError(
+            "--model has no effect: the recipe names its model; leave one of them out"
+        )
+    if path.is_dir() and (recipe is not None or model is not None):
+        option = "--model" if recipe is None else "--recipe"
+        raise ExportError(f"{option} has no effect: {path} is a run, which has its own recipe")
+    if recipe is None and path.is_file():
+        return _file(path, model)
+    subject = find_subject(path, recipe, needs_data=False)
+    settings = subject.recipe.model
+    named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
+    checked = _is_checked(subject.weights)
+    return Source(path, subject.weights, subject.recipe, named, checked, named=True)
+
+
+def load_source(source: Source) -> nn.Module:
+    """Build the model of a source with its weights, dense and in eval mode.
+
+    Raises:
+        ExportError: if nothing names the model, or it has other tensors than the file.
+        CheckpointError: if the file is damaged.
+    """
+    if source.architecture is None:
+        raise ExportError(f"{source.weights} names no model of timm: {_WAY_OUT}")
+    if not source.named:
+        return _told_by_file(source)
+    model = _created(source.architecture)
+    if source.is_checked:
+        return load_pruned_model(source.weights, model).eval()
+    _load_unchecked(model, source)
+    return model.eval()
+
+
+def write_weights(
+    source: Source, path: Path, format: FileFormat = "dense", *, deflate: bool = False
+) -> None:
+    """Write a source's weights as `save_pruned` does, with what the file tells of its pruning.
+
+    Raises:
+        ExportError, CheckpointError: as `load_source` and `save_pruned`.
+    """
+    if source.is_checked:
+        convert_pruned(source.weights, path, format, deflate=deflate)
+        return
+    architecture = _plain_architecture(source)
+    model = load_source(source)
+    # Without the recipe: it names folders of this machine, and exports are given away
+    save_pruned(model, path, format, deflate=deflate, architecture=architecture)
+
+
+def _told_by_file(source: Source) -> nn.Module:
+    try:
+        return load_pruned_model(source.weights).eval()
+    except CheckpointError as error:  # it is not damaged: find_source has verified it
+        raise ExportError(
+            f"{source.weights} does not tell its model well enough to build it: {_WAY_OUT} (a "
+            f"compact file is read by starfire_prune.compact_file.load_compact)"
+        ) from error
+
+
+def _file(path: Path, model: str | None) -> Source:
+    """A safetensors file without a recipe beside it."""
+    if not _is_checked(path):
+        architecture = None if model is None else _named(model, path)
+        return Source(path, path, None, architecture, is_checked=False, named=True)
+    file = read_pruned_file(path)
+    recipe = None if file.recipe is None else _recipe_of(path, file.recipe)
+    if model is None:
+        return Source(path, path, recipe, file.model, is_checked=True, named=False)
+    return Source(path, path, recipe, _named(model, path), is_checked=True, named=True)
+
+
+def _is_checked(path: Path) -> bool:
+    """Whether a file is of `save_pruned`: a damaged name of one key leaves the others."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is no whole safetensors file ({reason(error)}): restore it or export it anew"
+        ) from error
+    return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
+
+
+def _recipe_of(path: Path, content: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(content, context={"keep_unset": True})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ExportError(
+            f"{path} holds a recipe that is none ({where}: {first['msg']}): give --recipe FILE"
+        ) from error
+
+
+def _named(name: str, path: Path) -> dict[str, Any]:
+    """The arguments for a named model with as many classes as the file's classifier has."""
+    from starfire_prune.models import create_model
+
+    try:
+        sketch: Any = create_model(name, 1)
+    except ValueError as error:
+        raise ExportError(f"--model: {error}") from error
+    classifier = sketch.pretrained_cfg.get("classifier")
+    first = classifier[0] if isinstance(classifier, list | tuple) else classifier
+    shape = _shape_of(path, f"{first}.weight")
+    if shape is None:
+        raise ExportError(
+            f"{path} is of another model than --model {name}: it lacks {first}.weight"
+        )
+    return {"name": name, "num_classes": shape[0]}
+
+
+def _shape_of(path: Path, tensor: str) -> tuple[int, ...] | None:
+    if _is_checked(path):
+        entry = read_pruned_file(path).entries.get(tensor)
+        return None if entry is None else entry.shape
+    with safe_open(str(path), framework="pt") as file:
+        names = file.keys()
+        return tuple(file.get_slice(tensor).get_shape()) if tensor in names else None
+
+
+def _created(architecture: Mapping[str, Any]) -> nn.Module:
+    from starfire_prune.models import create_model  # not before: it loads timm
+
+    try:
+        return create_model(**architecture)
+    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
+        told = str(error) or type(error).__name__
+        raise ExportError(f"model.options: {architecture['name']} refuses them: {told}") from error
+
+
+def _load_unchecked(model: nn.Module, source: Source) -> None:
+    from starfire_prune.models import PretrainedError, load_weights
+
+    try:
+        fresh = load_weights(model, source.weights)
+    except PretrainedError as error:
+        raise ExportError(str(error)) from error
+    if fresh:
+        raise ExportError(
+            f"{source.weights} is of other classes than the recipe's model.num_classes: its "
+            f"{fresh[0]} is of another shape; give its own recipe"
+        )
+
+
+def _plain_architecture(source: Source) -> Mapping[str, Any]:
+    if source.architecture is None:
+        raise ExportError(f"{source.weights} names no model of timm: {_WAY_OUT}")
+    return source.architecture
