@@ -18,7 +18,6 @@ __all__ = ["LINEAR_COLUMNS", "LINEAR_ROWS", "TILES", "kernel_matrix", "masks_pic
 TILES: Final = 12  # output and input channels whose kernels are shown as tiles
 LINEAR_ROWS: Final = 40  # output neurons of a linear layer that are shown
 LINEAR_COLUMNS: Final = 120  # input features likewise
-_KEPT: Final = "#0072b2"
 _ELONGATED: Final = 2.5  # from this ratio of its sides on a matrix is stretched to a square
 
 
@@ -37,7 +36,7 @@ def masks_picture(conv: Tensor | None, linear: Tensor | None = None) -> Images:
             len(rows), 2, height_ratios=ratios, left=0.07, right=0.97, bottom=0.09, top=0.92
         )
         grid.update(wspace=0.18, hspace=0.42)
-        colours = LinearSegmentedColormap.from_list("mask", [theme.background, _KEPT])
+        colours = LinearSegmentedColormap.from_list("mask", [theme.background, theme.kept])
         if conv is not None:
             tiles = figure.add_subplot(grid[0, 0])
             _show(tiles, tiled_kernels(_flat_kernels(conv)[:TILES, :TILES]), colours)

@@ -42,16 +42,29 @@ _DASHES: Final[tuple[tuple[float, ...], ...]] = ((), (5, 2), (1.5, 1.5), (6, 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a picture, the same as the page's around it."""
+    """Colours of a picture, the same as the page's around it.
+
+    Attributes:
+        background: of page and picture.
+        ink: of names and of dense runs' lines.
+        muted: of the axes' labels.
+        grid: of lines behind the data.
+        kept: of weights that a mask keeps.
+    """
 
     background: str
     ink: str
     muted: str
     grid: str
+    kept: str
 
 
-LIGHT: Final = Theme(background="#ffffff", ink="#1d2126", muted="#59626c", grid="#e3e6ea")
-DARK: Final = Theme(background="#15191d", ink="#e6e9ec", muted="#a3adb7", grid="#2d353c")
+LIGHT: Final = Theme(
+    background="#ffffff", ink="#1d2126", muted="#59626c", grid="#e3e6ea", kept="#0072b2"
+)
+DARK: Final = Theme(
+    background="#15191d", ink="#e6e9ec", muted="#a3adb7", grid="#2d353c", kept="#56b4e9"
+)
 
 
 @dataclasses.dataclass(frozen=True)

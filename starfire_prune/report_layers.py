@@ -93,7 +93,7 @@ def _masks(variant: Variant, run: ReportedRun, sparsity: Sparsity, name: str | N
         f"masks-{file_name(variant.name)}",
         f"{variant.name}: its masks",
         f"As in the paper's Figure 2; blue weights are kept. On the right a pixel is a kernel, the "
-        f"paler the fewer of its weights are kept: {told}. Settings: {_run_text(run)}."
+        f"fainter the fewer of its weights are kept: {told}. Settings: {_run_text(run)}."
         if conv is not None
         else f"Blue weights are kept: {told}. Settings: {_run_text(run)}.",
         f"Masks: {told}.",
