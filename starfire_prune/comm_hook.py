@@ -144,11 +144,19 @@ def masked_allreduce_hook(
     if kept is None:
         return _averaged(buffer, state.process_group)
 
-    def scattered(values: Future[Tensor]) -> Tensor:
-        # Zero everywhere else: of a NaN there no other rank would know. Adding takes int32.
-        return buffer.zero_().index_add_(0, kept, values.value())
+    def filled(values: Future[Tensor]) -> Tensor:
+        return _scatter(buffer, kept, values.value())
 
-    return _averaged(buffer.index_select(0, kept), state.process_group).then(scattered)
+    return _averaged(_gather(buffer, kept), state.process_group).then(filled)
+
+
+def _gather(buffer: Tensor, kept: Tensor) -> Tensor:
+    return buffer.index_select(0, kept)
+
+
+def _scatter(buffer: Tensor, kept: Tensor, values: Tensor) -> Tensor:
+    """Put the averages in their places, and zero in all others: a NaN there no other rank has."""
+    return buffer.zero_().index_add_(0, kept, values)  # index_copy_ takes int64 alone
 
 
 def _averaged(values: Tensor, group: "distributed.ProcessGroup | None") -> Future[Tensor]:
