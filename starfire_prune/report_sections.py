@@ -59,7 +59,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                 titled_picture(
                     f"accuracy-closer{suffix}",
                     f"The same from epoch {last // 2} on{part_name}",
-                    "The y axis is cut to what these epochs reach.",
+                    f"The y axis is cut to what these epochs reach. {settings}{dotted}",
                     f"The last half of the same curves, closer. After the last epoch: {ends}.",
                     closer,
                 )
