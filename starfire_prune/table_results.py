@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from starfire_prune.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from starfire_prune.report import format_columns
-from starfire_prune.report_numbers import ABSENT, spread_text
+from starfire_prune.reporting.numbers import ABSENT, spread_text
 from starfire_prune.run_folder import RunError, exported_file, read_metrics
 from starfire_prune.tables import Column, Run, Table
 

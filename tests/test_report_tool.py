@@ -186,10 +186,10 @@ def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_phone(scheme,
 
 @pytest.fixture
 def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from starfire_prune import mask_pictures, report_pictures
-    from starfire_prune.picture_style import Images
+    from starfire_prune.reporting import mask_pictures, pictures
+    from starfire_prune.reporting.picture_style import Images
 
-    for module in (report_pictures, mask_pictures):
+    for module in (pictures, mask_pictures):
         monkeypatch.setattr(module, "rendered", lambda *_: Images(b"light", b"dark", 960, 720))
 
 

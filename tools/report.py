@@ -18,8 +18,8 @@ def main() -> int:
     """Parse the command line and report; errors of users are one sentence and exit status 2."""
     arguments = _parser().parse_args()
     try:
-        from starfire_prune.report_runs import read_run
-        from starfire_prune.run_report import build_report, write_report
+        from starfire_prune.reporting.runs import read_run
+        from starfire_prune.reporting.write import build_report, write_report
 
         table = _table(arguments.table, arguments.runs)
         folders = arguments.runs or _folders_of(table)

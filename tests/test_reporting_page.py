@@ -8,8 +8,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starfire_prune.html_page import html_text
-from starfire_prune.report_page import (
+from starfire_prune.reporting.html_page import html_text
+from starfire_prune.reporting.page import (
     Grid,
     Picture,
     Report,

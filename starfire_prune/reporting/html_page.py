@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable
 from importlib import resources
 
-from starfire_prune.report_page import Grid, Picture, Report, Section
+from starfire_prune.reporting.page import Grid, Picture, Report, Section
 
 __all__ = ["html_text"]
 
@@ -131,4 +131,4 @@ alt="{_text(picture.alt)}">
 
 
 _LONG_NAME = 22  # letters from which on a name may break on a narrow screen
-_STYLE = resources.files("starfire_prune").joinpath("report.css").read_text(encoding="utf-8")
+_STYLE = resources.files("starfire_prune.reporting").joinpath("report.css").read_text(encoding="utf-8")

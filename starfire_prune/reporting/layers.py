@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starfire_prune.mask_pictures import masks_picture
 from starfire_prune.report import LayerSparsity, Sparsity
-from starfire_prune.report_page import Picture, Section
-from starfire_prune.report_pictures import bars
-from starfire_prune.report_runs import ReportedRun, Variant
-from starfire_prune.report_tables import era_text
-from starfire_prune.report_words import file_name, numbered, settings_text, titled_picture
+from starfire_prune.reporting.mask_pictures import masks_picture
+from starfire_prune.reporting.page import Picture, Section
+from starfire_prune.reporting.pictures import bars
+from starfire_prune.reporting.runs import ReportedRun, Variant
+from starfire_prune.reporting.tables import era_text
+from starfire_prune.reporting.words import file_name, numbered, settings_text, titled_picture
 
 __all__ = ["chosen_layer", "layers_section"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from starfire_prune.evaluation import Evaluation, Result
-from starfire_prune.report_numbers import Curve
+from starfire_prune.reporting.numbers import Curve
 
 __all__ = [
     "Attack",

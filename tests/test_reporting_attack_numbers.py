@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from starfire_prune.attack_numbers import (
+from starfire_prune.evaluation import Evaluation, Result
+from starfire_prune.reporting.attack_numbers import (
     Attack,
     accuracy,
     attack_curve,
@@ -10,7 +11,6 @@ from starfire_prune.attack_numbers import (
     columns_of,
     results_under,
 )
-from starfire_prune.evaluation import Evaluation, Result
 
 CLEAN = {"attack": "none", "epsilon": 0.0, "top1": 0.75}
 PGD = {"attack": "pgd", "steps": 10, "step_size": 0.01, "restarts": 2, "seed": 0}

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from starfire_prune.files import replaced_file, write_text
-from starfire_prune.html_page import html_text
-from starfire_prune.picture_style import lines_of
 from starfire_prune.recipe import Recipe
-from starfire_prune.report_layers import chosen_layer, layers_section
-from starfire_prune.report_numbers import number_text, spread_text
-from starfire_prune.report_page import Report, Section, csv_text, markdown_text
-from starfire_prune.report_runs import ReportedRun, ReportError, Variant, variants_of
-from starfire_prune.report_sections import (
+from starfire_prune.reporting.html_page import html_text
+from starfire_prune.reporting.layers import chosen_layer, layers_section
+from starfire_prune.reporting.numbers import number_text, spread_text
+from starfire_prune.reporting.page import Report, Section, csv_text, markdown_text
+from starfire_prune.reporting.picture_style import lines_of
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, variants_of
+from starfire_prune.reporting.sections import (
     accuracy_section,
     robustness_section,
     sparsity_section,
 )
-from starfire_prune.report_tables import (
+from starfire_prune.reporting.tables import (
     Comparison,
     above_dense,
     compared,
@@ -27,7 +27,7 @@ from starfire_prune.report_tables import (
     runs_grid,
     variants_grid,
 )
-from starfire_prune.report_words import data_text, settings_text
+from starfire_prune.reporting.words import data_text, settings_text
 from starfire_prune.tables import Table
 
 __all__ = ["build_report", "write_report"]

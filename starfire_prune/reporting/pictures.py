@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from starfire_prune.picture_style import WIDTH_INCHES, Images, Line, Theme, rendered
 from starfire_prune.report import LayerSparsity
-from starfire_prune.report_numbers import Curve, mean_curve
+from starfire_prune.reporting.numbers import Curve, mean_curve
+from starfire_prune.reporting.picture_style import WIDTH_INCHES, Images, Line, Theme, rendered
 
 __all__ = ["Points", "Series", "bars", "curves", "points", "shortened", "spread_positions"]
 

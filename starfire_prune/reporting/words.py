@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from starfire_prune.picture_style import Images
 from starfire_prune.recipe import Recipe
-from starfire_prune.report_page import Picture
-from starfire_prune.report_runs import Variant
+from starfire_prune.reporting.page import Picture
+from starfire_prune.reporting.picture_style import Images
+from starfire_prune.reporting.runs import Variant
 
 __all__ = ["data_text", "file_name", "listed", "numbered", "settings_text", "titled_picture"]
 

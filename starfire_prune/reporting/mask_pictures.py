@@ -10,8 +10,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from starfire_prune.picture_style import Images, Theme, rendered
 from starfire_prune.plots import tiled_kernels
+from starfire_prune.reporting.picture_style import Images, Theme, rendered
 
 __all__ = ["LINEAR_COLUMNS", "LINEAR_ROWS", "TILES", "kernel_matrix", "masks_picture"]
 

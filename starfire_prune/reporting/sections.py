@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from starfire_prune.attack_numbers import (
+from starfire_prune.reporting.attack_numbers import (
     Attack,
     attack_curve,
     attacks_of,
@@ -15,13 +15,13 @@ from starfire_prune.attack_numbers import (
     is_level,
     results_under,
 )
-from starfire_prune.picture_style import MOST_CURVES, Images, Line
-from starfire_prune.report_numbers import Curve, curve, mean_curve, mean_of, number_text
-from starfire_prune.report_page import Picture, Section
-from starfire_prune.report_pictures import Points, Series, curves, points
-from starfire_prune.report_runs import Variant
-from starfire_prune.report_tables import mean_top1, robustness_grid
-from starfire_prune.report_words import listed, numbered, settings_text, titled_picture
+from starfire_prune.reporting.numbers import Curve, curve, mean_curve, mean_of, number_text
+from starfire_prune.reporting.page import Picture, Section
+from starfire_prune.reporting.picture_style import MOST_CURVES, Images, Line
+from starfire_prune.reporting.pictures import Points, Series, curves, points
+from starfire_prune.reporting.runs import Variant
+from starfire_prune.reporting.tables import mean_top1, robustness_grid
+from starfire_prune.reporting.words import listed, numbered, settings_text, titled_picture
 
 __all__ = ["accuracy_section", "robustness_section", "sparsity_section"]
 

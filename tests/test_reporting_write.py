@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from starfire_prune import mask_pictures, report_pictures
-from starfire_prune.picture_style import Images
 from starfire_prune.recipe import load_recipe
-from starfire_prune.report_layers import chosen_layer
-from starfire_prune.report_page import Report
-from starfire_prune.report_runs import ReportedRun, ReportError, read_run
-from starfire_prune.report_words import file_name, numbered
-from starfire_prune.run_report import build_report, write_report
+from starfire_prune.reporting import mask_pictures, pictures
+from starfire_prune.reporting.layers import chosen_layer
+from starfire_prune.reporting.page import Report
+from starfire_prune.reporting.picture_style import Images
+from starfire_prune.reporting.runs import ReportedRun, ReportError, read_run
+from starfire_prune.reporting.words import file_name, numbered
+from starfire_prune.reporting.write import build_report, write_report
 from tests.reported import TOP1, leave_dense, leave_evaluation, leave_run
 
 Left = Callable[..., ReportedRun]
@@ -22,7 +22,7 @@ Left = Callable[..., ReportedRun]
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures have tests of their own, and take a while."""
-    for module in (report_pictures, mask_pictures):
+    for module in (pictures, mask_pictures):
         monkeypatch.setattr(module, "rendered", lambda *_: Images(b"light", b"dark", 960, 720))
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from starfire_prune.picture_style import DARK, DENSE_LINE, LIGHT, Line, lines_of
 from starfire_prune.report import LayerSparsity
-from starfire_prune.report_pictures import (
+from starfire_prune.reporting.picture_style import DARK, DENSE_LINE, LIGHT, Line, lines_of
+from starfire_prune.reporting.pictures import (
     Points,
     Series,
     bars,

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from starfire_prune.attack_numbers import accuracy, columns_of
-from starfire_prune.picture_style import Line
-from starfire_prune.report_numbers import (
+from starfire_prune.reporting.attack_numbers import accuracy, columns_of
+from starfire_prune.reporting.numbers import (
     ABSENT,
     LAST_EPOCHS,
     RunNumbers,
@@ -17,8 +16,9 @@ from starfire_prune.report_numbers import (
     number_text,
     spread_text,
 )
-from starfire_prune.report_page import Grid
-from starfire_prune.report_runs import ReportedRun, Variant, settings_key
+from starfire_prune.reporting.page import Grid
+from starfire_prune.reporting.picture_style import Line
+from starfire_prune.reporting.runs import ReportedRun, Variant, settings_key
 from starfire_prune.table_results import RunResult, read_result
 from starfire_prune.tables import Column, Table
 

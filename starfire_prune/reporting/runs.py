@@ -24,7 +24,7 @@ from starfire_prune.evaluation import (
 from starfire_prune.models import PretrainedError, create_model, load_weights
 from starfire_prune.recipe import Model, Recipe, RecipeError, dump_recipe, load_recipe
 from starfire_prune.report import Sparsity, measure_sparsity
-from starfire_prune.report_numbers import RunNumbers, run_numbers
+from starfire_prune.reporting.numbers import RunNumbers, run_numbers
 from starfire_prune.run_folder import RunError, exported_file, read_metrics
 
 __all__ = ["ReportError", "ReportedRun", "Variant", "read_run", "settings_key", "variants_of"]

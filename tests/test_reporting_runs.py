@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from starfire_prune.report_runs import ReportError, read_run, settings_key, variants_of
+from starfire_prune.reporting.runs import ReportError, read_run, settings_key, variants_of
 from tests.reported import TOP1, leave_dense, leave_evaluation, leave_run, write_metrics
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from starfire_prune.picture_style import lines_of
 from starfire_prune.recipe import load_recipe
-from starfire_prune.report_page import Grid
-from starfire_prune.report_runs import ReportedRun, Variant, read_run, variants_of
-from starfire_prune.report_tables import (
+from starfire_prune.reporting.page import Grid
+from starfire_prune.reporting.picture_style import lines_of
+from starfire_prune.reporting.runs import ReportedRun, Variant, read_run, variants_of
+from starfire_prune.reporting.tables import (
     above_dense,
     compared,
     paper_grid,
@@ -20,7 +20,7 @@ from starfire_prune.report_tables import (
 from starfire_prune.tables import Table, load_table
 from tests.reported import leave_dense, leave_run
 from tests.runs import RECIPE
-from tests.test_attack_numbers import CLEAN, evaluation, fgsm
+from tests.test_reporting_attack_numbers import CLEAN, evaluation, fgsm
 
 TABLE = """\
 title: A table

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starfire_prune.report_numbers import (
+from starfire_prune.reporting.numbers import (
     curve,
     mean_curve,
     mean_of,

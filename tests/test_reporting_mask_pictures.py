@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from starfire_prune.mask_pictures import kernel_matrix, masks_picture
+from starfire_prune.reporting.mask_pictures import kernel_matrix, masks_picture
 
 
 @pytest.fixture
