@@ -300,10 +300,9 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-        content: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
+        return parse_json(metadata.get(METADATA_KEY, "{}"), "what it notes of the pruning")
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read: {reason(error)}; export it anew") from error
-    return content
 
 
 def is_writer() -> bool:

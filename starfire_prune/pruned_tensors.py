@@ -199,7 +199,7 @@ class _Claim:
         encoding, crc32 = entry.get("encoding"), entry.get("crc32")
         if encoding not in list(PARTS):
             raise DamageError("its encoding is unknown")
-        if not isinstance(crc32, dict) or tuple(crc32) != PARTS[encoding]:
+        if not isinstance(crc32, dict) or crc32.keys() != set(PARTS[encoding]):
             raise DamageError("its parts are not those of its encoding")
         kept_zeros, deflated = entry.get("kept_zeros"), entry.get("deflated", [])
         if not isinstance(kept_zeros, str | None) or not isinstance(deflated, list):

@@ -574,6 +574,14 @@ def test_an_export_without_pruning_tells_no_method(tmp_path):
     assert read_metadata(path) == {"format_version": 1, "method": None, "weights": {}}
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 60_000, '{"a": NaN}'])
+def test_metadata_that_are_no_json_object_are_refused(text, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, path, metadata={"starfire_prune": text})
+    with pytest.raises(CheckpointError, match=r"can't be read: what it notes of the pruning is no"):
+        read_metadata(path)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"half of a header", b"\xff" * 100])
 def test_metadata_of_a_damaged_file_is_refused_with_its_path(content, tmp_path):
     path = tmp_path / "model.safetensors"

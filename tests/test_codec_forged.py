@@ -125,7 +125,7 @@ BIT = part(b"\x01")
         ),
         (encoded("ck", [1, 1, 3, 3], {"kernels": FLOATS, "values": FLOATS}), "are stored as F32"),
         (encoded("ck", [1, 1, 3, 3], {"kernels": BIT, "values": part(bytes(36))}), "stored as U8"),
-        (encoded("ck", [1, 1, 3, 3], {"values": FLOATS, "kernels": BIT}), "not those of its enc"),
+        (encoded("ck", [1, 1, 3, 3], {"values": FLOATS, "weights": BIT}), "not those of its enc"),
         (encoded("ck", [1, 1, 3, 3], {"values": FLOATS}), "its parts are not those of its enc"),
         (encoded("zip", [9], {"values": FLOATS}), "its encoding is unknown"),
         (encoded([], [9], {"values": FLOATS}), "its encoding is unknown"),

@@ -1,0 +1,274 @@
+"""How small the file of a pruned ResNet-50 is, and how fast it loads, beside the alternatives.
+
+    python benchmarks/size.py [--sparsities 0.6 0.7 0.8] [--repeats 11] [--no-zstd] [--json PATH]
+
+Weights are timm's Kaiming-normal initial ones of a fixed seed, pruned in one step by the engine:
+their values deflate about as those of trained networks do. For each method, sparsity and dtype,
+the bytes of
+
+- the dense file, with all zeros, and of three of them under `zstd -19`, if that command is there;
+- CSR: values, an int32 column a value and an int32 pointer a row, other tensors dense;
+- the compressed file, raw and deflated.
+
+The bound of the raw file: non-zero values at their size, a bit a kernel that CK prunes, a bit a
+weight of the surviving k×k kernels for window and intra, a bit a weight of the classifier, and the
+other tensors dense. The file's share of it leaves the header out.
+
+Loading into an existing model is measured in turn with `load_file` and `load_state_dict` of the
+dense file, from a warm cache: the medians, the ratios of neighbours (median, least, largest), and
+the ratio of the fastest two, which says most on a machine with other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from starfire_prune import Pruner, load_pruned_model, save_pruned
+from starfire_prune.files import write_text
+from starfire_prune.inspection import inspect_pruned
+
+METHODS: dict[str, dict[str, object]] = {
+    "ck": {"method": "ck"},
+    "window": {"method": "window", "spread": True},
+    "intra": {"method": "intra"},
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LOADED = (("ck", 0.7), ("window", 0.6), ("intra", 0.6))
+COMPRESSED = [(*case, "fp32") for case in LOADED]  # by zstd
+FORMS: dict[str, dict[str, Any]] = {
+    "dense": {"format": "dense"},
+    "raw": {"format": "compressed"},
+    "deflated": {"format": "compressed", "deflate": True},
+}
+
+
+def main() -> None:
+    """Measure, print the tables and record them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--sparsities", type=float, nargs="*", default=[0.6, 0.7, 0.8], help="(0.6 0.7 0.8)"
+    )
+    parser.add_argument("--repeats", type=int, default=11, help="of each loading (default 11)")
+    parser.add_argument("--no-zstd", action="store_true", help="which takes minutes a file")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        loads = [load_row(folder, *case, arguments.repeats) for case in LOADED]
+        cases = [
+            (method, sparsity, dtype)
+            for method in METHODS
+            for sparsity in arguments.sparsities
+            for dtype in DTYPES
+        ]
+        sizes = [
+            size_row(folder, *case, not arguments.no_zstd and case in COMPRESSED) for case in cases
+        ]
+    if sizes:
+        print_sizes(sizes)
+    print_loads(loads)
+    if arguments.json is not None:
+        record = {"environment": environment(), "sizes": sizes, "loads": loads}
+        write_text(arguments.json, json.dumps(record, indent=1) + "\n")
+
+
+# Sizes
+
+
+def size_row(
+    folder: Path, method: str, sparsity: float, dtype: str, with_zstd: bool
+) -> dict[str, Any]:
+    """The bytes of a pruned model in each way."""
+    model, pruner = pruned_resnet50(method, sparsity)
+    model.to(DTYPES[dtype])
+    paths = {form: folder / f"{form}.safetensors" for form in FORMS}
+    for form, path in paths.items():
+        save_pruned(model, path, pruner=pruner, **FORMS[form])
+    files = {form: inspect_pruned(path) for form, path in paths.items()}
+    bound = bound_bytes(model, pruner.masks(), method)
+    return {
+        "method": method,
+        "sparsity": sparsity,
+        "sparsity_reached": pruner.sparsity().network,
+        "dtype": dtype,
+        "dense_bytes": files["dense"].size_bytes,
+        "zstd19_bytes": zstd19_bytes(paths["dense"]) if with_zstd else None,
+        "csr_bytes": csr_bytes(model, pruner.masks()),
+        "bound_bytes": bound,
+        "raw_bytes": files["raw"].size_bytes,
+        "deflated_bytes": files["deflated"].size_bytes,
+        "header_bytes": files["raw"].header_bytes,
+        "of_bound": (files["raw"].size_bytes - files["raw"].header_bytes) / bound,
+    }
+
+
+def bound_bytes(model: nn.Module, masks: dict[str, Tensor], method: str) -> float:
+    """What the structure needs: see the module's docstring."""
+    bits = 0
+    for name, tensor in model.state_dict().items():
+        mask, item_bits = masks.get(name), 8 * tensor.element_size()
+        if mask is None:
+            bits += tensor.numel() * item_bits
+            continue
+        bits += int(mask.sum()) * item_bits
+        kernel_size = mask[0, 0].numel()
+        if method != "window" or kernel_size == 1:
+            bits += mask.shape[0] * mask.shape[1]  # kernels, or weights of the classifier
+        if method != "ck" and kernel_size > 1:
+            bits += kernel_size * int(mask.flatten(2).any(2).sum())
+    return bits / 8
+
+
+def csr_bytes(model: nn.Module, masks: dict[str, Tensor]) -> int:
+    """Pruned weights as sparse matrices of shape `(K, the rest)`, with indices of four bytes."""
+    total = 0
+    for name, tensor in model.state_dict().items():
+        if name in masks:
+            kept = int(masks[name].sum())
+            total += kept * (tensor.element_size() + 4) + 4 * (len(tensor) + 1)
+        else:
+            total += tensor.nbytes
+    return total
+
+
+def zstd19_bytes(path: Path) -> int | None:
+    """The size of a file under `zstd -19`, or None without that command."""
+    if shutil.which("zstd") is None:
+        return None
+    command = ["zstd", "-19", "-T1", "--quiet", "--stdout", str(path)]
+    return len(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+# Loading
+
+
+def load_row(folder: Path, method: str, sparsity: float, repeats: int) -> dict[str, Any]:
+    """Median seconds of loading each form into a model, and of safetensors' own way."""
+    model, pruner = pruned_resnet50(method, sparsity)
+    for form, options in FORMS.items():
+        save_pruned(model, folder / f"{form}.safetensors", pruner=pruner, **options)
+
+    def load_unchecked() -> None:
+        model.load_state_dict(load_file(folder / "dense.safetensors"))
+
+    row: dict[str, Any] = {"method": method, "sparsity": sparsity}
+    for form in FORMS:
+        path = folder / f"{form}.safetensors"
+        pairs = [
+            (timed(load_unchecked), timed(load_pruned_model, path, model))
+            for _ in range(repeats + 1)
+        ][1:]
+        ratios = [checked / unchecked for unchecked, checked in pairs]
+        row[form] = {
+            "unchecked_s": statistics.median(unchecked for unchecked, _ in pairs),
+            "checked_s": statistics.median(checked for _, checked in pairs),
+            "ratio": statistics.median(ratios),
+            "least_ratio": min(ratios),
+            "largest_ratio": max(ratios),
+            "ratio_of_fastest": min(checked for _, checked in pairs)
+            / min(unchecked for unchecked, _ in pairs),
+        }
+    return row
+
+
+def timed(function: Callable[..., object], *arguments: object) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def pruned_resnet50(method: str, sparsity: float) -> tuple[nn.Module, Pruner]:
+    """The model with the same initial weights each time, pruned to the end."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("resnet50")
+    settings = {**METHODS[method], "amount": sparsity, "era": [0, 1]}
+    pruner = Pruner(model, settings, updates_per_epoch=1)
+    pruner.step()
+    pruner.end_epoch(0)
+    return model, pruner
+
+
+# Output
+
+
+def print_sizes(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of bytes, in millions."""
+    print("| method | sparsity | dtype | dense | zstd -19 | CSR | raw | of its bound | deflated |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        dense, zstd19, csr, raw, deflated = (
+            "–" if row[f"{name}_bytes"] is None else f"{row[f'{name}_bytes'] / 1e6:.2f}"
+            for name in ("dense", "zstd19", "csr", "raw", "deflated")
+        )
+        print(
+            f"| {row['method']} | {row['sparsity']:.0%} | {row['dtype']} | {dense} | {zstd19} | "
+            f"{csr} | {raw} | {row['of_bound']:.4f} | {deflated} |"
+        )
+    headers = [row["header_bytes"] for row in rows]
+    print(f"\nMB of 10^6 bytes; headers, which `of its bound` leaves out: {max(headers):,} bytes")
+
+
+def print_loads(rows: Sequence[dict[str, Any]]) -> None:
+    """The table of loading."""
+    print(f"\nloading into a model on {torch.get_num_threads()} threads, all checksums verified\n")
+    print(
+        "| file | load_file + load_state_dict [ms] | load_pruned_model [ms] | ratio | range | "
+        "of the fastest |"
+    )
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        for form in FORMS:
+            measured = row[form]
+            print(
+                f"| {row['method']} {row['sparsity']:.0%}, {form} | "
+                f"{1e3 * measured['unchecked_s']:.1f} | {1e3 * measured['checked_s']:.1f} | "
+                f"{measured['ratio']:.2f} | "
+                f"{measured['least_ratio']:.2f}–{measured['largest_ratio']:.2f} | "
+                f"{measured['ratio_of_fastest']:.2f} |"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on."""
+    packages = ("starfire-prune", "torch", "timm", "numpy", "safetensors")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        "zstd": zstd_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "seed": 0,
+    }
+
+
+def zstd_version() -> str | None:
+    """The version of the command, if it is there."""
+    if shutil.which("zstd") is None:
+        return None
+    told = subprocess.run(["zstd", "--version"], check=True, capture_output=True, text=True)
+    return told.stdout.split("v")[-1].split(",")[0].strip(" *\n")
+
+
+if __name__ == "__main__":
+    main()
