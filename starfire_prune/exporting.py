@@ -20,7 +20,7 @@ from starfire_prune.pruned_file import (
     save_pruned,
 )
 from starfire_prune.pruned_metadata import METADATA_KEY
-from starfire_prune.recipe import Recipe
+from starfire_prune.recipe import Data
 from starfire_prune.subjects import find_subject
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Source:
     Attributes:
         path: that was named, the folder of a run or a file.
         weights: the safetensors file.
-        recipe: of the run, as it was given or as the file holds it.
+        data: of its recipe, the run's, the one that was given or that in the file, if any.
         architecture: arguments of `timm.create_model`, if known: by the recipe that was given, the
             name that was given, or by the file.
         is_checked: whether the file is of `save_pruned`, with checksums.
@@ -51,7 +51,7 @@ class Source:
 
     path: Path
     weights: Path
-    recipe: Recipe | None
+    data: Data | None
     architecture: Mapping[str, Any] | None
     is_checked: bool
     named: bool
@@ -74,7 +74,7 @@ class Source:
         """How the images were prepared, if it is known."""
         from starfire_prune.image_settings import image_settings
 
-        return None if self.recipe is None else image_settings(self.recipe)
+        return None if self.data is None else image_settings(self.data)
 
 
 def find_source(path: Path, recipe: Path | None = None, model: str | None = None) -> Source:
@@ -103,7 +103,7 @@ def find_source(path: Path, recipe: Path | None = None, model: str | None = None
     settings = subject.recipe.model
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
     checked = _is_checked(subject.weights)
-    return Source(path, subject.weights, subject.recipe, named, checked, named=True)
+    return Source(path, subject.weights, subject.recipe.data, named, checked, named=True)
 
 
 def load_source(source: Source) -> nn.Module:
@@ -157,10 +157,10 @@ def _file(path: Path, model: str | None) -> Source:
         architecture = None if model is None else _named(model, path)
         return Source(path, path, None, architecture, is_checked=False, named=True)
     file = read_pruned_file(path)
-    recipe = None if file.recipe is None else _recipe_of(path, file.recipe)
+    data = _data_of(file.recipe)
     if model is None:
-        return Source(path, path, recipe, file.model, is_checked=True, named=False)
-    return Source(path, path, recipe, _named(model, path), is_checked=True, named=True)
+        return Source(path, path, data, file.model, is_checked=True, named=False)
+    return Source(path, path, data, _named(model, path), is_checked=True, named=True)
 
 
 def _is_checked(path: Path) -> bool:
@@ -175,15 +175,16 @@ def _is_checked(path: Path) -> bool:
     return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
 
 
-def _recipe_of(path: Path, content: Mapping[str, Any]) -> Recipe:
+def _data_of(recipe: Mapping[str, Any] | None) -> Data | None:
+    """The data of the recipe in a file, if it holds any that this version understands."""
+    data = (recipe or {}).get("data")
+    if not isinstance(data, Mapping):
+        return None
+    given = {key: value for key, value in data.items() if value is not None}
     try:
-        return Recipe.model_validate(content, context={"keep_unset": True})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ExportError(
-            f"{path} holds a recipe that is none ({where}: {first['msg']}): give --recipe FILE"
-        ) from error
+        return Data.model_validate(given, context={"keep_unset": True})
+    except ValidationError:
+        return None
 
 
 def _named(name: str, path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from starfire_prune.data import IMAGENET_MEAN, IMAGENET_STD, load_datasets
-from starfire_prune.recipe import Data, Recipe
+from starfire_prune.recipe import Data
 
 __all__ = ["ImageSettings", "class_names", "image_settings"]
 
@@ -46,13 +46,12 @@ class ImageSettings:
         }
 
 
-def image_settings(recipe: Recipe) -> ImageSettings:
-    """The settings by which a recipe's run evaluates.
+def image_settings(data: Data) -> ImageSettings:
+    """The settings by which a run evaluates on the data of its recipe.
 
     The digits are normalised by their own mean and deviation and not cropped, whatever the recipe
     says of photographs.
     """
-    data = recipe.data
     if data.name == "digits":
         mean, std = _digits_normalisation()
         return ImageSettings(data.image_size, data.interpolation, 1.0, (mean,) * 3, (std,) * 3)
@@ -60,16 +59,15 @@ def image_settings(recipe: Recipe) -> ImageSettings:
     return ImageSettings(data.image_size, data.interpolation, data.crop_pct, mean_of, std_of)
 
 
-def class_names(recipe: Recipe) -> tuple[str, ...] | None:
+def class_names(data: Data, num_classes: int) -> tuple[str, ...] | None:
     """The names of the classes by their labels, where the data tell them and are at hand.
 
     They are those of the digits, or of the folders of photographs; images are not looked at.
     """
-    data = recipe.data
     if data.name == "digits":
         return tuple(map(str, range(10)))
     names = _folder_names(data)
-    return names if len(names) == recipe.model.num_classes else None
+    return names if len(names) == num_classes else None
 
 
 def _folder_names(data: Data) -> tuple[str, ...]:

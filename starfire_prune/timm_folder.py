@@ -40,13 +40,14 @@ def write_timm_folder(source: Source, model: nn.Module, folder: Path) -> dict[st
         ExportError: if nothing tells how the images were prepared.
         CheckpointError: if it can't be written.
     """
-    images, recipe, architecture = source.images, source.recipe, source.architecture
-    if images is None or recipe is None or architecture is None:
+    images, data, architecture = source.images, source.data, source.architecture
+    if images is None or data is None or architecture is None:
         raise ExportError(
             f"{source.weights} doesn't tell how its images are prepared, which config.json has to: "
             f"give --recipe FILE"
         )
-    config = timm_config(model, architecture, images, class_names(recipe))
+    names = class_names(data, getattr(model, "num_classes", 0))
+    config = timm_config(model, architecture, images, names)
     text = json.dumps(config, indent=2) + "\n"
     if is_folder_of(source, folder):
         with writing(folder / CONFIG):
