@@ -47,9 +47,10 @@ def plain_state_dict(
         masks: of pruned weights by parameter name, bool, True = kept, where no hook has them.
     """
     model = unwrap(model)
-    known = {**(masks or {}), **_hooked_masks(model)}
-    hooked = {f"{name}_orig": name for name in _hooked_masks(model)}
-    hidden = {f"{name}_mask" for name in hooked.values()}
+    hooks = _hooked_masks(model)
+    known = {**(masks or {}), **hooks}
+    hooked = {f"{name}_orig": name for name in hooks}
+    hidden = {f"{name}_mask" for name in hooks}
     own = {clean_name(name): value for name, value in model.state_dict().items()}
     layers = {f"{name}.weight" if name else "weight" for name in prunable_layers(model)}
     return {
