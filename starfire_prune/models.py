@@ -184,7 +184,8 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
     """Build ResNet-50 v1, whose weights have the names and shapes of timm's ``resnet50``.
 
     Args:
-        pretrained: Must be False: there are no weights to load.
+        pretrained: Load the weights that timm's ``pretrained_cfg`` names, as it does for
+            ``local-dir:`` and ``hf-hub:``; otherwise False, as there are none to download.
         **options: Options of timm's ``ResNet``; ``output_stride`` other than 32 and ``aa_layer``
             are refused, as both move the strides themselves.
 
@@ -192,19 +193,24 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
         The model, randomly initialised as timm does.
 
     Raises:
-        PretrainedError: If pretrained weights are asked for.
+        PretrainedError: If pretrained weights are asked for and nothing names any.
         ValueError: If an option that moves the strides is given.
 
     Example:
         >>> resnet50_v1(num_classes=10).layer2[0].conv1.stride
         (2, 2)
     """
-    if pretrained:
+    if pretrained and not _names_weights(options.get("pretrained_cfg")):
         raise PretrainedError(
             "resnet50_v1 has no pretrained weights: give a safetensors file, or use "
             "pretrained=False"
         )
     return build_model_with_cfg(_build_resnet50_v1, "resnet50_v1", pretrained, **options)  # type: ignore[no-any-return]
+
+
+def _names_weights(config: Any) -> bool:
+    """Whether a configuration of timm's says where weights are."""
+    return isinstance(config, Mapping) and any(config.get(key) for key in ("file", "hf_hub_id"))
 
 
 def _build_resnet50_v1(output_stride: int = 32, aa_layer: Any = None, **options: Any) -> nn.Module:

@@ -143,6 +143,17 @@ def test_digits_are_normalised_by_their_own_numbers(tmp_path):
     assert pixels.max().item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["resnet50_v1", "resnet50"])
+def test_the_variants_of_resnet50_are_told_apart(name, tmp_path, from_hub):
+    source, model = source_of(tmp_path, recipe_of(tmp_path, PHOTOGRAPHS, NAME=name, ROOT="x"))
+    write_timm_folder(source, model, tmp_path / "timm")
+    loaded = from_hub(tmp_path / "timm")
+    assert loaded.get_submodule("layer2.0.conv1").stride == (
+        (2, 2) if name == "resnet50_v1" else (1, 1)
+    )
+    assert same(loaded, dict(model.state_dict()))
+
+
 def test_the_tag_of_pretrained_weights_is_left_out():
     images = ImageSettings(224, "bicubic", 0.95, (0.5,) * 3, (0.5,) * 3)
     architecture = {"name": "resnet18.a1_in1k", "num_classes": 2}
