@@ -22,6 +22,7 @@ the ratio of the fastest two, which says most on a machine with other work.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ METHODS: dict[str, dict[str, object]] = {
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOADED = (("ck", 0.7), ("window", 0.6), ("intra", 0.6))
-COMPRESSED = [(*case, "fp32") for case in LOADED]  # by zstd
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {"format": "dense"},
     "raw": {"format": "compressed"},
@@ -66,25 +66,23 @@ def main() -> None:
     parser.add_argument(
         "--sparsities", type=float, nargs="*", default=[0.6, 0.7, 0.8], help="(0.6 0.7 0.8)"
     )
-    parser.add_argument("--repeats", type=int, default=11, help="of each loading (default 11)")
+    parser.add_argument("--repeats", type=int, default=11, help="of loading (11; 0: none)")
     parser.add_argument("--no-zstd", action="store_true", help="which takes minutes a file")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        loads = [load_row(folder, *case, arguments.repeats) for case in LOADED]
-        cases = [
-            (method, sparsity, dtype)
+        loads = [load_row(folder, *case, arguments.repeats) for case in LOADED if arguments.repeats]
+        sizes = [
+            row
             for method in METHODS
             for sparsity in arguments.sparsities
-            for dtype in DTYPES
-        ]
-        sizes = [
-            size_row(folder, *case, not arguments.no_zstd and case in COMPRESSED) for case in cases
+            for row in size_rows(folder, method, sparsity, not arguments.no_zstd)
         ]
     if sizes:
         print_sizes(sizes)
-    print_loads(loads)
+    if loads:
+        print_loads(loads)
     if arguments.json is not None:
         record = {"environment": environment(), "sizes": sizes, "loads": loads}
         write_text(arguments.json, json.dumps(record, indent=1) + "\n")
@@ -93,31 +91,33 @@ def main() -> None:
 # Sizes
 
 
-def size_row(
-    folder: Path, method: str, sparsity: float, dtype: str, with_zstd: bool
-) -> dict[str, Any]:
-    """The bytes of a pruned model in each way."""
-    model, pruner = pruned_resnet50(method, sparsity)
-    model.to(DTYPES[dtype])
+def size_rows(
+    folder: Path, method: str, sparsity: float, with_zstd: bool
+) -> Iterator[dict[str, Any]]:
+    """The bytes of a pruned model in each way, in each dtype."""
+    pruned, pruner = pruned_resnet50(method, sparsity)
     paths = {form: folder / f"{form}.safetensors" for form in FORMS}
-    for form, path in paths.items():
-        save_pruned(model, path, pruner=pruner, **FORMS[form])
-    files = {form: inspect_pruned(path) for form, path in paths.items()}
-    bound = bound_bytes(model, pruner.masks(), method)
-    return {
-        "method": method,
-        "sparsity": sparsity,
-        "sparsity_reached": pruner.sparsity().network,
-        "dtype": dtype,
-        "dense_bytes": files["dense"].size_bytes,
-        "zstd19_bytes": zstd19_bytes(paths["dense"]) if with_zstd else None,
-        "csr_bytes": csr_bytes(model, pruner.masks()),
-        "bound_bytes": bound,
-        "raw_bytes": files["raw"].size_bytes,
-        "deflated_bytes": files["deflated"].size_bytes,
-        "header_bytes": files["raw"].header_bytes,
-        "of_bound": (files["raw"].size_bytes - files["raw"].header_bytes) / bound,
-    }
+    for dtype in DTYPES:
+        model = copy.deepcopy(pruned).to(DTYPES[dtype])
+        for form, path in paths.items():
+            save_pruned(model, path, pruner=pruner, **FORMS[form])
+        files = {form: inspect_pruned(path) for form, path in paths.items()}
+        bound = bound_bytes(model, pruner.masks(), method)
+        is_shrunk = with_zstd and (method, sparsity) in LOADED and dtype == "fp32"
+        yield {
+            "method": method,
+            "sparsity": sparsity,
+            "sparsity_reached": pruner.sparsity().network,
+            "dtype": dtype,
+            "dense_bytes": files["dense"].size_bytes,
+            "zstd19_bytes": zstd19_bytes(paths["dense"]) if is_shrunk else None,
+            "csr_bytes": csr_bytes(model, pruner.masks()),
+            "bound_bytes": bound,
+            "raw_bytes": files["raw"].size_bytes,
+            "deflated_bytes": files["deflated"].size_bytes,
+            "header_bytes": files["raw"].header_bytes,
+            "of_bound": (files["raw"].size_bytes - files["raw"].header_bytes) / bound,
+        }
 
 
 def bound_bytes(model: nn.Module, masks: dict[str, Tensor], method: str) -> float:
