@@ -115,11 +115,13 @@ def _problem(architecture: Mapping[str, Any]) -> str | None:
         return "has no `name` of timm's"
     for key, value in architecture.items():
         if not _is_plain(value):
-            return f"has the argument {key!r}, which is no plain number, string or list of these"
+            return f"has the argument {key!r}, which is no plain number or string, or made of these"
     return None
 
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, bool | int | float | str)

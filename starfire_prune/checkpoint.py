@@ -27,7 +27,7 @@ from starfire_prune.file_errors import CheckpointError, reason, writing
 from starfire_prune.files import replaced_folder
 from starfire_prune.layers import unwrap
 from starfire_prune.plain_state import plain_state_dict
-from starfire_prune.pruned_file import is_writer, read_metadata, save_pruned
+from starfire_prune.pruned_file import is_writer, read_metadata
 
 if TYPE_CHECKING:
     from starfire_prune.engine import Pruner
@@ -37,7 +37,6 @@ __all__ = [
     "CheckpointError",
     "checkpoint_epoch",
     "checkpoints_in",
-    "export_weights",
     "latest_checkpoint",
     "load_checkpoint",
     "plain_state_dict",
@@ -183,26 +182,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def checkpoint_epoch(path: Path) -> int:
     """The number of epochs that were done at a checkpoint, by its name."""
     return int(path.name.removeprefix("epoch-"))
-
-
-def export_weights(
-    path: Path,
-    model: nn.Module,
-    pruner: Pruner | None = None,
-    average_decay: float | None = None,
-) -> None:
-    """Write the weights at the end of a run: `save_pruned` with `format="dense"`.
-
-    Args:
-        path: of the file.
-        model: that the pruner prunes, or mirrors.
-        pruner: None for a dense model.
-        average_decay: noted where the model is a moving average of the weights.
-
-    Raises:
-        PruningError, RanksError, CheckpointError: as `save_pruned`.
-    """
-    save_pruned(model, path, pruner=pruner, average_decay=average_decay)
 
 
 def _remove_old(folder: Path, keep: Collection[int]) -> None:

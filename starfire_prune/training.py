@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from starfire_prune.checkpoint import export_weights, load_checkpoint, save_checkpoint
+from starfire_prune.checkpoint import load_checkpoint, save_checkpoint
 from starfire_prune.cpu_share import CpuShare
 from starfire_prune.data import PADDING_LABEL
 from starfire_prune.layers import unwrap
@@ -35,6 +35,7 @@ from starfire_prune.preparation import (
     create_accelerator,
     prepare_run,
 )
+from starfire_prune.pruned_file import save_pruned
 from starfire_prune.recipe import Recipe
 from starfire_prune.report import format_table, measure_sparsity
 from starfire_prune.run_folder import (
@@ -392,7 +393,11 @@ def _finish(run: Run) -> None:
         show(f"{name} keeps all its columns: {reason}")
     for line in _final_lines(rows):
         show(line)
-    export_weights(exported, model, run.pruner, decay)  # last: it marks the run as finished
+    settings = run.recipe.model
+    architecture = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
+    save_pruned(  # last: it marks the run as finished
+        model, exported, pruner=run.pruner, architecture=architecture, average_decay=decay
+    )
     show(f"weights{' (the average)' if decay else ''}: {exported}\npicture: {picture}")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from starfire_prune import Pruner
-from starfire_prune.checkpoint import export_weights
 from starfire_prune.models import create_model
+from starfire_prune.pruned_file import save_pruned
 from starfire_prune.recipe import Recipe, dump_recipe, load_recipe
 from starfire_prune.report import Sparsity, measure_sparsity
 from starfire_prune.run_folder import exported_file
@@ -68,14 +68,14 @@ def _exported(recipe: Recipe, folder: Path) -> Sparsity:
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model.name, recipe.model.num_classes, **recipe.model.options)
     if recipe.pruning == "none":
-        export_weights(exported_file(folder), model)
+        save_pruned(model, exported_file(folder))
         return measure_sparsity(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = Pruner(model, recipe.pruning, updates_per_epoch=1, optimizer=optimizer)
     for epoch in range(recipe.epochs):
         pruner.step()
         pruner.end_epoch(epoch)
-    export_weights(exported_file(folder), model, pruner)
+    save_pruned(model, exported_file(folder), pruner=pruner)
     return pruner.sparsity()
 
 

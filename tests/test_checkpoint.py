@@ -22,13 +22,13 @@ from torch.nn.utils import prune
 from starfire_prune import Pruner, checkpoint, ck_structured
 from starfire_prune.checkpoint import (
     CheckpointError,
-    export_weights,
     latest_checkpoint,
     load_checkpoint,
     plain_state_dict,
     read_metadata,
     save_checkpoint,
 )
+from starfire_prune.pruned_file import save_pruned
 from tests.networks import LAYERS, SmallNet, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,7 +336,7 @@ def test_a_model_whose_pruning_does_not_hold_is_not_saved(tmp_path):
         training.model.body.weight.fill_(1.0)
     for write in (
         lambda: training.save(tmp_path, 2),
-        lambda: export_weights(tmp_path / "model.safetensors", training.model, training.pruner),
+        lambda: save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner),
     ):
         with pytest.raises(RuntimeError, match=r"layer body: \d+ pruned weights are not zero"):
             write()
@@ -415,10 +415,10 @@ def test_an_error_in_the_midst_of_a_checkpoint_leaves_nothing_of_it(writer, tmp_
 def test_an_export_that_fails_leaves_the_earlier_one_whole(tmp_path):
     path = tmp_path / "model.safetensors"
     model, _ = wide_training()
-    export_weights(path, model)
+    save_pruned(model, path)
     content = path.read_bytes()
     with files_of_at_most(50_000), pytest.raises(CheckpointError, match="can't be written: "):
-        export_weights(path, model)
+        save_pruned(model, path)
     assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
@@ -445,7 +445,7 @@ def test_of_several_ranks_the_first_writes(rank, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_rank", lambda: rank)
     training.save(tmp_path, 1)
-    export_weights(tmp_path / "model.safetensors", training.model, training.pruner)
+    save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner)
     assert len(os.listdir(tmp_path)) == (2 if rank == 0 else 0)
 
 
@@ -458,7 +458,7 @@ def test_every_rank_takes_part_in_the_comparison_of_masks(write, tmp_path, monke
     if write == "checkpoint":
         training.save(tmp_path)
     else:
-        export_weights(tmp_path / "model.safetensors", training.model, training.pruner)
+        save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner)
     assert checked == [True]
 
 
@@ -541,14 +541,14 @@ def test_plain_weights_keep_their_dtype():
 
 def test_an_export_holds_the_plain_weights(tmp_path):
     training, path = Training(7), tmp_path / "export" / "model.safetensors"
-    export_weights(path, training.model, training.pruner)
+    save_pruned(training.model, path, pruner=training.pruner)
     assert same(load_file(path), plain_state_dict(training.model))
     assert path.stat().st_mode & stat.S_IRUSR
 
 
 def test_an_export_within_the_era_tells_so(tmp_path):
     training, path = Training(5), tmp_path / "model.safetensors"
-    export_weights(path, training.model, training.pruner)
+    save_pruned(training.model, path, pruner=training.pruner)
     metadata = read_metadata(path)
     assert metadata["phase"] == "era"
     assert metadata["weights"]["body.weight"]["zeros"] == int(
@@ -558,7 +558,7 @@ def test_an_export_within_the_era_tells_so(tmp_path):
 
 def test_the_metadata_tells_the_method_of_each_layer(tmp_path):
     training, path = Training(7, fc={"method": "block", "amount": 0.3}), tmp_path / "m.safetensors"
-    export_weights(path, training.model, training.pruner)
+    save_pruned(training.model, path, pruner=training.pruner)
     weights = read_metadata(path)["weights"]
     assert {name: (entry["method"], entry["amount"]) for name, entry in weights.items()} == {
         "stem.weight": ("ck", 0.6),
@@ -570,7 +570,7 @@ def test_the_metadata_tells_the_method_of_each_layer(tmp_path):
 
 def test_an_export_without_pruning_tells_no_method(tmp_path):
     path = tmp_path / "model.safetensors"
-    export_weights(path, SmallNet())
+    save_pruned(SmallNet(), path)
     assert read_metadata(path) == {"format_version": 1, "method": None, "weights": {}}
 
 

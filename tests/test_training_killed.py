@@ -237,7 +237,7 @@ def test_a_run_killed_before_its_export_is_finished(broken, runs):
 
     recipe = small_recipe(broken.parent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "export_weights", die)
+        patch.setattr(training, "save_pruned", die)
         with pytest.raises(KeyboardInterrupt):
             train_on(recipe, broken)
     train_on(recipe, broken)
