@@ -131,4 +131,5 @@ alt="{_text(picture.alt)}">
 
 
 _LONG_NAME = 22  # letters from which on a name may break on a narrow screen
-_STYLE = resources.files("starfire_prune.reporting").joinpath("report.css").read_text(encoding="utf-8")
+_FOLDER = resources.files("starfire_prune.reporting")
+_STYLE = _FOLDER.joinpath("report.css").read_text(encoding="utf-8")
