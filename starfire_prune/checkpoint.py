@@ -8,6 +8,7 @@ generators anew each epoch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -134,33 +135,40 @@ def load_checkpoint(
     Raises:
         CheckpointError: if a file is missing or damaged, or belongs to another model or settings.
     """
-    with _reading(path / "state.json") as file:
+    way_out = (
+        "fork another run, or none"
+        if forks
+        else f"to go on from the checkpoint before it, delete the folder {path}"
+    )
+    reading = functools.partial(_reading, way_out=way_out)
+    with reading(path / "state.json") as file:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         saved, _, _ = state["pruner"], state["epoch"], state["extra"]
         sums = dict(state["sha256"])
+        if forks:
+            _check_dense(state, path)
     for name, saved_sum in sums.items():
-        with _reading(path / name) as file:
+        with reading(path / name) as file:
             if _sha256(file) != saved_sum:
                 raise ValueError("its contents are not those that were saved")
-    with _reading(path / "optimizer.pt") as file:
+    with reading(path / "optimizer.pt") as file:
         optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
     if forks:
-        _check_dense(saved, path)
         if pruner is not None:
             pruner.skip_dense(state["epoch"])
     elif (saved is None) != (pruner is None):
         raise CheckpointError(f"{path}: one of the checkpoint and the recipe prunes, not both")
     elif pruner is not None:
-        with _reading(path / "masks.safetensors") as file:
+        with reading(path / "masks.safetensors") as file:
             masks = load_file(file)
-        with _reading(path / "state.json"):
+        with reading(path / "state.json"):
             _restore_pruner(pruner, {**saved, "masks": masks}, path)
-    with _reading(path / "model.safetensors") as file:
+    with reading(path / "model.safetensors") as file:
         load_model(unwrap(model), file)
     if average is not None:
-        with _reading(path / "average.safetensors") as file:
+        with reading(path / "average.safetensors") as file:
             load_model(average, file)
-    with _reading(path / "optimizer.pt"):
+    with reading(path / "optimizer.pt"):
         optimizer.load_state_dict(optimizer_state)
     return state
 
@@ -207,20 +215,21 @@ def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> Non
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_dense(saved: Mapping[str, Any] | None, path: Path) -> None:
-    if saved is not None and saved["phase"] != "dense":
-        raise CheckpointError(f"{path} is of the phase {saved['phase']}: fork from a dense one")
+def _check_dense(state: Mapping[str, Any], path: Path) -> None:
+    """Whether a run of other pruning may go on from a checkpoint."""
+    phase = "dense" if state["pruner"] is None else state["pruner"]["phase"]
+    if phase != "dense":
+        raise CheckpointError(f"{path} is of the phase {phase}: fork from a dense one")
+    if state["epoch"] != checkpoint_epoch(path):
+        raise ValueError(f"it is of {state['epoch']} epochs, and its folder's name says otherwise")
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[Path]:
+def _reading(file: Path, way_out: str) -> Iterator[Path]:
     """Turn what goes wrong with a file of a checkpoint into a sentence that names it."""
     try:
         yield file
     except CheckpointError:
         raise
     except _DAMAGE as error:
-        raise CheckpointError(
-            f"{file} can't be loaded: {reason(error)}; to go on from the checkpoint before it, "
-            f"delete the folder {file.parent}"
-        ) from error
+        raise CheckpointError(f"{file} can't be loaded: {reason(error)}; {way_out}") from error

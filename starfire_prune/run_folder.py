@@ -109,7 +109,10 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
     """
     saved = source / "recipe.yaml"
     if not saved.is_file():
-        raise RunError(f"--fork {source} is no run's folder: it holds no {saved.name}")
+        raise RunError(
+            f"--fork {source} is no run's folder, as it holds no {saved.name}: train that run "
+            f"first, or name another"
+        )
     other = load_recipe(saved)
     if unlike := beyond_pruning(training_differences(other, recipe)):
         raise RunError(
@@ -206,15 +209,23 @@ def begin_folder(
         accelerator: of this process.
         first_epoch: to train.
         source: folder of the run whose epochs before that it takes over.
+
+    Raises:
+        RunError: if the metrics of epochs that are done are not all there; nothing is written then.
     """
+    done = [row for row in read_metrics(source or folder) if row["epoch"] < first_epoch]
+    if [row["epoch"] for row in done] != list(range(first_epoch)):
+        raise RunError(
+            f"{_metrics_file(source or folder)} lacks lines of the {first_epoch} epochs that are "
+            f"done: restore it, or train that run anew"
+        )
     if first_epoch == 0 or source is not None:
         if not (folder / "recipe.yaml").is_file():  # else an equal one, perhaps of the user's
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
         environment = _environment(accelerator) | {"seed": recipe.seed} | _reproducing(accelerator)
         if source is not None:
-            environment["forked"] = {"run": source.name, "epochs": first_epoch}
+            environment["forked"] = _forked_environment(source, first_epoch)
         write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
-    done = [row for row in read_metrics(source or folder) if row["epoch"] < first_epoch]
     write_text(_metrics_file(folder), "".join(json.dumps(row) + "\n" for row in done))
 
 
@@ -312,6 +323,13 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or "cpu",
         "cpus": os.cpu_count(),
     }
+
+
+def _forked_environment(source: Path, epochs: int) -> dict[str, Any]:
+    """Which epochs of which run were taken over, and with what they were trained."""
+    saved = json.loads((source / "environment.json").read_text(encoding="utf-8"))
+    there = {key: saved[key] for key in ("commit", "packages", "device") if key in saved}
+    return {"run": source.resolve().name, "epochs": epochs, **there}
 
 
 def _commit() -> str | None:

@@ -9,7 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from starfire_prune.recipe import Recipe, RecipeError, differing_keys, load_recipe
+from starfire_prune.recipe import (
+    Recipe,
+    RecipeError,
+    differing_keys,
+    load_recipe,
+    training_differences,
+)
 from starfire_prune.report import format_columns
 from starfire_prune.reporting.numbers import ABSENT, spread_text
 from starfire_prune.run_folder import RunError, exported_file, read_metrics
@@ -157,11 +163,16 @@ def _number(value: object) -> float | None:
 
 
 def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]]:
-    """Where a folder's recipe is another; data behind a variable that is not set are the same."""
+    """Where a folder's recipe is another, or its data lie elsewhere and may be others.
+
+    Data behind a variable that is not set are the same.
+    """
+    trains = training_differences(saved, recipe)
     return [
         (key, old, new)
         for key, (old, new) in differing_keys(saved, recipe).items()
-        if not (key.startswith("data.") and isinstance(new, str) and "${" in new)
+        if (key in trains or key == "data.root")
+        and not (key.startswith("data.") and isinstance(new, str) and "${" in new)
     ]
 
 

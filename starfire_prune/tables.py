@@ -231,7 +231,7 @@ def _own_runs(
         runs.setdefault((run.name, run.seed), run)  # an override of the seed makes them all one
     lines = [_with_runs(line, path, settings, names) for line, names in faults.items()]
     forked = [_forked(run, runs.get((settings.fork or "", run.seed))) for run in runs.values()]
-    return forked, [*lines, *_fork_faults(path, forked)]
+    return forked, [*lines, *_fork_faults(path, settings.fork, forked)]
 
 
 def _forked(run: Run, source: Run | None) -> Run:
@@ -245,26 +245,41 @@ def _shared_epochs(run: Run, source: Run) -> int:
     return min(dense_epochs(run.recipe), dense_epochs(source.recipe))
 
 
-def _fork_faults(path: Path, runs: Sequence[Run]) -> Iterator[str]:
+def _fork_faults(path: Path, fork: str | None, runs: Sequence[Run]) -> Iterator[str]:
     """A line for each run that can't take over the epochs of the one that it is to fork."""
-    by_folder = {run.folder: run for run in runs}
-    for run in runs:
-        if not run.fork:
+    sources = {run.seed: run for run in runs if run.name == fork}
+    seen: set[str] = set()
+    for run in runs if sources else ():
+        seen.add(run.folder)
+        if run.name == fork or not dense_epochs(run.recipe):
             continue
-        source = by_folder[run.fork]
-        shared = _shared_epochs(run, source)
-        kept = source.recipe.training.keep_checkpoints
-        unlike = beyond_pruning(training_differences(source.recipe, run.recipe))
-        if unlike:
-            keys = ", ".join(unlike)
-            text = f"can't fork {source.name}: they differ in {keys}, and may in pruning alone"
-            yield problem_line(os.fspath(path), ("runs", run.name), text)
-        elif not any(epochs <= shared for epochs in kept):
-            text = (
-                f"keeps no checkpoint that {run.name} can fork; set training.keep_checkpoints: "
-                f"[{shared}]"
-            )
-            yield problem_line(os.fspath(path), ("runs", source.name), text)
+        source = sources.get(run.seed)
+        problem = (
+            f"has the seed {run.seed}, which {fork} lacks: a run forks the one of its seed"
+            if source is None
+            else _fork_problem(run, source, seen)
+        )
+        if problem:
+            yield problem_line(os.fspath(path), ("runs", run.name), problem)
+
+
+def _fork_problem(run: Run, source: Run, seen: set[str]) -> str:
+    """Why a run can't fork another one; empty if it can, or does not."""
+    shared = _shared_epochs(run, source)
+    unlike = beyond_pruning(training_differences(source.recipe, run.recipe))
+    if unlike:
+        keys = ", ".join(unlike)
+        return f"can't fork {source.name}: they differ in {keys}, and may in pruning alone"
+    if not run.fork:
+        return ""
+    if source.folder not in seen:
+        return f"comes before {source.name}, which it forks: put it behind"
+    if not any(epochs <= shared for epochs in source.recipe.training.keep_checkpoints):
+        return (
+            f"can't fork {source.name}, which keeps no checkpoint of their dense epochs: set its "
+            f"training.keep_checkpoints to [{shared}]"
+        )
+    return ""
 
 
 def _seeded(settings: TableSettings) -> Iterator[tuple[RunSettings, int | None]]:

@@ -104,7 +104,9 @@ def train(
                 stack.enter_context(locked(folder))
             begin_folder(folder, recipe, accelerator, first_epoch, start.source)
         accelerator.wait_for_everyone()
-        start_trackers(accelerator, recipe, folder, first_epoch)
+        start_trackers(accelerator, recipe, folder, 0 if start.source else first_epoch)
+        for row in read_metrics(folder) if start.source else ():
+            log_metrics(accelerator, row)
         with _told():
             for epoch in range(first_epoch, recipe.epochs):
                 _record(run, _epoch(run, epoch))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from starfire_prune.file_errors import CheckpointError
 from starfire_prune.recipe import Recipe
 from starfire_prune.run_folder import checkpoints_of, exported_file
 from starfire_prune.training import RunError, train
@@ -65,7 +66,9 @@ def test_a_forked_run_trains_from_the_forked_epoch_on_and_says_so(dense, runs, t
     assert f"goes on from {checkpoints_of(dense) / 'epoch-0001'}" in shown
     assert f"forked {dense} for {tmp_path / 'forked'} after 1 of 4 epochs" in shown
     environment = json.loads((tmp_path / "forked" / "environment.json").read_text())
-    assert environment["forked"] == {"run": "run", "epochs": 1}
+    source = json.loads((dense / "environment.json").read_text())
+    kept = {key: source[key] for key in ("commit", "packages", "device")}
+    assert environment["forked"] == {"run": "run", "epochs": 1, **kept}
 
 
 def test_the_forked_run_is_left_as_it_was(dense, runs, tmp_path):
@@ -120,7 +123,10 @@ def test_a_run_without_a_checkpoint_of_its_dense_epochs_is_refused(dense, runs, 
 
 
 def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
-    with pytest.raises(RunError, match=r"--fork .*nothing is no run's folder: it holds no recipe"):
+    message = (
+        r"--fork .*nothing is no run's folder, as it holds no recipe.yaml: train that run first"
+    )
+    with pytest.raises(RunError, match=message):
         train_fork(small_recipe(tmp_path), tmp_path / "run", tmp_path / "nothing")
 
 
@@ -130,4 +136,32 @@ def test_a_run_of_other_threads_is_refused(dense, runs, tmp_path):
     environment = json.loads((source / "environment.json").read_text()) | {"threads": 7}
     (source / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(RunError, match="was trained with threads = 7, and now it is 1"):
+        train_fork(small_recipe(tmp_path), tmp_path / "run", source)
+
+
+def test_a_run_whose_metrics_are_lost_is_refused_before_anything_is_written(dense, runs, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    (source / "metrics.jsonl").unlink()
+    message = (
+        r"source.metrics.jsonl lacks lines of the 1 epochs that are done: restore it, or train"
+    )
+    with pytest.raises(RunError, match=message):
+        train_fork(small_recipe(tmp_path), tmp_path / "run", source)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ({"pruner": {}}, "phase"),
+        ({"epoch": 4}, "it is of 4 epochs, and its folder's name says otherwise"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_with_another_way_out(state, problem, dense, runs, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    path = checkpoints_of(source) / "epoch-0001" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | state))
+    with pytest.raises(CheckpointError, match=f"state.json can't be loaded: .*{problem}.*fork an"):
         train_fork(small_recipe(tmp_path), tmp_path / "run", source)

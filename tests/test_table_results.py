@@ -181,6 +181,12 @@ def test_data_behind_a_variable_that_is_not_set_are_taken_to_be_the_same(
     assert read_result(run, tmp_path).finished
 
 
+def test_what_is_merely_kept_or_told_is_no_other_run(file, tmp_path):
+    kept = ["training={keep_checkpoints: [1], trackers: tensorboard}"]
+    leave(load_table(file, kept).runs[1], tmp_path)
+    assert read_result(load_table(file).runs[1], tmp_path).problem == ""
+
+
 def test_other_data_are_another_run(file, tmp_path, monkeypatch):
     settings = ["data={name: folder, batch_size: 64, root: '${PHOTOGRAPHS}'}"]
     monkeypatch.setenv("PHOTOGRAPHS", "/photographs")

@@ -443,6 +443,14 @@ def test_runs_fork_the_one_of_their_seed_but_for_those_that_prune_from_the_start
     assert forks == {"ck-seed1": "dense-seed1", "ck-seed2": "dense-seed2"}
 
 
+def test_a_run_before_the_one_that_it_forks_is_refused(file):
+    head, _, listed = FORKING.partition("runs:\n")
+    dense, *others = listed.splitlines(keepends=True)
+    file.write_text(f"{head}runs:\n{''.join([*others, dense])}")
+    with pytest.raises(TableError, match=r"runs\.ck: comes before dense, which it forks: put it"):
+        load_table(file)
+
+
 def test_without_fork_every_run_trains_all_its_epochs(file):
     assert not any(run.fork for run in load_table(file).runs)
 
@@ -463,7 +471,13 @@ def test_without_fork_every_run_trains_all_its_epochs(file):
         (
             "[3]",
             "[4]",
-            "runs.dense: keeps no checkpoint that ck can fork; set training.keep_checkpoints: [3]",
+            "runs.ck: can't fork dense, which keeps no checkpoint of their dense epochs: set its "
+            "training.keep_checkpoints to [3]",
+        ),
+        (
+            "- {name: ck}",
+            "- {name: ck, seeds: [0, 5]}",
+            "runs.ck: has the seed 5, which dense lacks: a run forks the one of its seed",
         ),
     ],
 )
