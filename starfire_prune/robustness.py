@@ -16,7 +16,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
-from starfire_prune.attacks import NORMALISED, Space, fgsm, pgd, pixel_space
+from starfire_prune.attacks import (
+    NORMALISED,
+    Space,
+    check_pgd,
+    default_step_size,
+    fgsm,
+    pgd,
+    pixel_space,
+)
 from starfire_prune.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -40,7 +48,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """An attack with one epsilon; the other settings are PGD's, see `starfire_prune.attacks`."""
+    """An attack with one epsilon; the other settings are PGD's, see `starfire_prune.attacks`.
+
+    What is left out of PGD's is set to what it then is; without `seed` it starts from the images.
+
+    Raises:
+        ValueError: if a setting of PGD is out of its range.
+
+    Example:
+        >>> Attack("pgd", 0.04)
+        Attack(kind='pgd', epsilon=0.04, steps=10, step_size=0.01, restarts=1, seed=None)
+    """
 
     kind: Literal["fgsm", "pgd"]
     epsilon: float
@@ -48,6 +66,22 @@ class Attack:
     step_size: float | None = None
     restarts: int | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "pgd":
+            return
+        steps = 10 if self.steps is None else self.steps
+        restarts = 1 if self.restarts is None else self.restarts
+        check_pgd(steps, self.step_size if self.epsilon else None, restarts, self.seed)
+        step_size = default_step_size(self.epsilon, steps)
+        for name, value in {"steps": steps, "step_size": step_size, "restarts": restarts}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen
+
+    @property
+    def pgd_settings(self) -> dict[str, Any]:
+        """The settings that PGD alone has, by the names of its arguments."""
+        return {name: getattr(self, name) for name in ("steps", "step_size", "restarts", "seed")}
 
 
 def evaluate_subject(
@@ -209,18 +243,8 @@ def _adversarial(
         if attack.kind == "fgsm":
             yield next(by_fgsm)
         else:
-            yield pgd(
-                model,
-                images,
-                labels,
-                attack.epsilon,
-                space,
-                steps=attack.steps or 10,
-                step_size=attack.step_size or None,
-                restarts=attack.restarts or 1,
-                seed=attack.seed,
-                first=first,
-            )
+            settings = attack.pgd_settings if attack.epsilon else {}  # at 0 it takes no step
+            yield pgd(model, images, labels, attack.epsilon, space, first=first, **settings)
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:

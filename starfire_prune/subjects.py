@@ -33,19 +33,20 @@ class Subject:
         weights: the safetensors file.
         recipe: with all overrides.
         folder: of the run, if it is one.
-        other_data: the keys of the data in which overrides ask for other images than the run's.
+        other_settings: the keys in which overrides ask for other images or another model than
+            the run's.
     """
 
     name: str
     weights: Path
     recipe: Recipe
     folder: Path | None = None
-    other_data: tuple[str, ...] = ()
+    other_settings: tuple[str, ...] = ()
 
     @property
     def keeps_evaluation(self) -> bool:
         """Whether an evaluation belongs into the folder of the run."""
-        return self.folder is not None and not self.other_data
+        return self.folder is not None and not self.other_settings
 
 
 def find_subject(
@@ -100,9 +101,16 @@ def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> Subject:
             f"{folder} is unfinished, {len(read_metrics(folder))} of {recipe.epochs} epochs are "
             f"done: go on with accelerate launch tools/train.py {saved} --output {folder}"
         )
-    own, asked = data_settings(_load(saved, [], needs_data=False)), data_settings(recipe)
-    other = tuple(f"data.{key}" for key in own if key != "root" and own[key] != asked[key])
+    own, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
+    other = tuple(key for key in own if own[key] != asked[key])
     return Subject(folder.resolve().name, weights, recipe, folder, other)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides what is evaluated, by its keys: the images, wherever they lie, and the model."""
+    data = {f"data.{key}": value for key, value in data_settings(recipe).items() if key != "root"}
+    model = recipe.model.model_dump(mode="json", exclude={"pretrained"})
+    return {**{f"model.{key}": value for key, value in model.items()}, **data}
 
 
 def check_keeps(subject: Subject) -> None:

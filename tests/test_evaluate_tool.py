@@ -233,6 +233,30 @@ def test_a_stronger_attack_leaves_less(skilled, space):
     assert {result.space for result in (near, steps, far)} == {space}
 
 
+def test_a_result_tells_the_settings_of_pgd_that_were_left_out(run):
+    _, default, told = measured(run, Attack("pgd", 0.1), Attack("pgd", 0.1, 10, 0.025, 1))
+    assert (default.steps, default.step_size, default.restarts, default.seed) == (
+        10,
+        0.025,
+        1,
+        None,
+    )
+    assert default == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, r"`steps` \(=0\) must be at least 1"),
+        ({"step_size": 0.0}, r"`step_size` \(=0\) must be above 0"),
+        ({"restarts": 0}, r"`restarts` \(=0\) must be at least 1"),
+    ],
+)
+def test_settings_of_pgd_that_are_nothing_are_refused_and_not_replaced(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Attack("pgd", 0.1, **settings)
+
+
 def test_results_do_not_depend_on_the_batches(run):
     attack = Attack("pgd", 0.05, 3, 0.02, 2, 7)
     whole, parts = (measured(run, attack, batch_size=size) for size in (24, 5))
@@ -358,6 +382,26 @@ def test_images_that_are_not_the_runs_are_not_kept(tool, run):
     ended = tool(run, "--set", "data.image_size=8")
     assert "\nnot kept in the run's folder: data.image_size is not the run's\n" in ended.stdout
     assert read_evaluation(run) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["model.options.act_layer=gelu"], "model.options is"),
+        (["model.options.act_layer=gelu", "data.crop_pct=1.0"], "model.options, data.crop_pct are"),
+    ],
+)
+def test_another_model_than_the_runs_leaves_the_runs_results_alone(settings, told, tool, run):
+    tool(run)
+    before = results_of(run)
+    ended = tool(run, *(argument for key in settings for argument in ("--set", key)))
+    assert f"\nnot kept in the run's folder: {told} not the run's\n" in ended.stdout
+    assert results_of(run) == before
+
+
+def test_other_weights_to_start_from_are_the_same_model(tool, run):
+    ended = tool(run, "--set", "model.pretrained=true")
+    assert ended.stdout.endswith(f"kept in {run}/evaluation.json\n")
 
 
 def test_a_source_is_kept_with_its_weights(tool, run, other):
@@ -586,6 +630,10 @@ def test_settings_out_of_range_and_without_effect_are_refused(arguments, message
             "argument --pgd: 'runs/ck' is no number such as 0.03 or 4/255 (runs come",
         ),
         ("--limit 0", "argument --limit: '0' must be a whole number from 1"),
+        # which a fraction would work out digit by digit
+        ("--fgsm 1e99999999", "argument --fgsm: '1e99999999' is no number such as"),
+        ("--pgd 0.1 --step-size nan", "argument --step-size: 'nan' is no number such as"),
+        (f"--fgsm {'9' * 5000}/1", f"argument --fgsm: '{'9' * 40}…' is no number such as"),
     ],
 )
 def test_what_is_no_number_is_refused(arguments, message, tool, run):

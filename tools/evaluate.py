@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -149,12 +150,16 @@ def _path(text: str) -> Path:
 
 
 def _number(text: str) -> float:
-    try:
-        return float(Fraction(text))
+    try:  # no Fraction of an exponent: it would work out all the digits
+        number = float(Fraction(text)) if "/" in text else float(text)
     except (ValueError, ZeroDivisionError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = f"{text[:40]}…" if len(text) > 40 else text
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number such as 0.03 or 4/255 (runs come before the options)"
-        ) from None
+            f"{shown!r} is no number such as 0.03 or 4/255 (runs come before the options)"
+        )
+    return number
 
 
 def _count(text: str) -> int:
@@ -221,23 +226,12 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list[Subject], Subject | N
 
 
 def _attacks(arguments: argparse.Namespace) -> list[Attack]:
-    from starfire_prune.attacks import default_step_size
     from starfire_prune.robustness import Attack
 
-    steps, step_size, restarts, seed = _pgd_settings(arguments)
+    settings = _pgd_settings(arguments)
     return [
         *(Attack("fgsm", epsilon) for epsilon in dict.fromkeys(arguments.fgsm)),
-        *(
-            Attack(
-                "pgd",
-                epsilon,
-                steps,
-                default_step_size(epsilon, steps) if step_size is None else step_size,
-                restarts,
-                seed,
-            )
-            for epsilon in dict.fromkeys(arguments.pgd)
-        ),
+        *(Attack("pgd", epsilon, *settings) for epsilon in dict.fromkeys(arguments.pgd)),
     ]
 
 
@@ -295,7 +289,9 @@ def _notes(subject: Subject, evaluation: Evaluation) -> Iterator[str]:
     if subject.keeps_evaluation and subject.folder is not None:
         yield f"kept in {evaluation_file(subject.folder)}"
     elif subject.folder is not None:
-        yield f"not kept in the run's folder: {', '.join(subject.other_data)} is not the run's"
+        others = ", ".join(subject.other_settings)
+        verb = "is" if len(subject.other_settings) == 1 else "are"
+        yield f"not kept in the run's folder: {others} {verb} not the run's"
 
 
 def _fail(message: str, status: int = 2) -> int:
