@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from starfire_prune.attacks import default_step_size
 from starfire_prune.evaluation import Evaluation, Result
 from starfire_prune.reporting.numbers import Curve
 
@@ -34,6 +36,8 @@ class Attack:
         restarts: of PGD.
         source: name of the run whose gradients it followed; None for the model's own.
         precision: of the passes.
+        step_size: of PGD, in the unit of epsilon; None for the default of each epsilon.
+        from_images: whether PGD starts from the images themselves, and not at random.
     """
 
     name: str
@@ -42,6 +46,8 @@ class Attack:
     restarts: int | None = None
     source: str | None = None
     precision: str = "fp32"
+    step_size: float | None = None
+    from_images: bool = False
 
     @property
     def label(self) -> str:
@@ -56,6 +62,10 @@ class Attack:
         parts = [self.name.upper()]
         if self.steps is not None:
             parts[0] += f" of {self.steps} step{'s' * (self.steps > 1)}"
+        if self.step_size is not None:
+            parts[0] += f" of {epsilon_text(self.step_size, self)}"
+        if self.from_images:
+            parts[0] += " from the images"
         if self.restarts is not None and self.restarts > 1:
             parts.append(f"{self.restarts} restarts")
         if self.space != "pixel":
@@ -74,7 +84,7 @@ class Attack:
 
 def attacks_of(evaluations: Iterable[Evaluation | None]) -> list[Attack]:
     """The attacks that any of the evaluations holds: none, those on the model itself, the rest."""
-    found = {_attack(result): None for one in evaluations if one for result in one.results}
+    found = {_attacks(result)[0]: None for one in evaluations if one for result in one.results}
     return sorted(found, key=_place)
 
 
@@ -113,35 +123,70 @@ def is_level(epsilon: float) -> bool:
 def results_under(evaluation: Evaluation | None, attack: Attack) -> list[Result]:
     """The results of an attack with any epsilon."""
     results: Sequence[Result] = evaluation.results if evaluation else ()
-    return [result for result in results if _attack(result) == attack]
+    return [result for result in results if attack in _attacks(result)]
 
 
 def accuracy(evaluation: Evaluation | None, attack: Attack, epsilon: float) -> float | None:
-    """Top-1 in percent under an attack; of several such results that of the most images."""
+    """Top-1 in percent under an attack.
+
+    Of several such results that of the most images counts, and of these that of the lowest seed.
+    """
     found = [own for own in results_under(evaluation, attack) if own.epsilon == epsilon]
-    return 100 * max(found, key=lambda result: result.images).top1 if found else None
+    return 100 * _chosen(found).top1 if found else None
 
 
 def attack_curve(evaluation: Evaluation | None, attack: Attack) -> Curve:
-    """Top-1 in percent over epsilon, from the clean images at 0 on where they were measured."""
-    epsilons = {result.epsilon for result in results_under(evaluation, attack)}
-    if not epsilons:
-        return (), ()
-    values = {epsilon: accuracy(evaluation, attack, epsilon) for epsilon in epsilons}
-    values.setdefault(0.0, accuracy(evaluation, Attack("none"), 0.0))
-    known = [
-        (epsilon, value) for epsilon in sorted(values) if (value := values[epsilon]) is not None
-    ]
-    return tuple(epsilon for epsilon, _ in known), tuple(value for _, value in known)
+    """Top-1 in percent over epsilon, from the clean images at 0 on.
+
+    These are not there unless as many of them were measured in the same precision.
+    """
+    by_epsilon: dict[float, list[Result]] = {}
+    for result in results_under(evaluation, attack):
+        by_epsilon.setdefault(result.epsilon, []).append(result)
+    chosen = {epsilon: _chosen(own) for epsilon, own in sorted(by_epsilon.items())}
+    attacked = {epsilon: own for epsilon, own in chosen.items() if epsilon}
+    if attacked:
+        clean = _clean(evaluation, list(attacked.values()))
+        chosen = attacked if clean is None else {0.0: clean, **attacked}
+    return tuple(chosen), tuple(100 * own.top1 for own in chosen.values())
 
 
-def _attack(result: Result) -> Attack:
+def _chosen(results: Sequence[Result]) -> Result:
+    """Of results of the same attack that of the most images, and then of the lowest seed."""
+    return max(results, key=lambda result: (result.images, -(result.seed or 0)))
+
+
+def _clean(evaluation: Evaluation | None, attacked: Sequence[Result]) -> Result | None:
+    """What the same images came to in the same precision without an attack, if it is known."""
+    measured = {(result.images, result.precision) for result in attacked}
+    if evaluation is None or len(measured) > 1:
+        return None
+    unchanged = (result for result in evaluation.results if result.epsilon == 0)
+    same = (own for own in unchanged if (own.images, own.precision) in measured)
+    return next(same, None)
+
+
+def _attacks(result: Result) -> tuple[Attack, ...]:
+    """The attack of a result, and where its step size is the default that of this step size too."""
     if result.attack == "none":
-        return Attack("none")
+        return (Attack("none"),)
     settings = (result.space, result.steps, result.restarts, result.source, result.precision)
-    return Attack(result.attack, *settings)
+    attack = Attack(result.attack, *settings)
+    if result.attack == "fgsm":
+        return (attack,)
+    usual = dataclasses.replace(attack, from_images=result.seed is None)
+    own = dataclasses.replace(usual, step_size=result.step_size)
+    return (usual, own) if _is_default_step(result) else (own,)
+
+
+def _is_default_step(result: Result) -> bool:
+    if result.step_size is None or result.steps is None:
+        return result.step_size is None
+    default = default_step_size(result.epsilon, result.steps)
+    return math.isclose(result.step_size, default, rel_tol=1e-9)
 
 
 def _place(attack: Attack) -> tuple[object, ...]:
     own = (attack.name != "none", attack.source or "", attack.name)
-    return (*own, attack.space != "pixel", attack.steps or 0, attack.restarts or 0)
+    numbers = (attack.steps or 0, attack.restarts or 0, attack.step_size or 0.0)
+    return (*own, attack.space != "pixel", *numbers, attack.from_images)

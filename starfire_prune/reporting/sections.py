@@ -231,6 +231,8 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
         if x
     )
     shown = [own for own in variants if own.name in {one.label for one in series}]
+    has_clean = any(x[:1] == (0.0,) for own in series for x, _ in own.curves)
+    clean = "; at 0 stand the clean images" if has_clean else ""
     images = sorted(
         {
             result.images
@@ -242,7 +244,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
     return titled_picture(
         f"robustness-{attack.name}",
         f"Top-1 under {attack.label}",
-        f"ε is the most by which {attack.unit} change; at 0 stand the clean images. "
+        f"ε is the most by which {attack.unit} change{clean}. "
         f"{listed(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
         f"Top-1 over epsilon: {ends}.",
         _over_epsilon(series, attack),
