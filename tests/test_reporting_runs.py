@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from starfire_prune.recipe import Recipe
 from starfire_prune.reporting.runs import ReportError, read_run, settings_key, variants_of
 from tests.reported import TOP1, leave_dense, leave_evaluation, leave_run, write_metrics
 
@@ -222,6 +223,26 @@ def test_where_the_data_lie_and_who_is_told_makes_no_other_variant(folder):
     training = recipe.training.model_copy(update={"keep_checkpoints": (2,)})
     moved = recipe.model_copy(update={"training": training, "seed": 9})
     assert settings_key(moved) == settings_key(recipe)
+
+
+def at(recipe: Recipe, name: str, root: str) -> Recipe:
+    """The recipe with other data."""
+    data = recipe.data.model_copy(update={"name": name, "root": root})
+    return recipe.model_copy(update={"data": data})
+
+
+@pytest.mark.parametrize("name", ["folder", "wds/photographs", "torch/image_folder"])
+def test_runs_on_other_folders_of_photographs_are_no_variant(name, folder):
+    recipe = read_run(folder).recipe
+    birds, moved, cars = (at(recipe, name, root) for root in ("/a/birds", "/b/birds/", "/a/cars"))
+    assert settings_key(birds) == settings_key(moved)
+    assert settings_key(birds) != settings_key(cars)
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "hfds/uoft-cs/cifar10"])
+def test_where_data_of_a_name_of_their_own_lie_makes_no_other_variant(name, folder):
+    recipe = read_run(folder).recipe
+    assert settings_key(at(recipe, name, "/a/one")) == settings_key(at(recipe, name, "/b/two"))
 
 
 def test_a_means_runs_are_the_finished_ones_if_there_are_any(tmp_path):

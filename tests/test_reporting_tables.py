@@ -8,7 +8,7 @@ import pytest
 from starfire_prune.recipe import load_recipe
 from starfire_prune.reporting.page import Grid
 from starfire_prune.reporting.picture_style import lines_of
-from starfire_prune.reporting.runs import ReportedRun, Variant, read_run, variants_of
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, read_run, variants_of
 from starfire_prune.reporting.tables import (
     above_dense,
     compared,
@@ -171,6 +171,32 @@ def test_each_run_of_a_table_has_the_papers_numbers_too(table, left):
     row = columns(grid, 1)
     assert (row["top1, table"], row["top1, paper"]) == ("50.00", "76.50")
     assert columns(grid, 2)["top1, paper"] == "-"
+
+
+def test_a_run_of_the_table_that_is_there_twice_is_refused(table, left, tmp_path):
+    again = read_run(leave_dense(tmp_path / "copy" / "dense-seed0", "seed=0"))
+    with pytest.raises(ReportError) as caught:
+        compared(table, [*left, again])
+    assert str(caught.value) == (
+        f"{tmp_path}/runs/dense-seed0 and {tmp_path}/copy/dense-seed0 are the same run of table, "
+        f"dense-seed0: leave out all but one"
+    )
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_run_of_the_same_name_from_elsewhere_has_none_of_the_tables_numbers(
+    is_first, table, left, tmp_path
+):
+    other = read_run(leave_dense(tmp_path / "else" / "dense-seed0", "seed=0", "optimizer.lr=0.5"))
+    runs = [other, *left] if is_first else [*left, other]
+    comparison = compared(table, runs)
+    assert [result.run.folder for result in comparison.results] == ["dense-seed0", "dense-seed1"]
+    assert [problem for problem in comparison.problems if "/else/dense-seed0 holds" in problem]
+    grid = runs_grid(variants_of(runs), comparison)
+    rows = [columns(grid, row) for row in range(len(runs))]
+    numbers = {row["run"]: (row["top1, table"], row["top1, paper"]) for row in rows}
+    assert numbers[str(other.folder)] == ("-", "-")
+    assert numbers[str(left[0].folder)] == ("75.00", "76.50")
 
 
 def test_a_table_without_numbers_of_the_paper_is_not_set_beside(table, made):

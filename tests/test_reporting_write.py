@@ -1,5 +1,7 @@
 """The report of runs: what its words say, and which pictures it has."""
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from starfire_prune.reporting.picture_style import Images
 from starfire_prune.reporting.runs import ReportedRun, ReportError, read_run
 from starfire_prune.reporting.words import file_name, numbered
 from starfire_prune.reporting.write import build_report, write_report
+from starfire_prune.tables import load_table
 from tests.reported import TOP1, leave_dense, leave_evaluation, leave_run
 
 Left = Callable[..., ReportedRun]
@@ -95,6 +98,40 @@ def test_runs_of_different_data_are_told_and_not_ranked(left, tmp_path):
     assert not [line for line in report.summary if "highest" in line]
 
 
+def test_shards_in_different_folders_are_different_data(left):
+    runs = [left("ck"), left("window", "pruning.method=window")]
+    told = []
+    for run, folder in zip(runs, ("birds", "cars"), strict=True):
+        data = run.recipe.data.model_copy(update={"name": "wds/x", "root": f"/data/{folder}"})
+        recipe = run.recipe.model_copy(update={"data": data})
+        told.append(dataclasses.replace(run, recipe=recipe))
+    assert (
+        "(wds/x in birds (10 classes, 16 px): ck; wds/x in cars (10 classes, 16 px): window)"
+        in (build_report(told).notes[0])
+    )
+
+
+def test_a_seed_that_is_there_twice_is_told(left, tmp_path):
+    runs = [left("ck-seed0", "seed=0"), left("ck-seed1", "seed=1"), left("copied", "seed=0")]
+    assert build_report(runs).notes == (
+        f"Of the same settings and the same seed 0: {tmp_path}/ck-seed0, {tmp_path}/copied. If "
+        f"they are copies, means count one run several times, and deviations are too small.",
+    )
+
+
+def test_runs_of_a_table_come_in_its_order_and_others_of_their_names_behind(left, tmp_path):
+    ck, dense = left("table/ck-seed3"), left("table/dense-seed3", "pruning=none")
+    other = left("else/ck-seed3", "pruning.amount=0.5")
+    file = tmp_path / "table" / "table.yaml"
+    runs = "[{name: ck}, {name: dense, set: {pruning: none}}]"
+    file.write_text(
+        f"{{title: T, base: small.yaml, columns: [{{name: top1}}], runs: {runs}}}", encoding="utf-8"
+    )
+    report = build_report([other, dense, ck], load_table(file))
+    rows = report.sections[0].grids[0].rows
+    assert [row[0] for row in rows] == ["table/ck-seed3", "dense", "else/ck-seed3"]
+
+
 def test_runs_of_different_lengths_are_told(left):
     runs = [left("ck"), left("long", "epochs=5", top1=(0.5,) * 5)]
     assert "The runs are of different numbers of epochs (4: ck; 5: long)." in (
@@ -146,7 +183,17 @@ def test_attacks_on_the_model_itself_have_pictures_and_all_are_in_the_table(tmp_
     (section,) = [own for own in report.sections if own.heading == "Robustness"]
     assert [picture.name for picture in section.pictures] == ["robustness-fgsm"]
     assert section.grids[0].rows == (("ck", "25.00", "50.00"),)
-    assert "24 images." in section.pictures[0].caption
+    caption = section.pictures[0].caption
+    assert "ε is the most by which pixels in [0, 1] change. 24 images." in caption
+
+
+def test_a_picture_of_an_attack_tells_that_it_begins_at_the_clean_images(tmp_path):
+    folder = leave_run(tmp_path / "ck")
+    clean = {"attack": "none", "epsilon": 0.0, "top1": 0.75}
+    leave_evaluation(folder, clean, {"attack": "fgsm", "epsilon": 0.1, "top1": 0.25})
+    report = build_report([read_run(folder)])
+    (picture,) = (own for own in report.pictures if own.name == "robustness-fgsm")
+    assert "change; at 0 stand the clean images. 24 images." in picture.caption
 
 
 def test_captions_tell_the_settings(left):
@@ -183,6 +230,27 @@ def test_pictures_of_like_names_have_files_of_their_own(left):
     assert [own.name for own in numbered([picture] * 3)] == ["accuracy", "accuracy-2", "accuracy-3"]
     assert file_name("../a b") == "a-b"
     assert file_name("…") == "run"
+
+
+def test_pictures_of_an_earlier_report_go(left, tmp_path):
+    output = tmp_path / "out"
+    write_report(build_report([left("ck")]), output)
+    assert (output / "masks-ck.png").exists()
+    report = build_report([left("dense")])
+    write_report(report, output)
+    pictures = {path.stem for path in output.glob("*.png")}
+    assert pictures == set(names(report))
+
+
+def test_files_that_no_report_has_written_stay(left, tmp_path):
+    output = tmp_path / "out"
+    write_report(build_report([left("ck")]), output)
+    shutil.copy(output / "masks-ck.png", output / "copied.png")
+    (output / "masks-ck.png").write_bytes(b"drawn over")
+    (output / "notes.png").write_bytes(b"mine")
+    write_report(build_report([left("dense")]), output)
+    kept = {name: (output / f"{name}.png").read_bytes() for name in ("copied", "masks-ck", "notes")}
+    assert kept == {"copied": b"light", "masks-ck": b"drawn over", "notes": b"mine"}
 
 
 def test_what_is_written_is_the_page_its_tables_and_the_pictures(left, tmp_path):

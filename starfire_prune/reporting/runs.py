@@ -27,9 +27,18 @@ from starfire_prune.report import Sparsity, measure_sparsity
 from starfire_prune.reporting.numbers import RunNumbers, run_numbers
 from starfire_prune.run_folder import RunError, exported_file, read_metrics
 
-__all__ = ["ReportError", "ReportedRun", "Variant", "read_run", "settings_key", "variants_of"]
+__all__ = [
+    "ReportError",
+    "ReportedRun",
+    "Variant",
+    "folder_of_data",
+    "read_run",
+    "settings_key",
+    "variants_of",
+]
 
 _SEED: Final = re.compile(r"-seed\d+$")
+_NAMED_DATA: Final = {"digits", "tiny_imagenet"}
 # By how much the exported zeros may differ from the last epoch's: an average of weights, which
 # may be what is exported, holds other accidental zeros
 _OTHER_WEIGHTS: Final = 1e-3
@@ -161,10 +170,21 @@ def variants_of(runs: Iterable[ReportedRun]) -> tuple[Variant, ...]:
 
 def settings_key(recipe: Recipe, *, pruning: bool = True) -> str:
     """What two recipes share that train alike but for the seed, and perhaps for `pruning`."""
-    data = recipe.data.model_copy(update={"root": None})
+    data = recipe.data.model_copy(update={"root": folder_of_data(recipe)})
     training = recipe.training.model_copy(update={"trackers": (), "keep_checkpoints": ()})
     same = {"seed": 0, "data": data, "training": training}
     return dump_recipe(recipe.model_copy(update=same if pruning else {**same, "pruning": "none"}))
+
+
+def folder_of_data(recipe: Recipe) -> str | None:
+    """The name of the folder that is a recipe's data set; None where another name tells it.
+
+    Only its last part: the same data lie elsewhere on another machine.
+    """
+    data = recipe.data
+    if data.root is None or data.name in _NAMED_DATA or data.name.startswith("hfds/"):
+        return None
+    return re.split(r"[/\\]", data.root.rstrip("/\\"))[-1]
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from starfire_prune.reporting.attack_numbers import accuracy, columns_of
@@ -18,9 +19,9 @@ from starfire_prune.reporting.numbers import (
 )
 from starfire_prune.reporting.page import Grid
 from starfire_prune.reporting.picture_style import Line
-from starfire_prune.reporting.runs import ReportedRun, Variant, settings_key
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, settings_key
 from starfire_prune.table_results import RunResult, read_result
-from starfire_prune.tables import Column, Table
+from starfire_prune.tables import Column, Run, Table
 
 __all__ = [
     "Comparison",
@@ -62,26 +63,48 @@ class Comparison:
     Attributes:
         table: with the paper's numbers.
         results: of its runs that are reported, in the table's order.
+        places: of each reported run that has the name of one of the table's, and is that one where
+            any is: its resolved folder, and where in the table's order that run is.
         missing: folders of its runs that are not.
         problems: why a run with the name of one of the table's isn't that one, a sentence each.
     """
 
     table: Table
     results: tuple[RunResult, ...]
+    places: Mapping[Path, int]
     missing: tuple[str, ...]
     problems: tuple[str, ...]
 
 
 def compared(table: Table, runs: Sequence[ReportedRun]) -> Comparison:
-    """Find the runs of a table: by the names of their folders, and of the same recipe."""
-    parents = {run.name: run.folder.resolve().parent for run in runs}
-    results = [read_result(run, parents[run.folder]) for run in table.runs if run.folder in parents]
-    return Comparison(
-        table,
-        tuple(result for result in results if not result.problem),
-        tuple(dict.fromkeys(run.folder for run in table.runs if run.folder not in parents)),
-        tuple(dict.fromkeys(result.problem for result in results if result.problem)),
-    )
+    """Find the runs of a table: by the names of their folders, and of the same recipe.
+
+    Raises:
+        ReportError: if there are several of the same name and recipe.
+    """
+    by_name: dict[str, list[Path]] = {}
+    for own in runs:
+        by_name.setdefault(own.name, []).append(own.folder.resolve())
+    places: dict[Path, int] = {}
+    results, problems = [], []
+    for place, run in enumerate(table.runs):
+        read = {folder: read_result(run, folder.parent) for folder in by_name.get(run.folder, ())}
+        sound = [folder for folder, result in read.items() if not result.problem]
+        _check_single(table, run, sound)
+        results += [read[folder] for folder in sound]
+        problems += [result.problem for result in read.values() if result.problem]
+        for folder in sound or read:
+            places.setdefault(folder, place)
+    missing = dict.fromkeys(run.folder for run in table.runs if run.folder not in by_name)
+    return Comparison(table, tuple(results), places, tuple(missing), tuple(dict.fromkeys(problems)))
+
+
+def _check_single(table: Table, run: Run, folders: Sequence[Path]) -> None:
+    if len(folders) > 1:
+        raise ReportError(
+            f"{' and '.join(map(str, folders))} are the same run of {table.name}, {run.folder}: "
+            f"leave out all but one"
+        )
 
 
 def mean_top1(variant: Variant) -> float | None:
@@ -253,9 +276,9 @@ def _paper_cells(
     run: ReportedRun, comparison: Comparison | None, columns: Sequence[Column]
 ) -> list[str]:
     """What a run has in the table's columns, and what the paper has there."""
-    results = [
-        own for own in (comparison.results if comparison else ()) if own.run.folder == run.name
-    ]
+    results: Sequence[RunResult] = ()
+    if comparison is not None and run.folder.resolve() in comparison.places:
+        results = [own for own in comparison.results if own.run.folder == run.name]
     cells = []
     for column in columns:
         found = [own for own in results if column.name in own.run.paper]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from starfire_prune.recipe import Recipe
 from starfire_prune.reporting.page import Picture
 from starfire_prune.reporting.picture_style import Images
-from starfire_prune.reporting.runs import Variant
+from starfire_prune.reporting.runs import Variant, folder_of_data
 
 __all__ = ["data_text", "file_name", "listed", "numbered", "settings_text", "titled_picture"]
 
@@ -29,9 +29,9 @@ def settings_text(variants: Iterable[Variant]) -> str:
 def data_text(recipe: Recipe) -> str:
     """The data set of a recipe, with what tells it from others."""
     data = recipe.data
-    name = data.name
-    if name == "folder" and data.root:
-        name = re.split(r"[/\\]", data.root.rstrip("/\\"))[-1]
+    name, folder = data.name, folder_of_data(recipe)
+    if folder is not None:
+        name = folder if name == "folder" else f"{name} in {folder}"
     return f"{name} ({recipe.model.num_classes} classes, {data.image_size} px)"
 
 

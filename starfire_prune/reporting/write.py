@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import base64
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
+from typing import Final
 
 from starfire_prune.files import replaced_file, write_text
 from starfire_prune.recipe import Recipe
@@ -32,6 +36,8 @@ from starfire_prune.tables import Table
 
 __all__ = ["build_report", "write_report"]
 
+_PICTURE: Final = re.compile(r"^!\[.*\]\(([\w.-]+)\.png\)$", re.MULTILINE)
+
 
 def build_report(
     runs: Sequence[ReportedRun], table: Table | None = None, layer: str | None = None
@@ -45,10 +51,10 @@ def build_report(
         layer: the convolution whose masks are shown; by default the middle one.
 
     Raises:
-        ReportError: if no run that prunes has such a layer.
+        ReportError: if no run that prunes has such a layer, or a run of `table` is there twice.
     """
     comparison = None if table is None else compared(table, runs)
-    variants = _ordered(variants_of(runs), table)
+    variants = _ordered(variants_of(runs), comparison)
     _check_layer(variants, layer)
     lines = dict(
         zip(
@@ -79,12 +85,16 @@ def build_report(
 def write_report(report: Report, folder: Path) -> Path:
     """Write `report.html`, `report.md`, `report.csv` and the pictures; where the page is.
 
+    Pictures of the report that is replaced go, unless they were changed since.
+
     Raises:
         OSError: if a file can't be written.
     """
     for picture in report.pictures:
         with replaced_file(folder / f"{picture.name}.png") as temporary:
             temporary.write_bytes(picture.light)
+    for path in _outdated(folder, {picture.name.lower() for picture in report.pictures}):
+        path.unlink()
     write_text(folder / "report.csv", csv_text(report.runs))
     write_text(folder / "report.md", markdown_text(report))
     page = folder / "report.html"
@@ -92,13 +102,35 @@ def write_report(report: Report, folder: Path) -> Path:
     return page
 
 
-def _ordered(variants: Iterable[Variant], table: Table | None) -> list[Variant]:
-    """Those of a table in its order, then dense ones, then the rest as they come."""
-    folders = [run.folder for run in table.runs] if table else []
+def _outdated(folder: Path, names: Set[str]) -> list[Path]:
+    """The files of an earlier report's pictures: named in its Markdown, and the same in its page.
 
-    def place(variant: Variant) -> tuple[int, bool]:
-        name = variant.runs[0].name
-        return folders.index(name) if name in folders else len(folders), variant.method != "dense"
+    Args:
+        folder: of the report.
+        names: of the new report's pictures, in lower case.
+    """
+    page, markdown = (_earlier(folder / f"report.{ending}") for ending in ("html", "md"))
+    files = [folder / f"{name}.png" for name in _PICTURE.findall(markdown)]
+    return [
+        path
+        for path in dict.fromkeys(files)
+        if path.stem.lower() not in names
+        and path.is_file()
+        and f',{base64.b64encode(path.read_bytes()).decode()}"' in page
+    ]
+
+
+def _earlier(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list[Variant]:
+    """Those of a table in its order, then dense ones, then the rest as they come."""
+    places = comparison.places if comparison else {}
+
+    def place(variant: Variant) -> tuple[float, bool]:
+        own = (places.get(run.folder.resolve(), math.inf) for run in variant.runs)
+        return min(own), variant.method != "dense"
 
     return sorted(variants, key=place)
 
@@ -218,11 +250,26 @@ def _notes(variants: Sequence[Variant], comparison: Comparison | None) -> Iterat
             f"Exported with a moving average of the weights: {_few(averaged)}. Its top-1 is in the "
             f"table of runs; curves and means are of the weights that trained."
         )
+    yield from _copies(variants)
     if comparison is not None:
         if comparison.missing:
             yield f"Not among these runs, but in the table: {_few(comparison.missing)}."
         for problem in comparison.problems:
             yield f"Not set beside the paper: {problem}."
+
+
+def _copies(variants: Sequence[Variant]) -> Iterator[str]:
+    """A sentence on each seed of which a variant has several runs."""
+    for own in variants:
+        by_seed: dict[int, list[str]] = {}
+        for run in own.runs:
+            by_seed.setdefault(run.recipe.seed, []).append(str(run.folder))
+        for seed, folders in by_seed.items():
+            if len(folders) > 1:
+                yield (
+                    f"Of the same settings and the same seed {seed}: {_few(folders)}. If they are "
+                    f"copies, means count one run several times, and deviations are too small."
+                )
 
 
 def _few(items: Sequence[str], most: int = 8) -> str:
