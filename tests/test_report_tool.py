@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 
+from starfire_prune.reporting import write
 from tests.processes import ROOT
 from tests.reported import leave_dense, leave_evaluation, leave_run
 
@@ -169,7 +170,7 @@ def test_the_tables_title_is_the_pages(report):
     assert "<h1>Small &lt;runs&gt; &amp; more</h1>" in page
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_phone(scheme, report, tmp_path):
     page = (report / "report.html").read_text(encoding="utf-8")
     found = probed(page, scheme, tmp_path)
@@ -255,6 +256,28 @@ def test_an_unfinished_run_is_refused_and_reported_when_asked_for(tool, tmp_path
 
 def test_a_layer_that_is_not_pruned_is_refused(tool, runs):
     assert refusal(tool(runs[0], "--layer", "fc")).startswith("--layer fc is no convolution that ")
+
+
+@pytest.mark.parametrize("option", ["--output", "--table", None])
+def test_an_empty_path_is_refused(option, tool, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = tool("") if option is None else tool(runs[1], option, "")
+    name = "RUN" if option is None else option
+    assert ended.status == 2
+    assert f"argument {name}: is empty; name a folder or a file" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_is_one_sentence(tool, runs, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "build_report", interrupted)
+    ended = tool(runs[1], "--output", tmp_path / "out")
+    assert (ended.status, ended.stderr) == (
+        130,
+        f"report.py: interrupted; {tmp_path}/out may hold parts of two reports\n",
+    )
 
 
 def test_an_output_that_is_a_file_is_refused(tool, runs, tmp_path, nothing_drawn):

@@ -31,22 +31,24 @@ def main() -> int:
         return _fail(f"{error.filename or arguments.output}: {error.strerror or error}")
     except ValueError as error:
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail(f"interrupted; {arguments.output} may hold parts of two reports", status=130)
     print(f"{len(runs)} run{'s' * (len(runs) > 1)}: {page}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="*", type=_path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--table",
-        type=Path,
+        type=_path,
         help="YAML file of the table that the runs are of, for the paper's numbers; by default "
         "recipes/tables/T.yaml for runs in a folder T; without RUN: all of its runs that are there",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=_path,
         default=Path("report"),
         metavar="FOLDER",
         help="folder for report.html, report.md, report.csv and the pictures; default: report",
@@ -60,6 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         "--layer", metavar="NAME", help="convolution whose masks are shown; default: the middle one"
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:  # such as a variable that is not set
+        raise argparse.ArgumentTypeError("is empty; name a folder or a file")
+    return Path(text)
 
 
 def _table(path: Path | None, runs: Sequence[Path]) -> Table | None:
@@ -93,9 +101,9 @@ def _distinct(folders: Sequence[Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     print(f"report.py: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":
