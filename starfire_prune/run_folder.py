@@ -211,12 +211,12 @@ def begin_folder(
         source: folder of the run whose epochs before that it takes over.
 
     Raises:
-        RunError: if the metrics of epochs that are done are not all there; nothing is written then.
+        RunError: if `source` has not kept the metrics of all of them; nothing is written then.
     """
     done = [row for row in read_metrics(source or folder) if row["epoch"] < first_epoch]
-    if [row["epoch"] for row in done] != list(range(first_epoch)):
+    if source is not None and [row["epoch"] for row in done] != list(range(first_epoch)):
         raise RunError(
-            f"{_metrics_file(source or folder)} lacks lines of the {first_epoch} epochs that are "
+            f"{_metrics_file(source)} lacks lines of the {first_epoch} epochs that are "
             f"done: restore it, or train that run anew"
         )
     if first_epoch == 0 or source is not None:

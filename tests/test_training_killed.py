@@ -232,7 +232,7 @@ def test_resume_of_another_recipe_is_refused_with_the_keys_that_differ(broken):
 
 
 def test_a_run_killed_before_its_export_is_finished(broken, runs):
-    def die(*args: Any) -> None:
+    def die(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     recipe = small_recipe(broken.parent)
