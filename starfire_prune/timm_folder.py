@@ -17,6 +17,7 @@ from starfire_prune.exporting import ExportError, Source, write_weights
 from starfire_prune.file_errors import writing
 from starfire_prune.files import replaced_folder, write_text
 from starfire_prune.image_settings import ImageSettings, class_names
+from starfire_prune.pruned_file import read_pruned_file
 
 __all__ = ["CONFIG", "WEIGHTS", "timm_config", "write_timm_folder"]
 
@@ -37,7 +38,8 @@ def write_timm_folder(source: Source, model: nn.Module, folder: Path) -> dict[st
         The configuration.
 
     Raises:
-        ExportError: if nothing tells how the images were prepared.
+        ExportError: if nothing tells how the images were prepared, or the weights in the folder
+            are in encodings that timm doesn't read.
         CheckpointError: if it can't be written.
     """
     images, data, architecture = source.images, source.data, source.architecture
@@ -50,6 +52,7 @@ def write_timm_folder(source: Source, model: nn.Module, folder: Path) -> dict[st
     config = timm_config(model, architecture, images, names)
     text = json.dumps(config, indent=2) + "\n"
     if is_folder_of(source, folder):
+        _check_plain(source)
         with writing(folder / CONFIG):
             write_text(folder / CONFIG, text)
         return config
@@ -62,6 +65,18 @@ def write_timm_folder(source: Source, model: nn.Module, folder: Path) -> dict[st
 def is_folder_of(source: Source, folder: Path) -> bool:
     """Whether a folder is the one that holds the source's weights, under the name timm expects."""
     return source.weights.resolve() == (folder / WEIGHTS).resolve()
+
+
+def _check_plain(source: Source) -> None:
+    """Raise ExportError if timm can't read the tensors of the source's file."""
+    if not source.is_checked:
+        return
+    for entry in read_pruned_file(source.weights).entries.values():
+        if entry.encoded.encoding != "dense" or entry.deflated:
+            raise ExportError(
+                f"{source.weights} is compressed, which timm can't read: name another folder as "
+                f"--output, where the weights are written dense"
+            )
 
 
 def timm_config(

@@ -13,7 +13,7 @@ from timm.models import _hub as hub
 from torch import Tensor, nn
 
 from starfire_prune.data import load_datasets
-from starfire_prune.exporting import ExportError, Source, find_source, load_source
+from starfire_prune.exporting import ExportError, Source, find_source, load_source, write_weights
 from starfire_prune.file_errors import CheckpointError
 from starfire_prune.image_settings import ImageSettings, class_names, image_settings
 from starfire_prune.models import create_model
@@ -209,6 +209,16 @@ def test_beside_the_weights_of_a_run_only_the_configuration_is_written(finished,
     write_timm_folder(source, load_source(source), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("deflate", [False, True])
+def test_compressed_weights_are_not_made_a_folder_for_timm(deflate, finished, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    write_weights(find_source(finished), weights, "compressed", deflate=deflate)
+    source = find_source(weights, recipe=finished / "recipe.yaml")
+    with pytest.raises(ExportError, match=r"model.safetensors is compressed, .*another folder as"):
+        write_timm_folder(source, load_source(source), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_without_a_recipe_it_is_refused(finished, tmp_path):
