@@ -47,6 +47,8 @@ class Source:
             name that was given, or by the file.
         is_checked: whether the file is of `save_pruned`, with checksums.
         named: whether the model is named from outside, not by the file.
+        has_own_recipe: whether `data` is of a recipe that the user named, of a run or of a file:
+            the folders of one within weights, which come from anywhere, are not looked into.
     """
 
     path: Path
@@ -55,18 +57,22 @@ class Source:
     architecture: Mapping[str, Any] | None
     is_checked: bool
     named: bool
+    has_own_recipe: bool = False
 
     def input_size(self, model: nn.Module) -> tuple[int, int, int]:
         """Channels, height and width of the images for a model of `load_source`.
 
-        The size is that of the run, or else the one that timm gives for the architecture.
+        The size is that of the run, or else that of the architecture, by its `img_size` or as
+        timm gives it.
         """
         own: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
         channels = (self.architecture or {}).get("in_chans", 3)
         images = self.images
         if images is not None:
             return channels, images.size, images.size
-        _, height, width = own.get("input_size", (3, 224, 224))
+        _, *size = own.get("input_size", (3, 224, 224))
+        size = (self.architecture or {}).get("img_size") or size
+        height, width = (size, size) if isinstance(size, int) else size
         return channels, height, width
 
     @property
@@ -75,6 +81,15 @@ class Source:
         from starfire_prune.image_settings import image_settings
 
         return None if self.data is None else image_settings(self.data)
+
+    def label_names(self, model: nn.Module) -> tuple[str, ...] | None:
+        """The names of the classes of a model of `load_source`, if they are known here."""
+        from starfire_prune.image_settings import class_names
+
+        if self.data is None:
+            return None
+        classes = getattr(model, "num_classes", 0)
+        return class_names(self.data, classes, reads_folders=self.has_own_recipe)
 
 
 def find_source(path: Path, recipe: Path | None = None, model: str | None = None) -> Source:
@@ -103,7 +118,8 @@ def find_source(path: Path, recipe: Path | None = None, model: str | None = None
     settings = subject.recipe.model
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
     checked = _is_checked(subject.weights)
-    return Source(path, subject.weights, subject.recipe.data, named, checked, named=True)
+    data = subject.recipe.data
+    return Source(path, subject.weights, data, named, checked, named=True, has_own_recipe=True)
 
 
 def load_source(source: Source) -> nn.Module:
@@ -130,9 +146,12 @@ def write_weights(
     """Write a source's weights as `save_pruned` does, with what the file tells of its pruning.
 
     Raises:
-        ExportError, CheckpointError: as `load_source` and `save_pruned`.
+        ExportError, CheckpointError: as `load_source` and `save_pruned`; also for a file that
+            holds no weights.
     """
     if source.is_checked:
+        if not any(e.size_bytes for e in read_pruned_file(source.weights).entries.values()):
+            raise ExportError(f"{source.weights} holds no weights: name a file that does")
         convert_pruned(source.weights, path, format, deflate=deflate)
         return
     architecture = _plain_architecture(source)

@@ -59,24 +59,33 @@ def image_settings(data: Data) -> ImageSettings:
     return ImageSettings(data.image_size, data.interpolation, data.crop_pct, mean_of, std_of)
 
 
-def class_names(data: Data, num_classes: int) -> tuple[str, ...] | None:
+def class_names(
+    data: Data, num_classes: int, *, reads_folders: bool = True
+) -> tuple[str, ...] | None:
     """The names of the classes by their labels, where the data tell them and are at hand.
 
     They are those of the digits, or of the folders of photographs; images are not looked at.
+
+    Args:
+        data: of a recipe.
+        num_classes: that the model tells apart; data of another number name none of them.
+        reads_folders: whether to look into `data.root`. A recipe from elsewhere may name any
+            folder of this machine, whose content an export would give away.
     """
     if data.name == "digits":
-        return tuple(map(str, range(10)))
-    names = _folder_names(data)
+        names = tuple(map(str, range(10)))
+    else:
+        names = _folder_names(data) if reads_folders else ()
     return names if len(names) == num_classes else None
 
 
 def _folder_names(data: Data) -> tuple[str, ...]:
     if data.name not in ("folder", "tiny_imagenet") or data.root is None:
         return ()
-    train = Path(data.root).expanduser() / "train"
     try:
+        train = Path(data.root).expanduser() / "train"
         return tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
-    except OSError:
+    except (OSError, RuntimeError, ValueError):  # also of a home of nobody, of a character NUL
         return ()
 
 

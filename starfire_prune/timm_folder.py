@@ -16,7 +16,7 @@ from torch import nn
 from starfire_prune.exporting import ExportError, Source, write_weights
 from starfire_prune.file_errors import writing
 from starfire_prune.files import replaced_folder, write_text
-from starfire_prune.image_settings import ImageSettings, class_names
+from starfire_prune.image_settings import ImageSettings
 from starfire_prune.pruned_file import read_pruned_file
 
 __all__ = ["CONFIG", "WEIGHTS", "timm_config", "write_timm_folder"]
@@ -42,14 +42,13 @@ def write_timm_folder(source: Source, model: nn.Module, folder: Path) -> dict[st
             are in encodings that timm doesn't read.
         CheckpointError: if it can't be written.
     """
-    images, data, architecture = source.images, source.data, source.architecture
-    if images is None or data is None or architecture is None:
+    images, architecture = source.images, source.architecture
+    if images is None or architecture is None:
         raise ExportError(
             f"{source.weights} doesn't tell how its images are prepared, which config.json has to: "
             f"give --recipe FILE"
         )
-    names = class_names(data, getattr(model, "num_classes", 0))
-    config = timm_config(model, architecture, images, names)
+    config = timm_config(model, architecture, images, source.label_names(model))
     text = json.dumps(config, indent=2) + "\n"
     if is_folder_of(source, folder):
         _check_plain(source)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from starfire_prune.evaluation import EvaluationError
-from starfire_prune.exporting import ExportError, find_source, load_source, write_weights
+from starfire_prune.exporting import ExportError, Source, find_source, load_source, write_weights
 from starfire_prune.file_errors import CheckpointError
 from starfire_prune.models import create_model
 from starfire_prune.pruned_file import load_pruned, read_pruned_file, save_pruned
@@ -101,6 +101,21 @@ def test_without_a_recipe_images_have_the_size_of_the_architecture(checked, mode
     source = find_source(checked)
     assert source.images is None
     assert source.input_size(model) == (3, 160, 160)
+
+
+@pytest.mark.parametrize(("img_size", "size"), [(32, (32, 32)), ([32, 48], (32, 48))])
+def test_without_a_recipe_images_have_the_size_that_the_file_names(img_size, size, foreign):
+    named = {"name": "test_vit", "img_size": img_size}
+    source = Source(foreign, foreign, None, named, is_checked=True, named=False)
+    assert source.input_size(nn.Identity()) == (3, *size)
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    path = tmp_path / "empty.safetensors"
+    save_pruned(nn.ReLU(), path)
+    with pytest.raises(ExportError, match=r"empty.safetensors holds no weights: name a file that"):
+        write_weights(find_source(path), tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
 
 
 def test_channels_are_those_of_the_file(tmp_path):

@@ -17,6 +17,7 @@ from starfire_prune.exporting import ExportError, Source, find_source, load_sour
 from starfire_prune.file_errors import CheckpointError
 from starfire_prune.image_settings import ImageSettings, class_names, image_settings
 from starfire_prune.models import create_model
+from starfire_prune.pruned_file import save_pruned
 from starfire_prune.recipe import Recipe, load_recipe
 from starfire_prune.timm_folder import timm_config, write_timm_folder
 from tests.processes import exported
@@ -50,7 +51,10 @@ def source_of(folder: Path, recipe: Recipe) -> tuple[Source, nn.Module]:
     weights = folder / "weights.safetensors"
     save_file(model.state_dict(), weights)
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
-    return Source(weights, weights, recipe.data, named, is_checked=False, named=True), model
+    source = Source(
+        weights, weights, recipe.data, named, is_checked=False, named=True, has_own_recipe=True
+    )
+    return source, model
 
 
 def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
@@ -196,6 +200,30 @@ def test_folders_of_another_number_of_classes_give_no_names(tmp_path):
     (root / "train" / "cat").mkdir()
     recipe = recipe_of(tmp_path, PHOTOGRAPHS, NAME="resnet18", ROOT=root)
     assert class_names(recipe.data, 2) is None
+
+
+@pytest.mark.parametrize("root", ["~nobody-of-this-name/x", "a\0b"])
+def test_folders_that_can_not_be_there_give_no_names(root, tmp_path):
+    data = recipe_of(tmp_path, PHOTOGRAPHS, NAME="resnet18", ROOT="x").data
+    assert class_names(data.model_copy(update={"root": root}), 2) is None
+
+
+def test_digits_name_no_other_number_of_classes(tmp_path):
+    data = recipe_of(tmp_path, RECIPE).data
+    assert class_names(data, 10) == tuple("0123456789")
+    assert class_names(data, 4) is None
+
+
+def test_a_recipe_within_a_file_shows_no_folders_of_this_machine(tmp_path):
+    root = make_photographs(tmp_path / "photographs", train=1, val=1)
+    recipe = recipe_of(tmp_path, PHOTOGRAPHS, NAME="resnet18", ROOT=root)
+    _, model = source_of(tmp_path, recipe)
+    save_pruned(model, tmp_path / "foreign.safetensors", recipe=recipe)
+    weights = tmp_path / "foreign.safetensors"
+    assert find_source(weights).data == recipe.data
+    assert find_source(weights).label_names(model) is None
+    given = find_source(weights, recipe=tmp_path / "recipe.yaml")
+    assert given.label_names(model) == ("ant", "bee")
 
 
 # Writing

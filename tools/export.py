@@ -242,19 +242,16 @@ def _export_timm(arguments: argparse.Namespace, source: Source) -> Iterator[str]
 
 def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
     from starfire_prune.exporting import load_source
-    from starfire_prune.image_settings import class_names
     from starfire_prune.onnx_export import export_onnx
 
     model = load_source(source)
     size = source.input_size(model)
     if arguments.compact:
         model = _compacted(model, _example(size))
-    classes = getattr(model, "num_classes", 0)
-    labels = None if source.data is None else class_names(source.data, classes)
     known = {
         "starfire_prune.model": source.architecture,
         "starfire_prune.images": source.images and source.images.as_timm(),
-        "starfire_prune.label_names": labels,
+        "starfire_prune.label_names": source.label_names(model),
     }
     notes = {key: value for key, value in known.items() if value is not None}
     report = export_onnx(model, arguments.output, size, fold_bn=arguments.fold_bn, notes=notes)
