@@ -12,6 +12,8 @@ __all__ = ["Array", "Weights", "fold_batch_norms", "strip_notes"]
 
 Array = npt.NDArray[Any]
 
+_NOTES = ("doc_string", "metadata_props")
+
 
 class Weights:
     """The initializers of a graph as arrays, by name."""
@@ -80,13 +82,19 @@ def fold_batch_norms(graph: Any, weights: Weights) -> int:
     return folded
 
 
-def strip_notes(graph: Any) -> None:
-    """Take away the exporter's notes, which hold stack traces with paths of this machine."""
-    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        del part.metadata_props[:]
-    for node in graph.node:
-        node.doc_string = ""
-    del graph.metadata_props[:]
+def strip_notes(part: Any) -> None:
+    """Take away the exporter's notes, which hold stack traces with paths of this machine.
+
+    Args:
+        part: a model or any part of one; the parts within, such as inner graphs and functions,
+            lose their notes too.
+    """
+    for field, value in part.ListFields():
+        if field.name in _NOTES:
+            part.ClearField(field.name)
+        elif field.message_type is not None:
+            for inner in (value,) if hasattr(value, "ListFields") else value:
+                strip_notes(inner)
 
 
 def _uses(graph: Any) -> dict[str, int]:

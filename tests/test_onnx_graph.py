@@ -152,6 +152,20 @@ def test_what_is_zero_stays_positive_zero(kernels, scale):
     assert not np.signbit(folded[values == 0]).any()
 
 
+def test_notes_within_inner_graphs_and_functions_go():
+    node = helper.make_node("Identity", ["scale"], ["b"], doc_string="/home/somebody/model.py")
+    output = helper.make_tensor_value_info("b", TensorProto.FLOAT, [2])
+    branch = helper.make_graph([node], "branch", [], [output], doc_string="of somebody")
+    choice = helper.make_node("If", ["true"], ["c"], then_branch=branch, else_branch=branch)
+    opsets = [helper.make_opsetid("", 20)]
+    function = helper.make_function("own", "f", ["scale"], ["b"], [node], opsets)
+    model = model_of([conv(), norm(), choice])
+    model.functions.append(function)
+    strip_notes(model)
+    assert b"somebody" not in model.SerializeToString()
+    assert len(model.functions[0].node) == len(model.graph.node[2].attribute[0].g.node) == 1
+
+
 def test_notes_of_the_making_go():
     model = model_of([conv(), norm()])
     model.graph.node[0].doc_string = "text"
