@@ -318,6 +318,32 @@ def test_an_output_that_is_not_writable_is_refused(tool, finished, tmp_path, mon
     )
 
 
+def test_the_folder_one_is_in_is_not_replaced(tool, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = tool(finished.resolve(), "--format", "timm", "--output", ".")
+    assert "--output . is the folder that you are in, which would be replaced" in refused(ended)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("one\n  two"), "{path} can't be inspected: one two"),
+        (MemoryError(), "{path} can't be inspected: it takes more memory than is free (MemoryE"),
+        (RecursionError("depth"), "{path} can't be inspected: it nests too deeply (depth); rest"),
+    ],
+)
+def test_what_no_check_foresees_is_a_sentence_too(error, message, tool, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("starfire_prune.inspection.inspect_pruned", fail)
+    path = tmp_path / "file.safetensors"
+    ended = tool("--inspect", path)
+    assert ended.status == 1
+    assert ended.stderr.startswith(f"export.py: {message.format(path=path)}")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_a_foreign_file_is_refused(tool, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     ended = tool(

@@ -56,6 +56,8 @@ def _main() -> int:
         if isinstance(error, BrokenPipeError):
             raise
         return _fail(str(error))
+    except (RuntimeError, MemoryError) as error:  # of torch, of a full memory, of deep nesting
+        return _fail(_unforeseen(arguments, error), status=1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", status=130)
     return 0
@@ -177,6 +179,11 @@ def _check_folder(output: Path, source: Source, force: bool) -> None:
     if is_folder_of(source, output):
         if CONFIG in held and not force:
             raise ValueError(f"{output / CONFIG} is there already: give --force to replace it")
+    elif output.resolve() == Path.cwd():
+        raise ValueError(
+            f"--output {output} is the folder that you are in, which would be replaced: name "
+            f"another, such as a new one within it"
+        )
     elif others := sorted(held - {CONFIG, WEIGHTS}):
         raise ValueError(
             f"--output {output} holds other files, such as {others[0]}: choose another folder"
@@ -316,6 +323,21 @@ def _own() -> tuple[str, ...]:
 def _size_line(path: Path, dense_bytes: int) -> str:
     size = path.stat().st_size
     return f"{path}: {size:,} bytes, {size / dense_bytes:.1%} of the {dense_bytes:,} of all weights"
+
+
+def _unforeseen(arguments: argparse.Namespace, error: BaseException) -> str:
+    """A sentence for what no check foresees."""
+    told = " ".join(str(error).split())[:300] or type(error).__name__
+    path, done = (
+        (arguments.inspect, "inspected")
+        if arguments.inspect
+        else (arguments.source, f"exported as {arguments.format}")
+    )
+    if isinstance(error, MemoryError):
+        return f"{path} can't be {done}: it takes more memory than is free ({told})"
+    if isinstance(error, RecursionError):
+        return f"{path} can't be {done}: it nests too deeply ({told}); restore it"
+    return f"{path} can't be {done}: {told}"
 
 
 def _fail(message: str, status: int = 2) -> int:
