@@ -7,6 +7,7 @@ memory its shapes are compared with the file's on the device `meta`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from starfire_prune.tensor_file import DamageError
 
-__all__ = ["architecture_of", "build_architecture"]
+__all__ = ["architecture_of", "build_architecture", "model_bytes"]
 
 _FOLLOWED = frozenset(
     {
@@ -23,6 +24,7 @@ _FOLLOWED = frozenset(
         *("drop_rate", "drop_path_rate", "drop_block_rate"),
     }
 )
+_PASSING = frozenset({"training", "grad_checkpointing"})  # they change no output
 _WAY_OUT = "build it yourself and pass it as `model`"
 
 
@@ -34,7 +36,8 @@ def architecture_of(
     """The arguments that build a model: those given, the recipe's, or what a timm model tells.
 
     Returns:
-        `{"name": …, "num_classes": …, …}`, or None for a model that is not of timm.
+        `{"name": …, "num_classes": …, …}`, or None for a model that is not of timm, or not as
+        timm builds it by its name: of other modules, strides, activations or pooling.
 
     Raises:
         ValueError: for arguments that are no plain numbers and strings.
@@ -52,26 +55,26 @@ def architecture_of(
 
 
 def build_architecture(
-    architecture: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]]
+    architecture: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]], max_bytes: int
 ) -> nn.Module:
     """Build the model that a file names, if its tensors have the shapes of the file's.
 
     Args:
         architecture: as of `architecture_of`.
         shapes: of the file's tensors, by name.
+        max_bytes: that the model may take, with what its code adds to the file's tensors.
 
     Raises:
-        DamageError: if there is no such model, or it has other tensors.
+        DamageError: if there is no such model, it has other tensors, or takes more bytes.
     """
     if architecture is None:
         raise DamageError(f"it names no model of timm: {_WAY_OUT}")
-    problem = _problem(architecture)
     unknown = sorted(architecture.keys() - _FOLLOWED)
-    if problem or unknown:
-        told = problem or f"has the argument {unknown[0]!r}, which no file may choose"
+    told = f"has the argument {unknown[0]!r}, which no file may choose" if unknown else None
+    told = told or _problem(architecture)
+    if told:
         raise DamageError(f"its model {told}: {_WAY_OUT}")
-    with torch.device("meta"):
-        sketch = _create(architecture)
+    sketch = _sketch(architecture)
     own = {name: tuple(value.shape) for name, value in sketch.state_dict().items()}
     if own != dict(shapes):
         differing = sorted(name for name in {*own, *shapes} if own.get(name) != shapes.get(name))
@@ -79,7 +82,17 @@ def build_architecture(
             f"{architecture['name']} as it names it has other tensors than it holds, such as "
             f"{differing[0]!r}: {_WAY_OUT}"
         )
+    if (size := model_bytes(sketch)) > max_bytes:
+        raise DamageError(
+            f"its model takes {size:,} bytes, and `max_bytes` (={max_bytes:,}) allows no more: "
+            f"raise it if you trust the file"
+        )
     return _create(architecture)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """That a model's parameters and buffers take, also those that no file holds."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _create(architecture: Mapping[str, Any]) -> nn.Module:
@@ -95,7 +108,20 @@ def _create(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def _told_by(model: nn.Module) -> dict[str, Any] | None:
-    """What a timm model tells of itself: the classes, and the channels of its first layer."""
+    """What a timm model tells of itself, unless what that builds would be another model."""
+    told = _claimed_by(model)
+    if told is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run that saves goes on as one that doesn't
+            sketch = _sketch(told)
+    except (DamageError, ModuleNotFoundError):
+        return None
+    return told if _structure(sketch) == _structure(model) else None
+
+
+def _claimed_by(model: nn.Module) -> dict[str, Any] | None:
+    """The name in a timm model's configuration, its classes and its first layer's channels."""
     config = getattr(model, "pretrained_cfg", None)
     classes = getattr(model, "num_classes", None)
     if not isinstance(config, Mapping) or not isinstance(config.get("architecture"), str):
@@ -107,6 +133,28 @@ def _told_by(model: nn.Module) -> dict[str, Any] | None:
     modules = dict(model.named_modules())
     channels = getattr(modules.get(first) if isinstance(first, str) else None, "in_channels", 3)
     return told if channels == 3 else {**told, "in_chans": channels}
+
+
+def _structure(model: nn.Module) -> list[tuple[object, ...]]:
+    """What makes out a model but its tensors: types, and settings that are plain values."""
+    return [
+        (name, type(module), module.extra_repr(), _settings(module))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in _PASSING and _is_plain(value)
+    }
+
+
+def _sketch(architecture: Mapping[str, Any]) -> nn.Module:
+    """The model on the device meta, where it takes no memory."""
+    with torch.device("meta"):
+        return _create(architecture)
 
 
 def _problem(architecture: Mapping[str, Any]) -> str | None:
@@ -124,4 +172,6 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, bool | int | float | str)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)

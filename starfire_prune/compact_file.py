@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starfire_prune.architecture import model_bytes
 from starfire_prune.compact import CompactReport, compact
 from starfire_prune.exporting import ExportError
-from starfire_prune.file_errors import CheckpointError, writing
-from starfire_prune.files import replaced_file
+from starfire_prune.file_errors import CheckpointError
+from starfire_prune.files import checked_file, replaced_file
 from starfire_prune.model_graph import dense_copy
 from starfire_prune.pruned_file import StrPath, read_pruned_file, save_pruned
 from starfire_prune.tensor_file import MAX_BYTES
@@ -63,7 +64,7 @@ def save_compact(
     """
     smaller, report = compact(model, example_input)
     path = Path(path)
-    with writing(path), replaced_file(path) as temporary:
+    with checked_file(path, replaced_file(path)) as temporary:
         save_pruned(
             smaller, temporary, "compressed", deflate=deflate, architecture=dict(architecture)
         )
@@ -120,7 +121,7 @@ def _built(
         with torch.device("meta"):
             sketch = create_model(**{"num_classes": 1000, **architecture})
         _check_part(sketch, shapes)
-        if (size := sum(t.nbytes for t in sketch.state_dict().values())) > max_bytes:
+        if (size := model_bytes(sketch)) > max_bytes:
             raise ExportError(
                 f"its model takes {size:,} bytes before it is cut, and `max_bytes` "
                 f"(={max_bytes:,}) allows no more: raise it if you trust the file"

@@ -8,7 +8,6 @@ verified before anything is handed out (docs/format.md). Nothing in a file is ex
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from starfire_prune.pruned_metadata import (
     MODEL_KEY,
     RECIPE_KEY,
     check_version,
+    metadata_text,
     pruning_metadata,
     recipe_metadata,
 )
@@ -96,15 +96,16 @@ def save_pruned(
             pruned, and where there are none every zero of a convolution or linear layer is.
         recipe: of the run, to be noted whole, with its paths.
         architecture: `{"name": "resnet50", "num_classes": 10, …}`, the arguments of
-            `timm.create_model`; by default those of the recipe, or what a timm model tells.
+            `timm.create_model`; by default those of the recipe, or the name and the classes of a
+            timm model. One that was made with other arguments or changed is not named by itself.
         average_decay: noted where the model is a moving average of the weights.
 
     Raises:
         PruningError, RanksError: from `pruner.check()`; nothing is written then.
-        CheckpointError: if the disk is full, or a tensor's dtype can't be stored; what was at
-            `path` is as it was.
-        ValueError: for another `format`, `deflate` of a dense file, or an `architecture` that is
-            more than plain arguments.
+        CheckpointError: if the disk is full, or a tensor's name, dtype or more than 16 dimensions
+            can't be stored; what was at `path` is as it was.
+        ValueError: for another `format`, `deflate` of a dense file, or a `recipe` or `architecture`
+            that is more than plain data, or holds inf or NaN.
 
     Example:
         >>> save_pruned(model, "model.safetensors", "compressed")  # doctest: +SKIP
@@ -121,12 +122,12 @@ def save_pruned(
         masks = {**masks_of_zeros(model, state), **masks}
     recipe_settings = recipe_metadata(recipe)
     pruning = pruning_metadata(model, state, masks, pruner, average_decay)
-    contents = {
-        METADATA_KEY: pruning,
-        MODEL_KEY: architecture_of(unwrap(model), recipe_settings, architecture),
-        RECIPE_KEY: recipe_settings,
-    }
-    metadata = {key: json.dumps(content) for key, content in contents.items() if content}
+    metadata = {METADATA_KEY: metadata_text(pruning, "average_decay")}
+    if recipe_settings:
+        metadata[RECIPE_KEY] = metadata_text(recipe_settings, "recipe")
+    noted = architecture_of(unwrap(model), recipe_settings, architecture)
+    if noted:
+        metadata[MODEL_KEY] = metadata_text(noted, "architecture")
     _write(path, state, masks, metadata, compress=format == "compressed", deflate=deflate)
 
 
@@ -180,7 +181,7 @@ def load_pruned_model(
     with _loading(path):
         if model is None:
             shapes = {name: entry.shape for name, entry in file.entries.items()}
-            model = build_architecture(file.model, shapes)
+            model = build_architecture(file.model, shapes, max_bytes)
         _fill(model, file.entries)
     return model
 
@@ -322,11 +323,11 @@ def _write(
 ) -> None:
     try:
         tensors, table = store_tensors(state, masks, compress=compress, deflates=deflate)
+        header = {"format": "pt", **metadata, TENSORS_KEY: table}
+        with writing(path), replaced_file(path) as temporary, temporary.open("wb") as file:
+            write_tensor_file(file, tensors, header)
     except (CodecError, DamageError) as error:
         raise CheckpointError(f"{path} can't be written: {error}") from error
-    header = {"format": "pt", **metadata, TENSORS_KEY: table}
-    with writing(path), replaced_file(path) as temporary, temporary.open("wb") as file:
-        write_tensor_file(file, tensors, header)
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from starfire_prune.tensor_file import DamageError
+from starfire_prune.file_errors import reason
+from starfire_prune.tensor_file import DamageError, parse_json
 
 if TYPE_CHECKING:
     from starfire_prune.engine import Pruner
@@ -19,6 +21,7 @@ __all__ = [
     "MODEL_KEY",
     "RECIPE_KEY",
     "check_version",
+    "metadata_text",
     "pruning_metadata",
     "recipe_metadata",
 ]
@@ -39,6 +42,28 @@ def check_version(pruning: Mapping[str, Any]) -> None:
             f"its format_version is {version!r}, and this version of starfire_prune reads "
             f"{FORMAT_VERSION}: install the one that wrote it"
         )
+
+
+def metadata_text(content: Mapping[str, Any], argument: str) -> str:
+    """The JSON of metadata, such as a reader takes.
+
+    Args:
+        content: plain data.
+        argument: of `save_pruned`, that the content comes from.
+
+    Raises:
+        ValueError: for inf, NaN, keys that are the same as text, what is nested deeper than 64
+            levels, and all that JSON has not.
+    """
+    try:
+        text = json.dumps(content, allow_nan=False)
+        parse_json(text, "it")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`{argument}` can't be noted in the file ({reason(error)}): give finite numbers, "
+            f"strings, and lists and dicts of these"
+        ) from error
+    return text
 
 
 def pruning_metadata(

@@ -42,6 +42,8 @@ CRC_KEY = "starfire_prune.crc32"
 MAX_BYTES = 2**32
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 _MAX_DIMS = 16
+_MAX_LEVELS = 64  # of JSON, so that whatever goes through it by recursion comes to an end
+_METADATA_NAME = "__metadata__"
 _ALIGNMENT = 8
 
 # The names of dtypes in safetensors files
@@ -99,10 +101,16 @@ class TensorFile:
 def write_tensor_file(
     file: BinaryIO, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, tensors of the largest items first so that all are aligned."""
+    """Write a safetensors file, tensors of the largest items first so that all are aligned.
+
+    Raises:
+        DamageError: naming the tensor, for what `read_tensor_file` refuses; nothing is written.
+    """
+    for name, stored in tensors.items():
+        _check_storable(name, stored)
     names = sorted(tensors, key=lambda name: -_item_bytes(tensors[name].dtype))  # stable
     crc = _header_crc(tensors, metadata)
-    header: dict[str, Any] = {"__metadata__": {**metadata, CRC_KEY: f"{crc:08x}"}}
+    header: dict[str, Any] = {_METADATA_NAME: {**metadata, CRC_KEY: f"{crc:08x}"}}
     start = 0
     for name in names:
         end = start + tensors[name].data.size
@@ -115,6 +123,11 @@ def write_tensor_file(
         start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _MAX_HEADER_BYTES:
+        raise DamageError(
+            f"its header would have {len(text):,} bytes, and may have {_MAX_HEADER_BYTES:,}: "
+            f"shorten the names of its tensors, or what it notes of the model and the recipe"
+        )
     file.write(struct.pack("<Q", len(text)) + text)
     for name in names:
         file.write(tensors[name].data.data)
@@ -142,7 +155,7 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object, without duplicate keys or numbers that JSON has not.
+    """Parse a JSON object of up to 64 levels, without duplicate keys or numbers that JSON has not.
 
     Raises:
         DamageError: if it is none; `what` names it.
@@ -153,6 +166,8 @@ def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
         raise DamageError(f"{what} is no valid JSON ({reason(error)})") from error
     if not isinstance(content, dict):
         raise DamageError(f"{what} is no JSON object")
+    if _is_deep(content):
+        raise DamageError(f"{what} is nested deeper than {_MAX_LEVELS} levels")
     return content
 
 
@@ -174,6 +189,16 @@ def dtype_code(dtype: torch.dtype) -> str | None:
     return _CODES.get(dtype)
 
 
+def _check_storable(name: str, stored: StoredTensor) -> None:
+    if name == _METADATA_NAME:
+        raise DamageError(f"a tensor must not be named {name!r}: rename it")
+    if len(stored.shape) > _MAX_DIMS:
+        raise DamageError(
+            f"tensor {name!r} has {len(stored.shape)} dimensions, and may have {_MAX_DIMS}: "
+            f"reshape it"
+        )
+
+
 def _parse(content: npt.NDArray[np.uint8]) -> TensorFile:
     (length,) = struct.unpack("<Q", content[:8].tobytes())
     if length > min(_MAX_HEADER_BYTES, content.size - 8):
@@ -182,7 +207,7 @@ def _parse(content: npt.NDArray[np.uint8]) -> TensorFile:
             f"{length} bytes"
         )
     header = parse_json(_utf8(content[8 : 8 + length].tobytes()), "its header")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop(_METADATA_NAME, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise DamageError("its metadata are not of strings")
     tensors = _tensors(header, content[8 + length :])
@@ -259,6 +284,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a key comes twice")
     return content
+
+
+def _is_deep(content: object) -> bool:
+    level: list[Any] = [content]
+    for _ in range(_MAX_LEVELS):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [item for part in parts for item in part if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _refuse_constant(constant: str) -> None:

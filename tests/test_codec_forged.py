@@ -84,11 +84,13 @@ def forged(
     stored: dict[str, StoredTensor],
     table: object,
     pruning: object = None,
+    **texts: str,
 ) -> Path:
     """A file of any table whose header has its CRC-32."""
     path = folder / "model.safetensors"
     pruning = {"format_version": 1, "weights": {}} if pruning is None else pruning
-    texts = {"starfire_prune": json.dumps(pruning), "starfire_prune.tensors": json.dumps(table)}
+    texts = {f"starfire_prune.{key}": text for key, text in texts.items()}
+    texts |= {"starfire_prune": json.dumps(pruning), "starfire_prune.tensors": json.dumps(table)}
     with path.open("wb") as file:
         write_tensor_file(file, stored, texts)
     return path
@@ -221,6 +223,14 @@ def test_a_table_that_is_not_of_the_stored_tensors_is_refused(table, message, tm
 def test_another_version_is_refused(pruning, message, tmp_path):
     path = forged(tmp_path, {}, {}, pruning)
     assert refused(path).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["model", "recipe"])
+@pytest.mark.parametrize("levels", [64, 480])
+def test_metadata_that_are_nested_deep_are_refused(key, levels, tmp_path):
+    text = '{"name":"test_resnet","x":' + '{"a":' * levels + "1" + "}" * levels + "}"
+    message = f"its metadata 'starfire_prune.{key}' is nested deeper than 64 levels"
+    assert refused(forged(tmp_path, {}, {}, **{key: text})) == message
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A file of a pruned model is written whole or not at all, whatever stops the writing."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from starfire_prune import load_pruned, pruned_file, save_pruned
+from starfire_prune import load_pruned, pruned_file, save_pruned, tensor_file
 from starfire_prune.file_errors import CheckpointError
-from starfire_prune.tensor_file import write_tensor_file
+from starfire_prune.tensor_file import DamageError, StoredTensor, write_tensor_file
 from tests.networks import SmallNet
 from tests.test_checkpoint import files_of_at_most
 from tests.test_pruned_file import FORMS, every_form, same
@@ -135,3 +139,64 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(form, size_bytes, tmp_path)
         save_pruned(SmallNet(seed=1), path, **FORMS[form])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+# What a reader would refuse is not written
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"a": nested(levels - 1)} if levels else {}
+
+
+@pytest.mark.parametrize(
+    ("argument", "content", "message"),
+    [
+        ("recipe", {"clip": float("inf")}, "Out of range float values"),
+        ("recipe", {"clip": [float("nan")]}, "Out of range float values"),
+        ("recipe", {"root": Path("a")}, "is not JSON serializable"),
+        ("recipe", {"a": {1: 0, "1": 0}}, "a key comes twice"),
+        ("recipe", nested(65), "nested deeper than 64 levels"),
+        ("architecture", {"name": "x", "scale": nested(65)}, "nested deeper than 64 levels"),
+        ("average_decay", float("nan"), "Out of range float values"),
+    ],
+)
+def test_settings_that_no_reader_takes_are_not_written(argument, content, message, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"^`{argument}` can't be noted in the file \(.*{message}"
+    ):
+        save_pruned(SmallNet(), tmp_path / "a", **{argument: content})
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_an_architecture_of_no_finite_number_is_not_written(value, tmp_path):
+    with pytest.raises(ValueError, match=r"^`architecture` \(=.*has the argument 'drop_rate'"):
+        save_pruned(SmallNet(), tmp_path / "a", architecture={"name": "x", "drop_rate": value})
+    assert not os.listdir(tmp_path)
+
+
+@every_form
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("__metadata__", (1,), "a tensor must not be named '__metadata__': rename it"),
+        ("a", (1,) * 17, "tensor 'a' has 17 dimensions, and may have 16: reshape it"),
+    ],
+)
+def test_tensors_that_no_reader_takes_are_not_written(form, name, shape, message, tmp_path):
+    model = nn.Module()
+    model.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    with pytest.raises(CheckpointError, match=f"can't be written: {message}"):
+        save_pruned(model, tmp_path / "a", **FORMS[form])
+    assert not os.listdir(tmp_path)
+
+
+def test_a_header_that_no_reader_takes_is_not_written(monkeypatch):
+    monkeypatch.setattr(tensor_file, "_MAX_HEADER_BYTES", 1_000)
+    file, tensors = io.BytesIO(), {"a": StoredTensor("U8", (0,), np.zeros(0, np.uint8))}
+    write_tensor_file(io.BytesIO(), tensors, {"a": "x" * 800})
+    with pytest.raises(
+        DamageError, match=r"its header would have 1,1\d\d bytes, and may have 1,000"
+    ):
+        write_tensor_file(file, tensors, {"a": "x" * 1_000})
+    assert file.getvalue() == b""
