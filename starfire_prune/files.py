@@ -3,10 +3,12 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["replaced_file", "replaced_folder", "write_text"]
+from starfire_prune.file_errors import writing
+
+__all__ = ["checked_file", "replaced_file", "replaced_folder", "write_text"]
 
 
 @contextmanager
@@ -32,8 +34,28 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def checked_file(path: Path, writes: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Give what is written, whose checks in the block fail with errors of their own.
+
+    Args:
+        path: where it appears once the block has ended well.
+        writes: enters with the written file's temporary path, and exits by putting it at `path`.
+
+    Raises:
+        CheckpointError: if it can't be written or put there.
+    """
+    with ExitStack() as stack:
+        with writing(path):
+            file = stack.enter_context(writes)
+        yield file
+        with writing(path):
+            stack.close()
+
+
+@contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path`, which it replaces once the block has ended well."""
+    path = path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.exporting import ExportError
-from starfire_prune.file_errors import writing
-from starfire_prune.files import replaced_file
+from starfire_prune.files import checked_file, replaced_file
 from starfire_prune.layers import prunable_layers
 from starfire_prune.model_graph import dense_copy, without_autocast
 from starfire_prune.onnx_graph import Array, Weights, fold_batch_norms, strip_notes
@@ -111,12 +110,13 @@ def export_onnx(
     weights = Weights(onnx, proto.graph)
     norms = _count_norms(proto.graph)
     folded = fold_batch_norms(proto.graph, weights) if fold_bn else 0
-    strip_notes(proto.graph)
+    strip_notes(proto)
     for name, value in (notes or {}).items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     layers, unchecked = _checked_zeros(model, weights)
     external = weights.size_bytes >= external_from_bytes
-    with _saved(onnx, proto, path, external) as file:
+    saved = _saved_in_two if external else _saved
+    with checked_file(path, saved(onnx, proto, path)) as file:
         deviation, largest = _checked_outputs(runtime, model, file, input_size)
         size_bytes = sum(part.stat().st_size for part in _parts(file, external))
     return OnnxReport(
@@ -260,17 +260,12 @@ def _session(runtime: Any, file: Path) -> Any:
 
 
 @contextmanager
-def _saved(onnx: Any, proto: Any, path: Path, external: bool) -> Iterator[Path]:
+def _saved(onnx: Any, proto: Any, path: Path) -> Iterator[Path]:
     """Write a model beside `path`, where it appears once the block has ended well."""
-    with writing(path):
-        if external:
-            with _saved_in_two(onnx, proto, path) as file:
-                yield file
-            return
-        with replaced_file(path) as temporary:
-            onnx.save_model(proto, str(temporary))
-            _check(onnx, temporary)
-            yield temporary
+    with replaced_file(path) as temporary:
+        onnx.save_model(proto, str(temporary))
+        _check(onnx, temporary)
+        yield temporary
 
 
 @contextmanager

@@ -237,3 +237,13 @@ def test_full_networks_are_loaded_by_their_names(name, tmp_path):
     loaded = load_compact(path)
     assert parameters(loaded) == report.parameters[1]
     assert difference(network, loaded, images(size=64, seed=5)) < 1e-5
+
+
+def test_a_check_that_fails_is_not_told_as_a_failed_write(model, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("of the forward pass")
+
+    monkeypatch.setattr(compact_file, "_check_same", fail)
+    with pytest.raises(RuntimeError, match=r"^of the forward pass$"):
+        save_compact(model, tmp_path / "small.safetensors", images(), SMALL)
+    assert list(tmp_path.iterdir()) == []

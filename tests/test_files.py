@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from starfire_prune.files import replaced_file, replaced_folder, write_text
+from starfire_prune.file_errors import CheckpointError
+from starfire_prune.files import checked_file, replaced_file, replaced_folder, write_text
 
 
 class Interrupted(BaseException):
@@ -84,6 +85,34 @@ def test_text_is_written_in_utf8(tmp_path):
     assert (tmp_path / "file.txt").read_bytes() == b"3\xc3\x973\n"
 
 
+# A file that is checked
+
+
+def test_a_check_fails_with_its_own_error_and_nothing_appears(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(RuntimeError, match=r"^of the check$"):  # noqa: SIM117
+        with checked_file(path, replaced_file(path)):
+            raise RuntimeError("of the check")
+    assert names(tmp_path) == []
+
+
+def test_a_checked_file_appears(tmp_path):
+    path = tmp_path / "file.txt"
+    with checked_file(path, replaced_file(path)) as temporary:
+        temporary.write_text("new")
+        assert names(tmp_path) == [temporary.name]
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_file_that_can_not_be_put_there_is_told_as_such(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(CheckpointError, match=r"file.txt can't be written"):  # noqa: SIM117
+        with checked_file(path, replaced_file(path)):
+            path.mkdir()
+    assert names(tmp_path) == ["file.txt"]
+
+
 # A folder
 
 
@@ -103,6 +132,14 @@ def test_a_folder_replaces_the_old_one_and_all_its_files(tmp_path):
             (temporary / name).touch()
     assert names(path) == ["new.txt"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_needs_no_name_in_its_path(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    with replaced_folder(Path(".")) as temporary:
+        (temporary / "new.txt").touch()
+    assert names(tmp_path / "folder") == ["new.txt"]
 
 
 @pytest.mark.parametrize("error", [OSError, Interrupted])

@@ -257,3 +257,16 @@ def test_full_networks_keep_their_zeros(name, fold_bn, tmp_path):
     report = export_onnx(network, tmp_path / "model.onnx", (3, 64, 64), fold_bn=fold_bn)
     assert report.layers == zeros_in(network)
     assert report.deviation < 1e-5 * report.largest
+
+
+@pytest.mark.parametrize("external_from_bytes", [1, 2**30])
+def test_a_check_that_fails_is_not_told_as_a_failed_write(
+    external_from_bytes, export, tmp_path, monkeypatch
+):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("of the forward pass")
+
+    monkeypatch.setattr(onnx_export, "_checked_outputs", fail)
+    with pytest.raises(RuntimeError, match=r"^of the forward pass$"):
+        export(tmp_path / "model.onnx", external_from_bytes=external_from_bytes)
+    assert list(tmp_path.iterdir()) == []
