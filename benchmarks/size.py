@@ -26,6 +26,8 @@ import copy
 import datetime
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import shutil
 import statistics
@@ -45,6 +47,7 @@ from torch import Tensor, nn
 from starfire_prune import Pruner, load_pruned_model, save_pruned
 from starfire_prune.files import write_text
 from starfire_prune.inspection import inspect_pruned
+from starfire_prune.run_folder import existing_part
 
 METHODS: dict[str, dict[str, object]] = {
     "ck": {"method": "ck"},
@@ -62,14 +65,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure, print the tables and record them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--sparsities", type=float, nargs="*", default=[0.6, 0.7, 0.8], help="(0.6 0.7 0.8)"
-    )
-    parser.add_argument("--repeats", type=int, default=11, help="of loading (11; 0: none)")
-    parser.add_argument("--no-zstd", action="store_true", help="which takes minutes a file")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers there too")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         loads = [load_row(folder, *case, arguments.repeats) for case in LOADED if arguments.repeats]
@@ -86,6 +82,49 @@ def main() -> None:
     if arguments.json is not None:
         record = {"environment": environment(), "sizes": sizes, "loads": loads}
         write_text(arguments.json, json.dumps(record, indent=1) + "\n")
+
+
+# The command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--sparsities", type=_sparsity, nargs="*", default=[0.6, 0.7, 0.8], help="(0.6 0.7 0.8)"
+    )
+    parser.add_argument("--repeats", type=_count, default=11, help="of loading (11; 0: none)")
+    parser.add_argument("--no-zstd", action="store_true", help="which takes minutes a file")
+    parser.add_argument("--json", type=_output, metavar="PATH", help="write the numbers there too")
+    return parser
+
+
+def _sparsity(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no sparsity: give one between 0 and 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def _output(text: str) -> Path:
+    """A path that can be written, which is better told before the minutes of measuring."""
+    path = Path(text)
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file: name one to write")
+    place = existing_part(path.absolute().parent)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} can't be written: {place} is no folder that you may write to"
+        )
+    return path
 
 
 # Sizes
