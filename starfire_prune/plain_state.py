@@ -52,7 +52,7 @@ def plain_state_dict(
     hooked = {f"{name}_orig": name for name in hooks}
     hidden = {f"{name}_mask" for name in hooks}
     own = {clean_name(name): value for name, value in model.state_dict().items()}
-    layers = {f"{name}.weight" if name else "weight" for name in prunable_layers(model)}
+    layers = set(_prunable_weights(model))
     return {
         name: _plain(value, known.get(name), name in layers)
         for name, value in ((hooked.get(key, key), own[key]) for key in own if key not in hidden)
@@ -83,7 +83,7 @@ def masks_of_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
         model: whose layers these are.
         state: its plain state.
     """
-    names = [f"{name}.weight" if name else "weight" for name in prunable_layers(model)]
+    names = _prunable_weights(unwrap(model))
     masks = {name: state[name] != 0 for name in names if name in state}
     return {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
@@ -114,13 +114,17 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         >>> list(dict(model.named_parameters()))
         ['0.weight_orig', '0.bias']
     """
-    modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
+    modules = dict(_modules(unwrap(model)))
     owners = {name: modules.get(name.rpartition(".")[0]) for name in masks}
     for name, module in owners.items():
         _check_mask(name, module, masks[name], model)
+    merged: dict[tuple[nn.Module, str], Tensor] = {}  # a shared module has several names
     for name, module in owners.items():
         if module is not None:
-            KeptMask().register(module, name.rpartition(".")[2], masks[name])
+            key = module, name.rpartition(".")[2]
+            merged[key] = masks[name] & merged.get(key, masks[name])
+    for (module, parameter), mask in merged.items():
+        KeptMask().register(module, parameter, mask)
     return model
 
 
@@ -151,7 +155,18 @@ def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((clean_name(name), module) for name, module in model.named_modules())
+    """All modules, a shared one under each of its names, as a state dict has them."""
+    modules = model.named_modules(remove_duplicate=False)
+    return ((clean_name(name), module) for name, module in modules)
+
+
+def _prunable_weights(model: nn.Module) -> list[str]:
+    layers = set(prunable_layers(model).values())
+    return [
+        f"{name}.weight" if name else "weight"
+        for name, module in _modules(model)
+        if module in layers
+    ]
 
 
 def _masks_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -29,6 +29,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @every_form
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_layer_that_is_used_twice_comes_back(form, hooked, tmp_path):
+    layer = nn.Linear(4, 4)
+    prune.l1_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]
+    if not hooked:
+        prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    path = saved(tmp_path, form, model)
+    state, masks = load_pruned(path), load_masks(path)
+    assert sorted(state) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"0.weight": 8, "2.weight": 8}
+    layer = nn.Linear(4, 4)
+    loaded = apply_masks(load_pruned_model(path, nn.Sequential(layer, nn.ReLU(), layer)), masks)
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded(x), model(x))
+    assert len(layer._forward_pre_hooks) == 1
+
+
+@every_form
 @pytest.mark.parametrize("phase", ["era", "fixed"])
 def test_the_masks_come_back(form, phase, tmp_path):
     model, pruner = pruned(phase)
