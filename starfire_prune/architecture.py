@@ -16,7 +16,7 @@ from torch import nn
 
 from starfire_prune.tensor_file import DamageError
 
-__all__ = ["architecture_of", "build_architecture", "model_bytes"]
+__all__ = ["architecture_of", "build_architecture", "model_bytes", "set_dtypes"]
 
 _FOLLOWED = frozenset(
     {
@@ -93,6 +93,23 @@ def build_architecture(
 def model_bytes(model: nn.Module) -> int:
     """That a model's parameters and buffers take, also those that no file holds."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give a model's floats the dtypes of a file's; buffers that no file holds follow if all agree.
+
+    Args:
+        model: whose floats are changed in place.
+        dtypes: by the names of its state dict.
+    """
+    floats = {dtype for dtype in dtypes.values() if dtype.is_floating_point}
+    if len(floats) == 1:
+        model.to(floats.pop())
+    own = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in own:
+        dtype = dtypes.get(name, tensor.dtype)
+        if dtype.is_floating_point and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _create(architecture: Mapping[str, Any]) -> nn.Module:

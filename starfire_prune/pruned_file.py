@@ -9,16 +9,16 @@ verified before anything is handed out (docs/format.md). Nothing in a file is ex
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 
-from starfire_prune.architecture import architecture_of, build_architecture
+from starfire_prune.architecture import architecture_of, build_architecture, set_dtypes
 from starfire_prune.codec import CodecError
 from starfire_prune.file_errors import CheckpointError, reason, writing
 from starfire_prune.files import replaced_file
@@ -36,6 +36,7 @@ from starfire_prune.pruned_metadata import (
 from starfire_prune.pruned_tensors import (
     TENSORS_KEY,
     TensorEntry,
+    fill_tensors,
     in_parallel,
     read_entries,
     store_tensors,
@@ -66,6 +67,7 @@ __all__ = [
 
 FileFormat = Literal["dense", "compressed"]
 StrPath = str | os.PathLike[str]
+_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|out of memory")  # torch's words
 
 
 def save_pruned(
@@ -160,8 +162,9 @@ def load_pruned_model(
     Args:
         path: of the file.
         model: to load into, dense, on any device: its parameters and buffers have to be those of
-            the file, and nothing is changed where they are not. By default timm builds the model
-            that the file names.
+            the file, and nothing is changed where they are not. Its dtypes stay: floats are rounded
+            to its floats, and what exceeds them becomes inf. By default timm builds the model that
+            the file names, with the file's dtypes.
         max_bytes: as in `load_pruned`.
 
     Returns:
@@ -182,6 +185,7 @@ def load_pruned_model(
         if model is None:
             shapes = {name: entry.shape for name, entry in file.entries.items()}
             model = build_architecture(file.model, shapes, max_bytes)
+            set_dtypes(model, {name: entry.dtype for name, entry in file.entries.items()})
         _fill(model, file.entries)
     return model
 
@@ -330,7 +334,6 @@ def _write(
         raise CheckpointError(f"{path} can't be written: {error}") from error
 
 
-@torch.no_grad()
 def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     """Decode all tensors into a model's own, once it is known that they fit."""
     own = {clean_name(name): value for name, value in unwrap(model).state_dict().items()}
@@ -349,7 +352,7 @@ def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     told = [f"{what} {_few(names)}" for what, names in problems.items() if names]
     if told:
         raise DamageError(f"it is of another model: it {' and '.join(told)}")
-    in_parallel(lambda entry: entry.copy_into(own[entry.name]), entries.values())
+    fill_tensors(own, entries)
 
 
 def _few(names: list[str], most: int = 3) -> str:
@@ -371,5 +374,7 @@ def _loading(path: Path) -> Iterator[None]:
         yield
     except (CodecError, DamageError) as error:
         raise CheckpointError(f"{path} can't be loaded: {reason(error)}") from error
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
         raise CheckpointError(f"{path} can't be loaded: there is no memory for it") from error

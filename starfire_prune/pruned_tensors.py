@@ -45,7 +45,14 @@ from starfire_prune.tensor_file import (
     parse_json,
 )
 
-__all__ = ["TENSORS_KEY", "TensorEntry", "in_parallel", "read_entries", "store_tensors"]
+__all__ = [
+    "TENSORS_KEY",
+    "TensorEntry",
+    "fill_tensors",
+    "in_parallel",
+    "read_entries",
+    "store_tensors",
+]
 
 TENSORS_KEY = "starfire_prune.tensors"
 _NOTE_BYTES = 200  # about what an encoded tensor adds to the header: it has to save more
@@ -92,14 +99,10 @@ class TensorEntry:
         decode_into(self.encoded, bits_of(tensor))
         return tensor
 
-    @torch.no_grad()
-    def copy_into(self, target: Tensor) -> None:
-        """Decode into a tensor of the same shape; in its own memory, if it is of this dtype."""
+    def fits_in(self, target: Tensor) -> bool:
+        """Whether the tensor can be decoded in the memory of another of its shape."""
         is_plain = target.device.type == "cpu" and target.is_contiguous()
-        if is_plain and target.dtype == self.dtype:
-            decode_into(self.encoded, bits_of(target))
-        else:
-            target.detach().copy_(self.decode())
+        return is_plain and target.dtype == self.dtype
 
     def mask(self) -> Tensor:
         """Which weights are kept, bool of the tensor's shape: those that are not +0.0, but noted.
@@ -150,6 +153,37 @@ def store_tensors(
     if len(tensors) != sum(len(stored) for stored, _ in results.values()):
         raise DamageError("a tensor has the name of another's part: rename it")
     return tensors, json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+
+
+@torch.no_grad()
+def fill_tensors(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntry]) -> None:
+    """Decode tensors into others: in their own memory, or, where that is of another dtype, device
+    or order, by copies, all of which are decoded before anything is changed.
+
+    Args:
+        targets: of the entries' names and shapes.
+        entries: of a file.
+
+    Raises:
+        DamageError: if a dtype is of another kind, such as ints for floats; nothing is changed.
+    """
+    for name, entry in entries.items():
+        if _kind(entry.dtype) != _kind(targets[name].dtype):
+            raise DamageError(
+                f"tensor {name!r} is of {entry.dtype}, and the model's of {targets[name].dtype}"
+            )
+    in_place = [entry for entry in entries.values() if entry.fits_in(targets[entry.name])]
+    others = [entry for entry in entries.values() if not entry.fits_in(targets[entry.name])]
+    decoded = in_parallel(TensorEntry.decode, others)
+    in_parallel(lambda entry: decode_into(entry.encoded, bits_of(targets[entry.name])), in_place)
+    for entry, tensor in zip(others, decoded, strict=True):
+        targets[entry.name].detach().copy_(tensor)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "int"
 
 
 def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:

@@ -26,6 +26,7 @@ from starfire_prune import (
 from starfire_prune.checkpoint import CheckpointError, plain_state_dict, read_metadata
 from starfire_prune.codec import bits_of
 from starfire_prune.pruned_file import read_pruned_file
+from starfire_prune.pruned_tensors import TensorEntry
 from starfire_prune.recipe import load_recipe
 from tests.networks import LAYERS, SmallNet, sgd, train_step
 
@@ -272,6 +273,41 @@ def test_a_damaged_file_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(CheckpointError, match="are damaged"):
         load_pruned_model(path, model)
     assert same(dict(model.state_dict()), dict(SmallNet(seed=1).state_dict()))
+
+
+def test_ints_are_not_filled_with_floats(tmp_path):
+    source, model = nn.Module(), nn.Module()
+    for name in ("a", "b"):
+        source.register_buffer(name, torch.full((2,), 1.5))
+        model.register_buffer(name, torch.zeros(2, dtype=torch.float if name == "a" else torch.int))
+    message = r"tensor 'b' is of torch\.float32, and the model's of torch\.int32"
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned_model(saved(tmp_path, "dense", source), model)
+    assert not model.get_buffer("a").any()
+
+
+def test_a_model_that_no_memory_is_left_for_stays_as_it_was(tmp_path, monkeypatch):
+    def no_memory(entry: TensorEntry) -> Tensor:
+        if entry.name == "head.bias":
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return decode(entry)
+
+    path, model = saved(tmp_path, "dense"), SmallNet(seed=1).double()
+    decode, before = TensorEntry.decode, copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(TensorEntry, "decode", no_memory)
+    with pytest.raises(CheckpointError, match=r"can't be loaded: there is no memory for it$"):
+        load_pruned_model(path, model)
+    assert same(dict(model.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize("only", ["", "fc."])
+def test_a_model_that_timm_builds_has_the_dtypes_of_the_file(only, tmp_path):
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=5)
+    (model.fc if only else model).half()
+    loaded = load_pruned_model(saved(tmp_path, "compressed", model))
+    assert same(dict(loaded.state_dict()), plain_state_dict(model))
 
 
 def test_a_model_without_memory_is_refused(tmp_path):
