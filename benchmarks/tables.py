@@ -11,22 +11,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from evidence import claims, tiny_accuracy, tiny_robustness, tiny_summary
+from logs import (
+    RESULTS,
+    cells_of,
+    epochs_of,
+    found,
+    last_top1,
+    mean_top1,
+    percent_text,
+    printed_table,
+    table,
+)
 
 from starfire_prune.files import write_text
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
-
-Rows = Sequence[Sequence[str]]
 
 _TABLE: Final = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NUMBER: Final = re.compile(r"(<!-- number: ([\w.-]+) -->)([^<]*)(<!-- end -->)")
@@ -68,61 +76,9 @@ def _named(items: Mapping[str, Callable[[], str]], name: str) -> Callable[[], st
 
 
 def _difference(path: Path, old: str, new: str) -> Iterable[str]:
-    lines = (text.splitlines(keepends=True) for text in (old, new))
-    return difflib.unified_diff(*lines, str(path.relative_to(ROOT)), "as the logs have it", n=0)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (header, *rows)]
-    lines.insert(1, "|---" * len(header) + "|")
-    return "\n".join(lines)
-
-
-# Logs
-
-
-@cache
-def epochs_of(log: str) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, below results/."""
-    text = (RESULTS / log).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-@cache
-def printed(log: str) -> str:
-    """What a benchmark has printed."""
-    return (RESULTS / log).read_text(encoding="utf-8")
-
-
-def found(pattern: str, log: str) -> str:
-    """The group of a pattern in what a benchmark has printed."""
-    match = re.search(pattern, printed(log))
-    if match is None:
-        raise ValueError(f"{log} has nothing like {pattern}")
-    return match[1]
-
-
-def printed_table(first: str, log: str) -> str:
-    """The table that begins so in what a benchmark has printed, as it stands there."""
-    text = printed(log)
-    start = text.index(f"| {first}")
-    return text[start:].partition("\n\n")[0].rstrip("\n")
-
-
-def last_top1(runs: str) -> list[float]:
-    """Top-1 after the last epoch, of the logs that fit a pattern below results/."""
-    logs = sorted(str(path.relative_to(RESULTS)) for path in RESULTS.glob(runs))
-    return [epochs_of(log)[-1]["top1"] for log in logs]
-
-
-def mean_top1(runs: str) -> str:
-    """Their mean."""
-    return _percent(statistics.mean(last_top1(runs)))
-
-
-def _percent(share: float, digits: int = 2) -> str:
-    return f"{share:.{digits}%}".replace("%", " %")
+    shown, logged = (text.splitlines(keepends=True) for text in (old, new))
+    names = (str(path.relative_to(ROOT)), "as the logs have it")
+    return difflib.unified_diff(shown, logged, *names, n=0)
 
 
 # Masks
@@ -137,7 +93,7 @@ _MASK_ALTERNATIVES: Final = {
 
 def mask_alternatives() -> str:
     """CK by the engine and by what else prunes kernels."""
-    _, _, engine, native, ratio = _cells(r"\| ck \| 1\.6% .*", _MASKS)
+    _, _, engine, native, ratio = cells_of(r"\| ck \| 1\.6% .*", _MASKS)
     rows = [
         ["engine", engine, "1.0x"],
         ["native, with this package's mask functions", native, ratio],
@@ -150,9 +106,11 @@ def mask_alternatives() -> str:
     return table(["ck, all layers", "seconds", "of the engine's"], rows)
 
 
-def _cells(pattern: str, log: str) -> list[str]:
-    line = found(f"({pattern})", log)
-    return [cell.strip() for cell in line.strip("| ").split("|")]
+def amortised_share() -> str:
+    """The least and the most that `step()` costs of a training step, over an era."""
+    lines = printed_table("step() over", _MASKS).splitlines()[2:]
+    shares = sorted(line.strip("| ").split("|")[-1].strip(" %") for line in lines)
+    return f"{shares[0]} to {shares[-1]} %"
 
 
 # Runs on digits
@@ -163,9 +121,11 @@ def runs_table(kinds: Mapping[str, str]) -> str:
     rows = []
     for name, runs in kinds.items():
         top1 = last_top1(runs)
-        log = next(RESULTS.glob(runs)).relative_to(RESULTS)
-        zeros = epochs_of(str(log))[-1]["sparsity_network"]
-        rows.append([name, _percent(zeros, 1), ", ".join(map(_percent, top1)), mean_top1(runs)])
+        logs = [str(path.relative_to(RESULTS)) for path in sorted(RESULTS.glob(runs))]
+        zeros = statistics.mean(epochs_of(log)[-1]["sparsity_network"] for log in logs)
+        rows.append(
+            [name, percent_text(zeros, 1), ", ".join(map(percent_text, top1)), mean_top1(runs)]
+        )
     return table(["run", "sparsity", "top-1 by seed, last epoch", "mean"], rows)
 
 
@@ -173,11 +133,11 @@ def photographs() -> str:
     """The epochs of ResNet-50 v1.5 on images of 224 px."""
     rows = [
         [
-            str(row["epoch"]),
+            str(row["epoch"] + 1),
             row["phase"],
-            _percent(row["top1"], 1),
-            _percent(row["sparsity"], 1),
-            _percent(row["pruner_cpu_share"]),
+            percent_text(row["top1"], 1),
+            percent_text(row["sparsity"], 1),
+            percent_text(row["pruner_cpu_share"]),
         ]
         for row in epochs_of("imagenette/metrics.jsonl")
     ]
@@ -191,7 +151,7 @@ def compaction() -> str:
     """The sparse models and the compact ones."""
     rows = []
     for name, log in _COMPACTED.items():
-        sparse, smaller = (_cells(rf"\| {kind} \| .*", log) for kind in ("sparse", "compact"))
+        sparse, smaller = (cells_of(rf"\| {kind} \| .*", log) for kind in ("sparse", "compact"))
         parameters, macs = re.findall(r"[\d.]+%", found(r"\| left (.*)", log))
         deviation = found(r"largest deviation of the outputs: (\S+)", log)
         rows.append([name, *sparse, ""])
@@ -216,9 +176,14 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "finetune": lambda: runs_table(FINETUNE),
     "imagenette": photographs,
     "compact": compaction,
+    "tiny-accuracy": tiny_accuracy,
+    "tiny-robustness": tiny_robustness,
+    "tiny-summary": tiny_summary,
+    "claims": claims,
 }
 NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "mask-update.training-step": lambda: found(r"160 px: ([\d.]+ s)", _MASKS),
+    "mask-update.share": amortised_share,
     "quickstart.dense": lambda: mean_top1(QUICKSTART["dense"]),
     "quickstart.ck": lambda: mean_top1(QUICKSTART["ck"]),
     "finetune.dense": lambda: mean_top1(FINETUNE["dense, 10 epochs"]),

@@ -1,22 +1,64 @@
-"""Draw the README's pictures from two runs of recipes/quickstart.yaml, one with pruning=none.
+"""Draw the README's pictures.
 
-python docs/pictures.py runs/quickstart runs/quickstart-dense
+    python docs/pictures.py [RUN]
+
+draws curves from the logs in benchmarks/results/tiny_imagenet20/, and with RUN, a finished run of
+recipes/quickstart.yaml with pruning=none, masks of its dense weights.
 """
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from safetensors.torch import load_file
 
 from starfire_prune import ck_mask, fc_block_mask, intra_mask, window_mask
-from starfire_prune.plots import plot_masks, plot_training
+from starfire_prune.plots import plot_masks
+from starfire_prune.reporting.numbers import Curve, curve
+from starfire_prune.reporting.picture_style import lines_of
+from starfire_prune.reporting.pictures import Series, curves
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results" / "tiny_imagenet20"
+# By folder: how its curve is named, and what decides the colour
+VARIANTS: Final[Mapping[str, tuple[str, str]]] = {
+    "dense": ("dense", "dense"),
+    "window-60": ("window, 60 %", "window"),
+    "ck-60": ("CK, 60 %", "ck"),
+    "intra-60": ("intra, 60 %", "intra"),
+    "ck-80": ("CK, 80 %", "ck"),
+    "ck-60-from0": ("CK, 60 %, era from 0", "ck"),
+}
 
 
 def main() -> None:
-    """Draw masks of one layer's dense weights by each method, and the pruned run's curves."""
-    run, dense, docs = Path(sys.argv[1]), Path(sys.argv[2]), Path(__file__).parent
-    weights = load_file(dense / "export" / "model.safetensors")
+    """Draw what there are logs and weights for."""
+    drawn = curves(all_series(), ("epoch", "top-1 on held-out images [%]"), verticals=(8, 12))
+    (DOCS / "tiny_imagenet20.png").write_bytes(drawn.light)
+    if len(sys.argv) > 1:
+        draw_masks(Path(sys.argv[1]))
+
+
+def all_series() -> list[Series]:
+    """The curves of the variants; epochs 1 to 8 are those of dense training."""
+    lines = lines_of([method for _, method in VARIANTS.values()])
+    return [
+        Series(label, line, tuple(top1(path) for path in sorted(RESULTS.glob(f"{name}-seed?"))))
+        for (name, (label, _)), line in zip(VARIANTS.items(), lines, strict=True)
+    ]
+
+
+def top1(folder: Path) -> Curve:
+    """Accuracy over the epochs of a run."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return curve([json.loads(row) for row in text.splitlines()], "top1")
+
+
+def draw_masks(run: Path) -> None:
+    """Masks of layers' dense weights by each method."""
+    weights = load_file(run / "export" / "model.safetensors")
     conv, pointwise = weights["layer2.1.conv1.weight"], weights["layer3.0.downsample.0.weight"]
     masks = {
         "window": window_mask(conv, 5),
@@ -24,9 +66,7 @@ def main() -> None:
         "intra (both)": intra_mask(conv, 0.6),
         "FC blocks of 4x4": fc_block_mask(pointwise.flatten(1), 0.6),
     }
-    plot_masks(masks, docs / "masks.png")
-    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    plot_training([json.loads(row) for row in rows], docs / "quickstart.png", "quickstart.yaml")
+    plot_masks(masks, DOCS / "masks.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The tables and numbers of README.md and RESULTS.md are those of the committed logs."""
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,16 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    """benchmarks/tables.py as a module."""
-    path = ROOT / "benchmarks" / "tables.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tables", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/tables.py as a module, as it is when it runs as a script."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
 
 
 @pytest.mark.parametrize("name", ["README.md", "benchmarks/RESULTS.md"])
@@ -66,3 +62,54 @@ def test_the_check_tells_what_differs_and_writes_nothing(tables, tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     assert tables.main() == 0
     assert "98.80 %" in page.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def evidence(tables: ModuleType, tmp_path: Path) -> Iterator[ModuleType]:
+    """benchmarks/evidence.py, which reads an empty folder of logs."""
+    module = importlib.import_module("evidence")
+    cached = (module.tiny_runs, module.attacked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_TINY", tmp_path)
+        for function in cached:
+            function.cache_clear()
+        yield module
+    for function in cached:
+        function.cache_clear()
+
+
+def test_a_run_without_all_its_epochs_is_told(evidence, tmp_path):
+    folder = tmp_path / "ck-60-seed0"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"epoch": 0, "top1": 0.5}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="ck-60-seed0 has 1 of 20 epochs"):
+        evidence.tiny_runs("ck-60")
+
+
+def test_a_run_that_was_not_attacked_so_is_told(evidence):
+    with pytest.raises(ValueError, match=r"dense-seed0 has 0 results of fgsm, pixel 0\.5"):
+        evidence.attacked("dense", "fgsm", "pixel", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "verdict"),
+    [
+        (1.0, -1.5, "yes"),
+        (-1.5, 1.0, "no"),
+        (0.5, -1.0, "undecided: +1.50 is within the noise"),
+    ],
+)
+def test_a_difference_within_the_noise_decides_nothing(one, other, verdict, evidence):
+    assert evidence._beats(one, other) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ({"window": 0.5, "CK": -1.0}, "yes"),
+        ({"window": 0.5, "CK": -1.1}, "undecided: CK is beyond it within the noise"),
+        ({"window": -3.1, "CK": -1.1}, "not by window"),
+    ],
+)
+def test_a_loss_beyond_the_limit_is_told(found, verdict, evidence):
+    assert evidence._within(found, 1.0) == verdict
