@@ -224,7 +224,7 @@ def fixed(training: Training) -> Pruner:
     pruner.end_epoch(0)
     training.after_update = pruner.step
     for layer in pruner.layers.values():
-        hooks: Any = layer_weight(layer.module)._backward_hooks
+        hooks: Any = layer_weight(layer.module)._post_accumulate_grad_hooks
         for key, hook in hooks.items():
             hooks[key] = training.timed(hook)
     return pruner
@@ -255,7 +255,7 @@ def by_hand(training: Training) -> None:
     training.pruner().end_epoch(0)
     weights = [layer_weight(layer) for layer in training.layers()]
     for weight in weights:
-        hooks: Any = weight._backward_hooks
+        hooks: Any = weight._post_accumulate_grad_hooks
         hooks.clear()
     masks = [weight.detach().ne(0) for weight in weights]
 

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 KEPT_CHECKPOINTS = 2
+_OWN_SUM = "state_sha256"
 # What json, safetensors, torch and optimizers raise for files that are damaged or of another model
 _DAMAGE = (
     AttributeError,
@@ -108,6 +109,7 @@ def save_checkpoint(
                 str(temporary / "masks.safetensors"),
             )
         state["sha256"] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        state[_OWN_SUM] = _own_sum(state)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     _remove_old(folder, keep)
     return path
@@ -142,12 +144,11 @@ def load_checkpoint(
     )
     reading = functools.partial(_reading, way_out=way_out)
     with reading(path / "state.json") as file:
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        saved, _, _ = state["pruner"], state["epoch"], state["extra"]
-        sums = dict(state["sha256"])
+        state = _read_state(file)
+        saved = state["pruner"]
         if forks:
             _check_dense(state, path)
-    for name, saved_sum in sums.items():
+    for name, saved_sum in state["sha256"].items():
         with reading(path / name) as file:
             if _sha256(file) != saved_sum:
                 raise ValueError("its contents are not those that were saved")
@@ -208,6 +209,23 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def _own_sum(state: Mapping[str, Any]) -> str:
+    """The SHA-256 of what `state.json` holds beside it, whatever the order and the layout."""
+    rest = {key: value for key, value in state.items() if key != _OWN_SUM}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """The contents of a `state.json` as they were saved, of the checkpoint that it lies in."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or state.get(_OWN_SUM) != _own_sum(state):
+        raise ValueError("its contents are not those that were saved")
+    if state["epoch"] != checkpoint_epoch(file.parent):
+        raise ValueError(f"it is of {state['epoch']} epochs, and its folder's name says otherwise")
+    return state
+
+
 def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> None:
     try:
         pruner.load_state_dict(state)
@@ -220,8 +238,6 @@ def _check_dense(state: Mapping[str, Any], path: Path) -> None:
     phase = "dense" if state["pruner"] is None else state["pruner"]["phase"]
     if phase != "dense":
         raise CheckpointError(f"{path} is of the phase {phase}: fork from a dense one")
-    if state["epoch"] != checkpoint_epoch(path):
-        raise ValueError(f"it is of {state['epoch']} epochs, and its folder's name says otherwise")
 
 
 @contextmanager

@@ -43,6 +43,9 @@ __all__ = [
 
 Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.generic]
+Items = npt.NDArray[np.generic]
+Positions = npt.NDArray[np.intp]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "dense": ("values",),
@@ -50,7 +53,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "window": ("kernels", "patterns", "values"),
     "bitmap": ("weights", "values"),
 }
-_WINDOWS_AT_ONCE = 2**15  # kernels, a multiple of 8: their weights stay in the cache
+_WINDOWS_AT_ONCE = 2**16  # kernels, a multiple of 8
+_BYTES_AT_ONCE = 2**20  # about what a core's cache holds
 _MAX_KERNEL_BYTES = 2**30
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -124,28 +128,30 @@ def decode_into(encoded: Encoded, out: Tensor) -> None:
         encoded: by `encode` or `read_parts`, which have checked it.
         out: integers of the weights' size, contiguous, of as many elements.
     """
-    values, out = torch.from_numpy(kept_values(encoded)), out.view(-1)
+    # NumPy's loops, and not torch's: they take one thread, and whoever calls may have several
+    values, weights = kept_values(encoded), out.view(-1).numpy()
     if encoded.encoding == "dense":
-        out.copy_(values)
+        np.copyto(weights, values)
         return
-    out.zero_()
     n_kernels, kernel_size = _kernels_of(encoded.shape)
+    kernels = _rows(weights, kernel_size)
     if encoded.encoding == "bitmap":
-        _scatter(out, unpack_bits(encoded.parts["weights"], out.numel()), values)
-    elif encoded.encoding == "window":
-        _scatter_windows(out, encoded, values)
-    elif kernel_size == 1:
-        _scatter(out, unpack_bits(encoded.parts["kernels"], n_kernels), values)
+        _scatter(weights, encoded.parts["weights"], values)
+    elif encoded.encoding == "ck":
+        _scatter(kernels, encoded.parts["kernels"], _rows(values, kernel_size))
     else:
-        kernels = _rows(out, kernel_size)
         alive = np.flatnonzero(unpack_bits(encoded.parts["kernels"], n_kernels))
-        kernels[alive] = _rows(values, kernel_size)
+        if len(alive) == n_kernels:
+            _scatter(weights, encoded.parts["patterns"], values)
+        else:
+            weights.view(np.uint8).fill(0)
+            _scatter_windows(kernels, alive, encoded.parts["patterns"], values)
 
 
-def kept_values(encoded: Encoded) -> npt.NDArray[np.signedinteger]:
+def kept_values(encoded: Encoded) -> Integers:
     """The stored weights' bits as integers, flat."""
     dtype = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[encoded.item_bytes]
-    return np.require(encoded.parts["values"].view(dtype), requirements=["A", "W"])
+    return encoded.parts["values"].view(dtype)
 
 
 def read_parts(
@@ -174,8 +180,7 @@ def read_parts(
         length = n_kernels if name == "kernels" else count
         parts[name] = read(name, -(-length // 8))
         _check_end(name, parts[name], length)
-        n_set = int(np.count_nonzero(unpack_bits(parts[name], length)))
-        count = n_set * (kernel_size if name == "kernels" else 1)
+        count = _n_set(parts[name]) * (kernel_size if name == "kernels" else 1)
     parts["values"] = read("values", count * item_bytes)
     return Encoded(encoding, shape, item_bytes, parts)
 
@@ -268,30 +273,47 @@ def _kernels_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:2]), math.prod(shape[2:])
 
 
-def _scatter(out: Tensor, bits: Bools, values: Tensor) -> None:
-    """Put values, in their order, where bits are set."""
-    out.scatter_(0, torch.from_numpy(np.flatnonzero(bits)), values)
+def _n_set(packed: Bytes) -> int:
+    """How many bits are set; by parts, as an unpacked bit takes a byte."""
+    parts = (
+        packed[first : first + _BYTES_AT_ONCE] for first in range(0, len(packed), _BYTES_AT_ONCE)
+    )
+    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 
 
-def _scatter_windows(out: Tensor, encoded: Encoded, values: Tensor) -> None:
-    n_kernels, kernel_size = _kernels_of(encoded.shape)
-    kernels, patterns = _rows(out, kernel_size), encoded.parts["patterns"]
-    alive = np.flatnonzero(unpack_bits(encoded.parts["kernels"], n_kernels))
+def _scatter(out: Items, packed: Bytes, values: Items) -> int:
+    """Put values, in their order, where bits are set, and zeros elsewhere; tell how many are set.
+
+    By parts that stay in the cache, and as a position takes eight bytes.
+    """
+    start, at_once = 0, max(_BYTES_AT_ONCE // out.itemsize // 8, 1) * 8
+    for first in range(0, len(out), at_once):
+        part = out[first : first + at_once]
+        part.view(np.uint8).fill(0)
+        positions = np.flatnonzero(unpack_bits(packed[first // 8 :], len(part)))
+        end = start + len(positions)
+        part[positions] = values[start:end]
+        start = end
+    return start
+
+
+def _scatter_windows(kernels: Items, alive: Positions, patterns: Bytes, values: Integers) -> None:
+    """Put values where bits of the patterns of the kernels that are alive are set."""
+    kernel_size = kernels.itemsize // values.itemsize
+    buffer = np.empty(min(len(alive), _WINDOWS_AT_ONCE) * kernel_size, values.dtype)
     start = 0
     for first in range(0, len(alive), _WINDOWS_AT_ONCE):
         rows = alive[first : first + _WINDOWS_AT_ONCE]
-        packed = patterns[first * kernel_size // 8 :]
-        kept = unpack_bits(packed, len(rows) * kernel_size)
-        end = start + int(np.count_nonzero(kept))
-        dense = values.new_zeros(len(kept))
-        _scatter(dense, kept, values[start:end])
+        dense = buffer[: len(rows) * kernel_size]
+        start += _scatter(dense, patterns[first * kernel_size // 8 :], values[start:])
         kernels[rows] = _rows(dense, kernel_size)
-        start = end
 
 
-def _rows(tensor: Tensor, kernel_size: int) -> npt.NDArray[np.void]:
-    """A tensor's kernels as items of an array, which is faster to index than rows."""
-    return tensor.numpy().view(f"V{kernel_size * tensor.element_size()}")
+def _rows(weights: Integers, kernel_size: int) -> Items:
+    """The kernels as items of an array, which is faster to index than rows."""
+    if kernel_size == 1:
+        return weights  # whose copies are faster than those of items of any size
+    return weights.view(f"V{kernel_size * weights.itemsize}")
 
 
 def _check_end(name: str, packed: Bytes, length: int) -> None:

@@ -65,9 +65,12 @@ def save_compact(
     smaller, report = compact(model, example_input)
     path = Path(path)
     with checked_file(path, replaced_file(path)) as temporary:
-        save_pruned(
-            smaller, temporary, "compressed", deflate=deflate, architecture=dict(architecture)
-        )
+        try:
+            save_pruned(
+                smaller, temporary, "compressed", deflate=deflate, architecture=dict(architecture)
+            )
+        except CheckpointError as error:  # such as of a full disk
+            raise CheckpointError(str(error).replace(str(temporary), str(path))) from error
         loaded = load_compact(temporary, dense_copy(model))
         _check_same(smaller, loaded, example_input)
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -432,11 +433,9 @@ class Pruner:
             weight = layer_weight(layer.module)
             self._mask_optimizer_state(weight, masks[name])
             if weight.requires_grad:
-                mask = masks[name]
-                hook = weight.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient, mask=mask: gradient * mask
-                )
-                self._gradient_hooks.append(hook)
+                hook = functools.partial(_mask_gradient, masks[name])
+                handle = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._gradient_hooks.append(handle)
 
     @torch.no_grad()
     def _mask_optimizer_state(self, weight: Tensor, mask: Tensor) -> None:
@@ -500,6 +499,12 @@ def _key(name: str) -> str:
 def _mask(module: nn.Module) -> Tensor:
     mask: Tensor = module.get_buffer("weight_mask")
     return mask
+
+
+def _mask_gradient(mask: Tensor, weight: Tensor) -> None:
+    """Mask a weight's gradient in its own memory, before collectives and clipping see it."""
+    if weight.grad is not None:
+        weight.grad.mul_(mask)
 
 
 def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:

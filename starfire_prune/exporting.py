@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from starfire_prune.file_errors import CheckpointError, reason
+from starfire_prune.file_errors import CheckpointError
 from starfire_prune.pruned_file import (
     FileFormat,
     convert_pruned,
+    is_pruned_file,
     load_pruned_model,
     read_pruned_file,
     save_pruned,
 )
-from starfire_prune.pruned_metadata import METADATA_KEY
 from starfire_prune.recipe import Data
 from starfire_prune.subjects import find_subject
 
@@ -117,7 +117,7 @@ def find_source(path: Path, recipe: Path | None = None, model: str | None = None
     subject = find_subject(path, recipe, needs_data=False)
     settings = subject.recipe.model
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
-    checked = _is_checked(subject.weights)
+    checked = is_pruned_file(subject.weights)
     data = subject.recipe.data
     return Source(path, subject.weights, data, named, checked, named=True, has_own_recipe=True)
 
@@ -172,7 +172,7 @@ def _told_by_file(source: Source) -> nn.Module:
 
 def _file(path: Path, model: str | None) -> Source:
     """A safetensors file without a recipe beside it."""
-    if not _is_checked(path):
+    if not is_pruned_file(path):
         architecture = None if model is None else _named(model, path)
         return Source(path, path, None, architecture, is_checked=False, named=True)
     file = read_pruned_file(path)
@@ -180,18 +180,6 @@ def _file(path: Path, model: str | None) -> Source:
     if model is None:
         return Source(path, path, data, file.model, is_checked=True, named=False)
     return Source(path, path, data, _named(model, path), is_checked=True, named=True)
-
-
-def _is_checked(path: Path) -> bool:
-    """Whether a file is of `save_pruned`: a damaged name of one key leaves the others."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is no whole safetensors file ({reason(error)}): restore it or export it anew"
-        ) from error
-    return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
 
 
 def _data_of(recipe: Mapping[str, Any] | None) -> Data | None:
@@ -225,7 +213,7 @@ def _named(name: str, path: Path) -> dict[str, Any]:
 
 
 def _shape_of(path: Path, tensor: str) -> tuple[int, ...] | None:
-    if _is_checked(path):
+    if is_pruned_file(path):
         entry = read_pruned_file(path).entries.get(tensor)
         return None if entry is None else entry.shape
     with safe_open(str(path), framework="pt") as file:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starfire_prune.file_errors import writing
 
-__all__ = ["checked_file", "replaced_file", "replaced_folder", "write_text"]
+__all__ = ["checked_file", "move_file", "replaced_file", "replaced_folder", "write_text"]
 
 
 @contextmanager
@@ -26,9 +26,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that nobody else may read
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        move_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,6 +71,13 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Put a whole file in the place of another, on the same disk, at once."""
+    _sync(source)
+    source.replace(path)
+    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

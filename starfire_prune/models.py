@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from starfire_prune.file_errors import CheckpointError
+from starfire_prune.pruned_file import is_pruned_file, load_pruned
+
 try:
     import timm
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -120,6 +123,8 @@ def create_pretrained(
 def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
     """Load a safetensors file of plain keys, but a classifier of another number of classes.
 
+    Files of `save_pruned` are read in either form, and their checksums verified.
+
     Args:
         model: Of timm, dense, in any state.
         file: Such as the export of a run; it has to hold every other key in the model's shape.
@@ -144,7 +149,9 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise PretrainedError(f"there is no file {file}")
     try:
-        return load_file(file)
+        return load_pruned(file) if is_pruned_file(file) else load_file(file)
+    except CheckpointError as error:  # of its checksums
+        raise PretrainedError(str(error)) from error
     except (OSError, SafetensorError) as error:
         raise PretrainedError(
             f"{file} is no whole safetensors file ({error}): restore it, or convert it by "

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.exporting import ExportError
-from starfire_prune.files import checked_file, replaced_file
+from starfire_prune.files import checked_file, move_file
 from starfire_prune.layers import prunable_layers
 from starfire_prune.model_graph import dense_copy, without_autocast
 from starfire_prune.onnx_graph import Array, Weights, fold_batch_norms, strip_notes
 from starfire_prune.report import effective_weight
 
-__all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "export_onnx"]
+__all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "data_files", "export_onnx"]
 
 EXTERNAL_FROM_BYTES = 2**31 - 2**26  # protobuf's limit, less room for the graph
 _TOLERANCE = 1e-3  # of the largest output; a wrong graph is off by far more than rounding
@@ -92,7 +92,8 @@ def export_onnx(
         fold_bn: fold batch norms into the convolutions before them.
         notes: plain values for the file's metadata, by name, each as JSON.
         external_from_bytes: from so many bytes of weights on they go into a file of their own, as
-            one of ONNX holds at most 2 GiB: `PATH.data`, which has to stay beside.
+            one of ONNX holds at most 2 GiB: `PATH.data`, which has to stay beside; or `PATH.data2`
+            where `path` is replaced and has a `PATH.data`, which goes only then.
 
     Raises:
         ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
@@ -114,15 +115,15 @@ def export_onnx(
     for name, value in (notes or {}).items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     layers, unchecked = _checked_zeros(model, weights)
-    external = weights.size_bytes >= external_from_bytes
-    saved = _saved_in_two if external else _saved
-    with checked_file(path, saved(onnx, proto, path)) as file:
+    data = _free_data_file(path) if weights.size_bytes >= external_from_bytes else None
+    with checked_file(path, _saved(onnx, proto, path, data)) as file:
         deviation, largest = _checked_outputs(runtime, model, file, input_size)
-        size_bytes = sum(part.stat().st_size for part in _parts(file, external))
+        parts = (file,) if data is None else (file, file.with_name(data.name))
+        size_bytes = sum(part.stat().st_size for part in parts)
     return OnnxReport(
         opset=next(each.version for each in proto.opset_import if not each.domain),
         size_bytes=size_bytes,
-        external=_data_file(path) if external else None,
+        external=data,
         batch_norms=(folded, norms),
         deviation=deviation,
         largest=largest,
@@ -259,30 +260,40 @@ def _session(runtime: Any, file: Path) -> Any:
 # Writing
 
 
-@contextmanager
-def _saved(onnx: Any, proto: Any, path: Path) -> Iterator[Path]:
-    """Write a model beside `path`, where it appears once the block has ended well."""
-    with replaced_file(path) as temporary:
-        onnx.save_model(proto, str(temporary))
-        _check(onnx, temporary)
-        yield temporary
+def data_files(path: Path) -> tuple[Path, Path]:
+    """Where the weights of an ONNX file may lie, if not in it: in one of the two."""
+    return path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.data2")
+
+
+def _free_data_file(path: Path) -> Path:
+    """A file for the weights that the ONNX file at `path`, if there is one, does not need."""
+    first, second = data_files(path)
+    return second if path.exists() and first.exists() else first
 
 
 @contextmanager
-def _saved_in_two(onnx: Any, proto: Any, path: Path) -> Iterator[Path]:
-    """The same with the weights in a file of their own, whose name the first one holds."""
+def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Path]:
+    """Write a model in a folder beside `path`, where it appears once the block has ended well.
+
+    Its weights, where they have a file of their own, come first: at any time there is the old model
+    or the new one, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.parts")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        file, data = folder / path.name, folder / _data_file(path).name
-        onnx.save_model(proto, str(file), save_as_external_data=True, location=data.name)
+        file = folder / path.name
+        options = {} if data is None else {"save_as_external_data": True, "location": data.name}
+        onnx.save_model(proto, str(file), **options)
         _check(onnx, file)
         yield file
-        path.unlink(missing_ok=True)  # never one file beside the other of another model
-        data.replace(_data_file(path))
-        file.replace(path)
+        if data is not None:
+            move_file(folder / data.name, data)
+        move_file(file, path)
+        for other in data_files(path):
+            if other != data:
+                other.unlink(missing_ok=True)  # of the model that was there
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -292,11 +303,3 @@ def _check(onnx: Any, file: Path) -> None:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported model is no valid ONNX: {error}") from error
-
-
-def _data_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.data")
-
-
-def _parts(file: Path, external: bool) -> tuple[Path, ...]:
-    return (file, _data_file(file)) if external else (file,)

@@ -36,8 +36,8 @@ from starfire_prune.pruned_metadata import (
 from starfire_prune.pruned_tensors import (
     TENSORS_KEY,
     TensorEntry,
+    decode_tensors,
     fill_tensors,
-    in_parallel,
     read_entries,
     store_tensors,
 )
@@ -57,6 +57,7 @@ __all__ = [
     "FileFormat",
     "PrunedFile",
     "convert_pruned",
+    "is_pruned_file",
     "load_masks",
     "load_pruned",
     "load_pruned_model",
@@ -151,7 +152,7 @@ def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tenso
     """
     entries = read_pruned_file(path, max_bytes=max_bytes).entries
     with _loading(Path(path)):
-        return dict(zip(entries, in_parallel(TensorEntry.decode, entries.values()), strict=True))
+        return decode_tensors(entries)
 
 
 def load_pruned_model(
@@ -294,6 +295,23 @@ def read_pruned_file(path: StrPath, *, max_bytes: int = MAX_BYTES) -> PrunedFile
         CheckpointError: as `load_pruned`.
     """
     return PrunedFile(Path(path), max_bytes)
+
+
+def is_pruned_file(path: Path) -> bool:
+    """Whether a safetensors file is of `save_pruned`: a damaged name of one key leaves the others.
+
+    Raises:
+        CheckpointError: if it is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is no whole safetensors file ({reason(error)}): restore it, export it anew, "
+            f"or convert it by safetensors.torch.save_file"
+        ) from error
+    return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:

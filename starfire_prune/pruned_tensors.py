@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import collections
 import dataclasses
 import json
 import math
@@ -48,8 +49,8 @@ from starfire_prune.tensor_file import (
 __all__ = [
     "TENSORS_KEY",
     "TensorEntry",
+    "decode_tensors",
     "fill_tensors",
-    "in_parallel",
     "read_entries",
     "store_tensors",
 ]
@@ -58,6 +59,7 @@ TENSORS_KEY = "starfire_prune.tensors"
 _NOTE_BYTES = 200  # about what an encoded tensor adds to the header: it has to save more
 _KEYS = frozenset({"encoding", "dtype", "shape", "deflated", "crc32", "kept_zeros"})
 _MAX_THREADS = 8
+_LARGE_BYTES = 2**16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -147,12 +149,20 @@ def store_tensors(
         stored, entry = _store(name, state[name], compress, deflates)
         return stored, {**entry, **_note_zeros(state[name], masks.get(name))}
 
-    results = dict(zip(state, in_parallel(store, state), strict=True))
+    results = dict(
+        zip(state, _in_parallel(store, state, lambda name: state[name].nbytes), strict=True)
+    )
     tensors = {name: part for stored, _ in results.values() for name, part in stored.items()}
     table = {name: entry for name, (_, entry) in results.items()}
     if len(tensors) != sum(len(stored) for stored, _ in results.values()):
         raise DamageError("a tensor has the name of another's part: rename it")
     return tensors, json.dumps(table, separators=(",", ":"), ensure_ascii=False)
+
+
+def decode_tensors(entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+    """Decode tensors of a file into memory of their own."""
+    decoded = _in_parallel(TensorEntry.decode, entries.values(), _decoded_bytes)
+    return dict(zip(entries, decoded, strict=True))
 
 
 @torch.no_grad()
@@ -165,19 +175,52 @@ def fill_tensors(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntr
         entries: of a file.
 
     Raises:
-        DamageError: if a dtype is of another kind, such as ints for floats; nothing is changed.
+        DamageError: if a dtype is of another kind, such as ints for floats, or targets that share
+            their memory would differ; nothing is changed.
     """
     for name, entry in entries.items():
         if _kind(entry.dtype) != _kind(targets[name].dtype):
             raise DamageError(
                 f"tensor {name!r} is of {entry.dtype}, and the model's of {targets[name].dtype}"
             )
-    in_place = [entry for entry in entries.values() if entry.fits_in(targets[entry.name])]
-    others = [entry for entry in entries.values() if not entry.fits_in(targets[entry.name])]
-    decoded = in_parallel(TensorEntry.decode, others)
-    in_parallel(lambda entry: decode_into(entry.encoded, bits_of(targets[entry.name])), in_place)
+    _check_tied(targets, entries)
+    in_place: list[TensorEntry] = []
+    others: list[TensorEntry] = []
+    for name, entry in entries.items():
+        (in_place if entry.fits_in(targets[name]) else others).append(entry)
+    decoded = _in_parallel(TensorEntry.decode, others, _decoded_bytes)
+    _in_parallel(
+        lambda entry: decode_into(entry.encoded, bits_of(targets[entry.name])),
+        in_place,
+        _decoded_bytes,
+    )
     for entry, tensor in zip(others, decoded, strict=True):
         targets[entry.name].detach().copy_(tensor)
+
+
+def _check_tied(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntry]) -> None:
+    """Raise DamageError if tensors of one memory have several contents in the file."""
+    if len({targets[name].data_ptr() for name in entries}) == len(entries):
+        return
+    first: dict[tuple[Any, ...], str] = {}
+    for name in entries:
+        target = targets[name]
+        place = target.device, target.data_ptr(), target.shape, target.stride()
+        other = first.setdefault(place, name)
+        if other != name and target.numel() and not _same_bits(entries[other], entries[name]):
+            raise DamageError(
+                f"tensors {other!r} and {name!r} differ, and are one in the model: one of them was "
+                f"pruned alone; load it into a model that does not share them"
+            )
+
+
+def _same_bits(first: TensorEntry, second: TensorEntry) -> bool:
+    is_same = first.dtype == second.dtype
+    return is_same and torch.equal(bits_of(first.decode()), bits_of(second.decode()))
+
+
+def _decoded_bytes(entry: TensorEntry) -> int:
+    return entry.size_bytes
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -206,10 +249,15 @@ def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:
             f"its tensors take {total:,} bytes, and `max_bytes` (={max_bytes:,}) allows no more: "
             f"raise it if you trust the file"
         )
-    missing = set(file.tensors) - {part for claim in claims for part in claim.stored}
+    used = collections.Counter(part for claim in claims for part in claim.stored)
+    missing = set(file.tensors) - set(used)
     if missing:
         raise DamageError(f"tensor {min(missing)!r} is not in its table")
-    entries = in_parallel(lambda claim: _named(claim.name, claim.read), claims)
+    if shared := [part for part, times in used.items() if times > 1]:
+        raise DamageError(f"tensor {min(shared)!r} is in its table twice")
+    entries = _in_parallel(
+        lambda claim: _named(claim.name, claim.read), claims, lambda claim: claim.stored_bytes
+    )
     return {entry.name: entry for entry in entries}
 
 
@@ -261,6 +309,10 @@ class _Claim:
         # Dimensions of 0 count as 1: torch works out strides with them all the same
         return math.prod(max(length, 1) for length in self.shape) * self.item_bytes
 
+    @property
+    def stored_bytes(self) -> int:
+        return sum(stored.data.size for stored in self.stored.values())
+
     def read(self) -> TensorEntry:
         encoded = read_parts(self.encoding, self.shape, self.item_bytes, self._read_part)
         if self.dtype == "BOOL" and bool((encoded.parts["values"] > 1).any()):
@@ -270,7 +322,7 @@ class _Claim:
             dtype=DTYPES[self.dtype],
             encoded=encoded,
             deflated=self.deflated,
-            stored_bytes=sum(stored.data.size for stored in self.stored.values()),
+            stored_bytes=self.stored_bytes,
             kept_zeros=self.kept_zeros,
         )
 
@@ -353,10 +405,30 @@ def _named(name: str, function: Callable[[], Result]) -> Result:
         raise DamageError(f"tensor {name!r}: {error}") from error
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Map over items by as many threads as torch uses: checksums and NumPy release the GIL."""
+def _in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], size_bytes: Callable[[Item], int]
+) -> list[Result]:
+    """Map over items, the large ones by as many threads as torch uses.
+
+    Args:
+        function: which checksums and NumPy's loops are most of: they release the GIL.
+        items: most of which are small, where threads would only wait for each other.
+        size_bytes: of an item.
+    """
+    items = list(items)
     threads = min(torch.get_num_threads(), _MAX_THREADS)
-    if threads == 1:
+    sizes = list(map(size_bytes, items))
+    large = [place for place, size in enumerate(sizes) if size >= _LARGE_BYTES]
+    if threads == 1 or len(large) < 2:
         return list(map(function, items))
+    rest = set(range(len(items))).difference(large)
+    results = {place: function(items[place]) for place in rest}
+    places = iter(sorted(large, key=lambda place: -sizes[place]))
+
+    def work(_: int) -> None:
+        for place in places:  # the next one that no thread has taken
+            results[place] = function(items[place])
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, items))
+        list(pool.map(work, range(threads)))
+    return [results[place] for place in range(len(items))]

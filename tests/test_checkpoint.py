@@ -224,7 +224,7 @@ def test_a_damaged_file_is_refused_with_its_name_and_the_way_out(file, damage, c
     elif damage == "overwritten":
         path.write_bytes(b"\0" * len(content))
     else:
-        content[len(content) // 2 if file != "state.json" else 0] ^= 1
+        content[len(content) // 2] ^= 1
         path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         Training().load(copied)
@@ -247,7 +247,32 @@ def resigned(path: Path) -> None:
     state["sha256"] = {
         name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in state["sha256"]
     }
+    state["state_sha256"] = checkpoint._own_sum(state)
     (path / "state.json").write_text(json.dumps(state))
+
+
+def test_no_bit_of_the_state_flips_unseen(copied):
+    path = copied / "state.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 5):
+        path.write_bytes(bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]]))
+        same = _parsed(path.read_bytes()) == _parsed(content)  # one white space for another
+        if not same:
+            with pytest.raises(CheckpointError, match=r"state\.json can't be loaded: "):
+                Training().load(copied)
+
+
+def _parsed(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_checkpoint_under_the_name_of_another_epoch_is_refused(copied):
+    other = copied.rename(copied.with_name("epoch-0005"))
+    with pytest.raises(CheckpointError, match=r"is of 2 epochs, and its folder's name says other"):
+        Training().load(other)
 
 
 class Poison:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import tracemalloc
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -173,6 +174,24 @@ def test_windows_are_decoded_some_at_a_time(at_once, monkeypatch):
     monkeypatch.setattr(codec, "_WINDOWS_AT_ONCE", at_once)
     weight = sparse((9, 7, 3, 3), "intra")
     assert same_bits(decode(encode(weight, "window")), bits_of(weight))
+
+
+@pytest.mark.parametrize("at_once", [8, 64, 2**18])
+@pytest.mark.parametrize(("shape", "encoding"), [((9, 77), "bitmap"), ((9, 7, 1, 1), "ck")])
+def test_bits_are_decoded_some_at_a_time(shape, encoding, at_once, monkeypatch):
+    monkeypatch.setattr(codec, "_BYTES_AT_ONCE", at_once)
+    weight = sparse(shape, "fine" if encoding == "bitmap" else "ck")
+    assert same_bits(decode(encode(weight, encoding)), bits_of(weight))
+
+
+def test_decoding_takes_little_more_than_the_tensor():
+    encoded, out = encode(torch.ones(2**22, 1), "bitmap"), torch.empty(2**22, dtype=torch.int32)
+    tracemalloc.start()
+    try:
+        decode_into(encoded, out)
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # positions all at once took 2**25
+    finally:
+        tracemalloc.stop()
 
 
 def test_decoding_overwrites_what_was_there():

@@ -208,6 +208,18 @@ def test_a_table_that_is_not_of_the_stored_tensors_is_refused(table, message, tm
     assert refused(forged(tmp_path, stored, table)) == message
 
 
+def test_a_stored_tensor_belongs_to_one_entry_of_the_table(tmp_path):
+    stored = {"a:values": part(zlib.compress(bytes(4)))}
+    crc32 = {"values": zlib.crc32(stored["a:values"].data.tobytes())}
+    deflated = {"dtype": "F32", "shape": [1], "deflated": ["values"]}
+    table = {
+        "a": {"encoding": "dense", "crc32": crc32, **deflated},
+        "a:values": {"encoding": "dense", "crc32": crc32},
+    }
+    told = refused(forged(tmp_path, stored, table))
+    assert told == "tensor 'a:values' is in its table twice"
+
+
 @pytest.mark.parametrize(
     ("pruning", "message"),
     [

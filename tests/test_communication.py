@@ -202,7 +202,11 @@ def refusal_of_a_gradient() -> str:
     ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
     mask = pruner.masks()["point.weight"]
     weight: Any = ddp.module.point.weight
-    weight.register_hook(lambda gradient: gradient + ~mask)
+
+    def writes(weight: Any) -> None:
+        weight.grad.add_(~mask)
+
+    weight.register_post_accumulate_grad_hook(writes)
     try:
         train_step(Case(), ddp, optimizer, 0)
     except RuntimeError as error:

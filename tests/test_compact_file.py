@@ -18,6 +18,7 @@ from starfire_prune.models import create_model
 from starfire_prune.pruned_file import load_pruned, read_pruned_file, save_pruned
 from tests.networks import SmallNet, equal_states
 from tests.sparse_networks import FULL, NARROW, difference, images, randomize, sparse_network
+from tests.test_checkpoint import files_of_at_most
 
 SMALL = {"name": "test_resnet", "num_classes": 5}
 
@@ -246,4 +247,14 @@ def test_a_check_that_fails_is_not_told_as_a_failed_write(model, tmp_path, monke
     monkeypatch.setattr(compact_file, "_check_same", fail)
     with pytest.raises(RuntimeError, match=r"^of the forward pass$"):
         save_compact(model, tmp_path / "small.safetensors", images(), SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_files_own_name(model, tmp_path):
+    path = tmp_path / "small.safetensors"
+    with (
+        files_of_at_most(1000),
+        pytest.raises(CheckpointError, match=rf"^{path} can't be written: File too large"),
+    ):
+        save_compact(model, path, images(), SMALL)
     assert list(tmp_path.iterdir()) == []

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from starfire_prune import robustness
+from starfire_prune import robustness, save_pruned
 from starfire_prune.data import load_datasets
 from starfire_prune.evaluation import Evaluation, Result, file_sha256, read_evaluation
-from starfire_prune.models import create_model
+from starfire_prune.models import create_model, load_weights
 from starfire_prune.recipe import load_recipe
 from starfire_prune.robustness import Attack, evaluate_subject
 from starfire_prune.subjects import Subject, find_subject
@@ -474,6 +474,17 @@ def test_the_data_are_read_where_the_command_says(tool, photographs):
     assert by_data == by_set
     assert (by_data.status, by_data.stderr) == (0, "")
     assert re.search(r"\nnone +fp32 +10 ", by_data.stdout)
+
+
+def test_a_compressed_file_is_evaluated_as_the_dense_one(tool, photographs, tmp_path):
+    weights, root = photographs
+    model = create_model("resnet18", 2, **load_recipe(weights.parent / "small.yaml").model.options)
+    load_weights(model, weights)
+    save_pruned(model, tmp_path / "small.safetensors", "compressed")
+    recipe = ("--recipe", weights.parent / "photographs.yaml", "--data", root)
+    dense, compressed = tool(weights, *recipe), tool(tmp_path / "small.safetensors", *recipe)
+    assert compressed.status == 0
+    assert compressed.stdout.splitlines()[1:] == dense.stdout.splitlines()[1:]
 
 
 def test_a_place_that_is_not_set_is_told_with_the_way_out(tool, photographs, monkeypatch):

@@ -12,6 +12,7 @@ from starfire_prune.run_folder import checkpoints_of, exported_file
 from starfire_prune.training import RunError, train
 from tests.processes import same_exports
 from tests.runs import files_of, metrics_of, new_process, small_recipe, small_runs, train_killed
+from tests.test_checkpoint import resigned
 
 KEEP = "training.keep_checkpoints=[1]"
 DENSE = ("pruning=none", KEEP)
@@ -152,16 +153,21 @@ def test_a_run_whose_metrics_are_lost_is_refused_before_anything_is_written(dens
 
 
 @pytest.mark.parametrize(
-    ("state", "problem"),
+    ("state", "problem", "signed"),
     [
-        ({"pruner": {}}, "phase"),
-        ({"epoch": 4}, "it is of 4 epochs, and its folder's name says otherwise"),
+        ({"pruner": {}}, "phase", True),
+        ({"epoch": 4}, "it is of 4 epochs, and its folder's name says otherwise", True),
+        ({"epoch": 4}, "its contents are not those that were saved", False),
     ],
 )
-def test_a_forged_checkpoint_is_refused_with_another_way_out(state, problem, dense, runs, tmp_path):
+def test_a_forged_checkpoint_is_refused_with_another_way_out(
+    state, problem, signed, dense, runs, tmp_path
+):
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     path = checkpoints_of(source) / "epoch-0001" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | state))
+    if signed:
+        resigned(path.parent)
     with pytest.raises(CheckpointError, match=f"state.json can't be loaded: .*{problem}.*fork an"):
         train_fork(small_recipe(tmp_path), tmp_path / "run", source)

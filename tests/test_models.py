@@ -15,6 +15,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from starfire_prune import save_pruned
 from starfire_prune.models import (
     PretrainedError,
     create_model,
@@ -286,13 +287,28 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
     assert sentence == f"there is no file {tmp_path}/none.safetensors"
 
 
+@pytest.mark.parametrize("form", ["dense", "compressed"])
+def test_weights_of_save_pruned_are_loaded_in_either_form_and_checked(form, tmp_path):
+    path, model = tmp_path / "model.safetensors", create_model("test_resnet", 3)
+    source = create_model("test_resnet", 3)
+    save_pruned(source, path, form)
+    assert load_weights(model, path) == ()
+    assert all(map(torch.equal, model.state_dict().values(), source.state_dict().values()))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "are damaged: they have not the CRC-32" in refusal_of(load_weights, model, path)
+
+
 @pytest.mark.parametrize("damage", ["cut short", "empty", "another format"])
 def test_a_file_that_is_no_whole_safetensors_file_is_refused(damage, file):
     content = {"cut short": file.read_bytes()[:-100], "empty": b"", "another format": b"PK" * 50}
     file.write_bytes(content[damage])
     sentence = refusal_of(load_weights, create_model("test_resnet", 3), file)
     assert sentence.startswith(f"{file} is no whole safetensors file (")
-    assert sentence.endswith("): restore it, or convert it by safetensors.torch.save_file")
+    assert sentence.endswith(
+        "): restore it, export it anew, or convert it by safetensors.torch.save_file"
+    )
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,39 @@ def test_many_weights_go_into_a_file_beside(export, model, tmp_path):
     torch.testing.assert_close(run(path, images), model(images).detach())
 
 
+def test_a_model_is_replaced_with_the_file_of_its_weights(export, model, tmp_path):
+    path = tmp_path / "model.onnx"
+    for data in ("model.onnx.data", "model.onnx.data2", "model.onnx.data"):
+        report = export(path, external_from_bytes=1)
+        assert report.external == tmp_path / data
+        assert sorted(part.name for part in tmp_path.iterdir()) == ["model.onnx", data]
+        torch.testing.assert_close(
+            run(path, torch.ones(1, *SIZE)), model(torch.ones(1, *SIZE)).detach()
+        )
+    export(path)
+    assert [part.name for part in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_a_move_that_fails_leaves_the_old_model_whole(moved, export, model, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    export(path, external_from_bytes=1)
+    moves: list[Path] = []
+
+    def move(source: Path, target: Path) -> None:
+        if len(moves) == moved:
+            raise OSError(28, "No space left on device")
+        moves.append(target)
+        source.replace(target)
+
+    monkeypatch.setattr(onnx_export, "move_file", move)
+    with pytest.raises(CheckpointError, match=r"model\.onnx can't be written: No space left"):
+        export(path, external_from_bytes=1)
+    torch.testing.assert_close(
+        run(path, torch.ones(1, *SIZE)), model(torch.ones(1, *SIZE)).detach()
+    )
+
+
 def test_few_weights_stay_in_one_file(export, tmp_path):
     report = export(tmp_path / "model.onnx")
     assert report.external is None

@@ -234,7 +234,9 @@ def test_a_file_that_is_no_safetensors_file_is_refused_with_its_path(refusal, tm
     torch.save({"fc.bias": torch.zeros(10)}, file)
     sentence = refusal(f"model.pretrained={file}")
     assert sentence.startswith(f"model.pretrained: {file} is no whole safetensors file (")
-    assert sentence.endswith("): restore it, or convert it by safetensors.torch.save_file")
+    assert sentence.endswith(
+        "): restore it, export it anew, or convert it by safetensors.torch.save_file"
+    )
 
 
 def test_the_weights_of_another_model_are_refused_with_their_path(refusal, weights, tmp_path):

@@ -286,6 +286,29 @@ def test_ints_are_not_filled_with_floats(tmp_path):
     assert not model.get_buffer("a").any()
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tied_weight_that_was_pruned_in_one_place_alone_is_refused(form, tmp_path):
+    source, model = Tied(), Tied()
+    path = saved(tmp_path, form, source)
+    load_pruned_model(path, model)
+    assert torch.equal(model.first.weight, source.first.weight)
+    prune.l1_unstructured(source.second, "weight", amount=2)  # type: ignore[no-untyped-call]
+    path = saved(tmp_path, form, source)
+    message = r"tensors 'first.weight' and 'second.weight' differ, and are one in the model: one of"
+    with pytest.raises(CheckpointError, match=message):
+        load_pruned_model(path, model)
+    assert bool(model.first.weight.all())
+
+
 def test_a_model_that_no_memory_is_left_for_stays_as_it_was(tmp_path, monkeypatch):
     def no_memory(entry: TensorEntry) -> Tensor:
         if entry.name == "head.bias":

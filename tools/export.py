@@ -162,8 +162,10 @@ def _check_output(arguments: argparse.Namespace, source: Source) -> None:
 def _check_file(output: Path, format: str, force: bool) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: --format {format} writes a file")
-    beside = output.with_name(f"{output.name}.data") if format == "onnx" else output
-    for path in (output, beside):
+    from starfire_prune.onnx_export import data_files
+
+    beside = data_files(output) if format == "onnx" else ()
+    for path in (output, *beside):
         if path.exists() and not force:
             raise ValueError(f"{path} is there already: choose another --output, or give --force")
 
