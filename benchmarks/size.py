@@ -12,7 +12,8 @@ the bytes of
 
 The bound of the raw file: non-zero values at their size, a bit a kernel that CK prunes, a bit a
 weight of the surviving k×k kernels for window and intra, a bit a weight of the classifier, and the
-other tensors dense. The file's share of it leaves the header out.
+other tensors dense. The file's share of it leaves the header out. The strict bound has bits for
+the kernels that CK has taken alone, which no file could be read by.
 
 Loading into an existing model is measured in turn with `load_file` and `load_state_dict` of the
 dense file, from a warm cache: the medians, the ratios of neighbours (median, least, largest), and
@@ -156,6 +157,8 @@ def size_rows(
             "deflated_bytes": files["deflated"].size_bytes,
             "header_bytes": files["raw"].header_bytes,
             "of_bound": (files["raw"].size_bytes - files["raw"].header_bytes) / bound,
+            "of_strict_bound": (files["raw"].size_bytes - files["raw"].header_bytes)
+            / (bound - surviving_bits(pruner.masks(), method) / 8),
         }
 
 
@@ -174,6 +177,15 @@ def bound_bytes(model: nn.Module, masks: dict[str, Tensor], method: str) -> floa
         if method != "ck" and kernel_size > 1:
             bits += kernel_size * int(mask.flatten(2).any(2).sum())
     return bits / 8
+
+
+def surviving_bits(masks: dict[str, Tensor], method: str) -> int:
+    """Of the bound, the bits that stand for kernels that CK has left."""
+    return sum(
+        int(mask.flatten(2).any(2).sum())
+        for mask in masks.values()
+        if mask.ndim > 2 and (method != "window" or mask[0, 0].numel() == 1)
+    )
 
 
 def csr_bytes(model: nn.Module, masks: dict[str, Tensor]) -> int:

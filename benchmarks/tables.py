@@ -1,4 +1,4 @@
-"""The tables and numbers of README.md and RESULTS.md, from the logs in results/.
+"""The tables and numbers of README.md, RESULTS.md and docs/, from the logs in results/.
 
     python benchmarks/tables.py [--check]
 
@@ -15,6 +15,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -30,11 +31,28 @@ from logs import (
     printed_table,
     table,
 )
+from measured import (
+    added_share,
+    faster,
+    hook_ms,
+    loading,
+    megabytes_of,
+    overhead,
+    sent_share,
+    sizes,
+    strict_share,
+    wire,
+)
 
 from starfire_prune.files import write_text
 
 ROOT = Path(__file__).parents[1]
-FILES = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
+FORMS_TOLD = ("dense", "zstd19", "raw", "deflated")
+FILES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "RESULTS.md",
+    ROOT / "docs" / "distributed.md",
+)
 
 _TABLE: Final = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NUMBER: Final = re.compile(r"(<!-- number: ([\w.-]+) -->)([^<]*)(<!-- end -->)")
@@ -180,6 +198,10 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "tiny-robustness": tiny_robustness,
     "tiny-summary": tiny_summary,
     "claims": claims,
+    "sizes": lambda: sizes("fp32", "fp16", "bf16"),
+    "loading": loading,
+    "wire": wire,
+    "overhead": overhead,
 }
 NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "mask-update.training-step": lambda: found(r"160 px: ([\d.]+ s)", _MASKS),
@@ -188,6 +210,13 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "quickstart.ck": lambda: mean_top1(QUICKSTART["ck"]),
     "finetune.dense": lambda: mean_top1(FINETUNE["dense, 10 epochs"]),
     "finetune.ck": lambda: mean_top1(FINETUNE["ck, 5 epochs more"]),
+    **{f"size.{form}": partial(megabytes_of, form) for form in FORMS_TOLD},
+    "size.strict": strict_share,
+    **{f"wire.faster-{sparsity}": partial(faster, sparsity) for sparsity in ("70", "80")},
+    "wire.share-70": partial(sent_share, "70"),
+    "overhead.fixed": partial(added_share, "fixed"),
+    "overhead.era": partial(added_share, "era"),
+    "overhead.hook-ms": hook_ms,
 }
 
 

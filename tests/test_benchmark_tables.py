@@ -1,4 +1,4 @@
-"""The tables and numbers of README.md and RESULTS.md are those of the committed logs."""
+"""The tables and numbers of the pages are those of the committed logs."""
 
 import importlib
 import sys
@@ -18,7 +18,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("tables")
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/RESULTS.md", "docs/distributed.md"])
 def test_every_marked_table_and_number_is_as_the_logs_have_it(name, tables):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert tables.filled(text) == text

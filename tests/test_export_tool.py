@@ -24,6 +24,7 @@ from tests.networks import equal_states
 from tests.processes import ROOT, exported
 from tests.runs import files_of
 from tests.sparse_networks import difference, images
+from tests.test_onnx_export import NEEDS_EXPORTER
 
 TOOL = ROOT / "tools" / "export.py"
 
@@ -110,6 +111,7 @@ def test_timm_makes_a_runs_own_export_a_folder_for_timm(tool, run):
     assert (run / "export" / "model.safetensors").stat().st_mtime_ns == before
 
 
+@NEEDS_EXPORTER
 def test_onnx_prints_what_was_checked(tool, finished, sparse, tmp_path):
     output = tmp_path / "model.onnx"
     ended = tool(finished, "--format", "onnx", "--fold-bn", "--output", output)
@@ -135,6 +137,7 @@ def test_compact_writes_what_load_compact_reads(tool, finished, sparse, tmp_path
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in sparse.parameters())
 
 
+@NEEDS_EXPORTER
 @pytest.mark.slow
 def test_onnx_of_the_compact_model_is_smaller(tool, finished, tmp_path):
     for name, options in (("whole", ()), ("small", ("--compact",))):
