@@ -54,8 +54,9 @@ def megabytes_of(form: str) -> str:
 
 
 def strict_share() -> str:
-    """The largest share of a bound that has no bits for the kernels that CK has left."""
-    return f"{max(row['of_strict_bound'] for row in record_of(_BYTES)['sizes']):.3f}x"
+    """The largest share, in float32, of a bound without bits for the kernels that CK has left."""
+    rows = [row for row in record_of(_BYTES)["sizes"] if row["dtype"] == "fp32"]
+    return f"{max(row['of_strict_bound'] for row in rows):.3f}x"
 
 
 def loading() -> str:
