@@ -14,6 +14,7 @@ over 1,000 updates of an era of 10,000.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -33,7 +34,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
-from starfire_prune import MaskedAllreduceState, Pruner, comm_hook, masked_allreduce_hook
+from starfire_prune import (
+    MaskedAllreduceState,
+    Pruner,
+    comm_hook,
+    gradients,
+    masked_allreduce_hook,
+)
 from starfire_prune.layers import layer_weight, prunable_layers
 from starfire_prune.mask_method import find_hook
 
@@ -223,8 +230,12 @@ def fixed(training: Training) -> Pruner:
     pruner = training.pruner()
     pruner.end_epoch(0)
     training.after_update = pruner.step
+    # The timed hooks hold references of their own, which are no reason to mask out of place
+    gradients._counts_alone = functools.cache(
+        functools.partial(gradients.counts_in_hook, training.timed)
+    )
     for layer in pruner.layers.values():
-        hooks: Any = layer_weight(layer.module)._post_accumulate_grad_hooks
+        hooks: Any = layer_weight(layer.module)._backward_hooks
         for key, hook in hooks.items():
             hooks[key] = training.timed(hook)
     return pruner
@@ -255,7 +266,7 @@ def by_hand(training: Training) -> None:
     training.pruner().end_epoch(0)
     weights = [layer_weight(layer) for layer in training.layers()]
     for weight in weights:
-        hooks: Any = weight._post_accumulate_grad_hooks
+        hooks: Any = weight._backward_hooks
         hooks.clear()
     masks = [weight.detach().ne(0) for weight in weights]
 

@@ -144,7 +144,7 @@ def load_checkpoint(
     )
     reading = functools.partial(_reading, way_out=way_out)
     with reading(path / "state.json") as file:
-        state = _read_state(file)
+        state = _read_state(file, *(() if average is None else ("average.safetensors",)))
         saved = state["pruner"]
         if forks:
             _check_dense(state, path)
@@ -212,17 +212,32 @@ def _sha256(file: Path) -> str:
 def _own_sum(state: Mapping[str, Any]) -> str:
     """The SHA-256 of what `state.json` holds beside it, whatever the order and the layout."""
     rest = {key: value for key, value in state.items() if key != _OWN_SUM}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    read = json.loads(json.dumps(rest))  # whose keys are strings
+    text = json.dumps(read, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _read_state(file: Path) -> dict[str, Any]:
-    """The contents of a `state.json` as they were saved, of the checkpoint that it lies in."""
+def _read_state(file: Path, *optional: str) -> dict[str, Any]:
+    """The contents of a `state.json` as they were saved, of the checkpoint that it lies in.
+
+    Args:
+        file: the `state.json`.
+        optional: files that the checkpoint has to hold beside the model, the optimizer and,
+            if it prunes, the masks.
+    """
     state = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(state, dict) and "sha256" in state and _OWN_SUM not in state:
+        raise ValueError("it has no checksum of its own: it is of an earlier version")
     if not isinstance(state, dict) or state.get(_OWN_SUM) != _own_sum(state):
         raise ValueError("its contents are not those that were saved")
-    if state["epoch"] != checkpoint_epoch(file.parent):
-        raise ValueError(f"it is of {state['epoch']} epochs, and its folder's name says otherwise")
+    sums, epoch = state["sha256"], state["epoch"]
+    wanted = {"model.safetensors", "optimizer.pt", *optional}
+    wanted |= {"masks.safetensors"} if state["pruner"] is not None else set()
+    if not isinstance(sums, dict) or not wanted <= sums.keys() or "extra" not in state:
+        raise ValueError(f"it does not tell of {', '.join(sorted(wanted))}")
+    named = re.fullmatch(r"epoch-(\d{4,})", file.parent.name)
+    if type(epoch) is not int or (named and epoch != int(named[1])):
+        raise ValueError(f"it is of {epoch} epochs, and its folder's name says otherwise")
     return state
 
 

@@ -45,7 +45,6 @@ Bytes = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.generic]
 Items = npt.NDArray[np.generic]
-Positions = npt.NDArray[np.intp]
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "dense": ("values",),
@@ -53,7 +52,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "window": ("kernels", "patterns", "values"),
     "bitmap": ("weights", "values"),
 }
-_WINDOWS_AT_ONCE = 2**16  # kernels, a multiple of 8
 _BYTES_AT_ONCE = 2**20  # about what a core's cache holds
 _MAX_KERNEL_BYTES = 2**30
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -133,19 +131,15 @@ def decode_into(encoded: Encoded, out: Tensor) -> None:
     if encoded.encoding == "dense":
         np.copyto(weights, values)
         return
-    n_kernels, kernel_size = _kernels_of(encoded.shape)
-    kernels = _rows(weights, kernel_size)
     if encoded.encoding == "bitmap":
         _scatter(weights, encoded.parts["weights"], values)
-    elif encoded.encoding == "ck":
-        _scatter(kernels, encoded.parts["kernels"], _rows(values, kernel_size))
+        return
+    _, kernel_size = _kernels_of(encoded.shape)
+    if encoded.encoding == "ck":
+        bits, stored = encoded.parts["kernels"], _rows(values, kernel_size)
+        _scatter(_rows(weights, kernel_size), bits, stored)
     else:
-        alive = np.flatnonzero(unpack_bits(encoded.parts["kernels"], n_kernels))
-        if len(alive) == n_kernels:
-            _scatter(weights, encoded.parts["patterns"], values)
-        else:
-            weights.view(np.uint8).fill(0)
-            _scatter_windows(kernels, alive, encoded.parts["patterns"], values)
+        _scatter_windows(weights, kernel_size, encoded.parts, values)
 
 
 def kept_values(encoded: Encoded) -> Integers:
@@ -281,32 +275,57 @@ def _n_set(packed: Bytes) -> int:
     return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 
 
-def _scatter(out: Items, packed: Bytes, values: Items) -> int:
-    """Put values, in their order, where bits are set, and zeros elsewhere; tell how many are set.
+def _bits(packed: Bytes, first: int, length: int) -> Bools:
+    """So many bits from a first one on."""
+    skipped = first % 8
+    return unpack_bits(packed[first // 8 :], skipped + length)[skipped:]
 
-    By parts that stay in the cache, and as a position takes eight bytes.
+
+def _parts_of(out: Items) -> Iterator[Items]:
+    """Consecutive parts of an array, that stay in the cache."""
+    at_once = max(_BYTES_AT_ONCE // out.itemsize, 1)
+    return (out[first : first + at_once] for first in range(0, len(out), at_once))
+
+
+def _scatter(out: Items, packed: Bytes, values: Items, first: int = 0) -> int:
+    """Put values, in their order, where bits are set, and zeros elsewhere.
+
+    By parts, as a position takes eight bytes.
+
+    Args:
+        out: as many items as there are bits.
+        packed: the bits.
+        values: items of the same size, from the one of the first bit that is set on.
+        first: of the bits.
+
+    Returns:
+        The number of bits that are set.
     """
-    start, at_once = 0, max(_BYTES_AT_ONCE // out.itemsize // 8, 1) * 8
-    for first in range(0, len(out), at_once):
-        part = out[first : first + at_once]
+    start = 0
+    for part in _parts_of(out):
         part.view(np.uint8).fill(0)
-        positions = np.flatnonzero(unpack_bits(packed[first // 8 :], len(part)))
+        positions = np.flatnonzero(_bits(packed, first, len(part)))
         end = start + len(positions)
         part[positions] = values[start:end]
-        start = end
+        start, first = end, first + len(part)
     return start
 
 
-def _scatter_windows(kernels: Items, alive: Positions, patterns: Bytes, values: Integers) -> None:
+def _scatter_windows(
+    out: Integers, kernel_size: int, packed: Mapping[str, Bytes], values: Integers
+) -> None:
     """Put values where bits of the patterns of the kernels that are alive are set."""
-    kernel_size = kernels.itemsize // values.itemsize
-    buffer = np.empty(min(len(alive), _WINDOWS_AT_ONCE) * kernel_size, values.dtype)
-    start = 0
-    for first in range(0, len(alive), _WINDOWS_AT_ONCE):
-        rows = alive[first : first + _WINDOWS_AT_ONCE]
-        dense = buffer[: len(rows) * kernel_size]
-        start += _scatter(dense, patterns[first * kernel_size // 8 :], values[start:])
-        kernels[rows] = _rows(dense, kernel_size)
+    first = pattern = start = 0
+    for kernels in _parts_of(_rows(out, kernel_size)):
+        alive = np.flatnonzero(_bits(packed["kernels"], first, len(kernels)))
+        some = len(alive) < len(kernels)
+        weights = kernels.view(out.dtype)
+        dense = np.empty(len(alive) * kernel_size, out.dtype) if some else weights
+        start += _scatter(dense, packed["patterns"], values[start:], pattern)
+        if some:
+            weights.view(np.uint8).fill(0)
+            kernels[alive] = _rows(dense, kernel_size)
+        first, pattern = first + len(kernels), pattern + len(dense)
 
 
 def _rows(weights: Integers, kernel_size: int) -> Items:

@@ -21,7 +21,9 @@ from starfire_prune.file_errors import CheckpointError
 from starfire_prune.files import checked_file, replaced_file
 from starfire_prune.model_graph import dense_copy
 from starfire_prune.pruned_file import StrPath, read_pruned_file, save_pruned
+from starfire_prune.pruned_tensors import decode_tensors
 from starfire_prune.tensor_file import MAX_BYTES
+from starfire_prune.tied import check_tied
 
 __all__ = ["load_compact", "save_compact"]
 
@@ -106,7 +108,12 @@ def load_compact(
     except ExportError as error:
         raise CheckpointError(f"{path} can't be loaded: {error}") from error
     _cut(model, shapes)
-    model.load_state_dict({name: entry.decode() for name, entry in file.entries.items()})
+    state = decode_tensors(file.entries)
+    try:
+        check_tied(model.state_dict(), state.__getitem__)
+    except ValueError as error:
+        raise CheckpointError(f"{path} can't be loaded: {error}") from error
+    model.load_state_dict(state)
     return model.eval()
 
 

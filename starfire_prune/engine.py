@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from starfire_prune.distributed import (
     refuse_sharded,
 )
 from starfire_prune.errors import PruningError
+from starfire_prune.gradients import mask_gradient
 from starfire_prune.layers import (
     PrunedLayer,
     amount_at,
@@ -433,9 +433,7 @@ class Pruner:
             weight = layer_weight(layer.module)
             self._mask_optimizer_state(weight, masks[name])
             if weight.requires_grad:
-                hook = functools.partial(_mask_gradient, masks[name])
-                handle = weight.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._gradient_hooks.append(handle)
+                self._gradient_hooks.append(mask_gradient(weight, masks[name]))
 
     @torch.no_grad()
     def _mask_optimizer_state(self, weight: Tensor, mask: Tensor) -> None:
@@ -499,12 +497,6 @@ def _key(name: str) -> str:
 def _mask(module: nn.Module) -> Tensor:
     mask: Tensor = module.get_buffer("weight_mask")
     return mask
-
-
-def _mask_gradient(mask: Tensor, weight: Tensor) -> None:
-    """Mask a weight's gradient in its own memory, before collectives and clipping see it."""
-    if weight.grad is not None:
-        weight.grad.mul_(mask)
 
 
 def _check_zeros(modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:

@@ -16,8 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from starfire_prune.architecture import model_bytes
 from starfire_prune.file_errors import CheckpointError
 from starfire_prune.pruned_file import is_pruned_file, load_pruned
+from starfire_prune.tensor_file import MAX_BYTES
+from starfire_prune.tied import check_tied
 
 try:
     import timm
@@ -135,21 +138,26 @@ def load_weights(model: nn.Module, file: Path) -> tuple[str, ...]:
     Raises:
         PretrainedError: If there is no such file, it is no safetensors file, or it doesn't fit.
     """
-    weights = _read_weights(file)
     own = model.state_dict()
+    weights = _read_weights(file, max_bytes=max(MAX_BYTES, 2 * model_bytes(model)))
     misshapen = [key for key in own if key in weights and weights[key].shape != own[key].shape]
     classifier = _classifier_keys(model)
     fresh = classifier if set(misshapen) & set(classifier) else ()
     _check_keys(file, own, {key: weights[key] for key in weights if key not in fresh}, fresh)
-    model.load_state_dict({**own, **{key: weights[key] for key in own if key not in fresh}})
+    state = {**own, **{key: weights[key] for key in own if key not in fresh}}
+    try:
+        check_tied(own, state.__getitem__)
+    except ValueError as error:
+        raise PretrainedError(f"{file} is of another model: {error}") from error
+    model.load_state_dict(state)
     return fresh
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path, max_bytes: int) -> dict[str, Tensor]:
     if not file.is_file():
         raise PretrainedError(f"there is no file {file}")
     try:
-        return load_pruned(file) if is_pruned_file(file) else load_file(file)
+        return load_pruned(file, max_bytes=max_bytes) if is_pruned_file(file) else load_file(file)
     except CheckpointError as error:  # of its checksums
         raise PretrainedError(str(error)) from error
     except (OSError, SafetensorError) as error:

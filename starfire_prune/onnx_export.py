@@ -115,7 +115,7 @@ def export_onnx(
     for name, value in (notes or {}).items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     layers, unchecked = _checked_zeros(model, weights)
-    data = _free_data_file(path) if weights.size_bytes >= external_from_bytes else None
+    data = _free_data_file(onnx, path) if weights.size_bytes >= external_from_bytes else None
     with checked_file(path, _saved(onnx, proto, path, data)) as file:
         deviation, largest = _checked_outputs(runtime, model, file, input_size)
         parts = (file,) if data is None else (file, file.with_name(data.name))
@@ -265,10 +265,20 @@ def data_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.data2")
 
 
-def _free_data_file(path: Path) -> Path:
-    """A file for the weights that the ONNX file at `path`, if there is one, does not need."""
-    first, second = data_files(path)
-    return second if path.exists() and first.exists() else first
+def _used_data_file(onnx: Any, path: Path) -> Path | None:
+    """Which of the two the ONNX file at `path` needs, if there is one that does."""
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # there is none, or it is something else
+        return None
+    held = {each.value for tensor in graph.initializer for each in tensor.external_data}
+    return next((file for file in data_files(path) if file.name in held), None)
+
+
+def _free_data_file(onnx: Any, path: Path) -> Path:
+    """The first of the two that the ONNX file at `path` does not need."""
+    used = _used_data_file(onnx, path)
+    return next(file for file in data_files(path) if file != used)
 
 
 @contextmanager
@@ -279,6 +289,7 @@ def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Pat
     or the new one, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    used = _used_data_file(onnx, path)
     folder = path.with_name(f".{path.name}.parts")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -291,9 +302,8 @@ def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Pat
         if data is not None:
             move_file(folder / data.name, data)
         move_file(file, path)
-        for other in data_files(path):
-            if other != data:
-                other.unlink(missing_ok=True)  # of the model that was there
+        if used is not None:
+            used.unlink(missing_ok=True)  # of the model that was there
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -45,6 +45,7 @@ from starfire_prune.tensor_file import (
     dtype_code,
     parse_json,
 )
+from starfire_prune.tied import check_tied
 
 __all__ = [
     "TENSORS_KEY",
@@ -183,7 +184,10 @@ def fill_tensors(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntr
             raise DamageError(
                 f"tensor {name!r} is of {entry.dtype}, and the model's of {targets[name].dtype}"
             )
-    _check_tied(targets, entries)
+    try:
+        check_tied(targets, lambda name: entries[name].decode())
+    except ValueError as error:
+        raise DamageError(str(error)) from error
     in_place: list[TensorEntry] = []
     others: list[TensorEntry] = []
     for name, entry in entries.items():
@@ -196,27 +200,6 @@ def fill_tensors(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntr
     )
     for entry, tensor in zip(others, decoded, strict=True):
         targets[entry.name].detach().copy_(tensor)
-
-
-def _check_tied(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntry]) -> None:
-    """Raise DamageError if tensors of one memory have several contents in the file."""
-    if len({targets[name].data_ptr() for name in entries}) == len(entries):
-        return
-    first: dict[tuple[Any, ...], str] = {}
-    for name in entries:
-        target = targets[name]
-        place = target.device, target.data_ptr(), target.shape, target.stride()
-        other = first.setdefault(place, name)
-        if other != name and target.numel() and not _same_bits(entries[other], entries[name]):
-            raise DamageError(
-                f"tensors {other!r} and {name!r} differ, and are one in the model: one of them was "
-                f"pruned alone; load it into a model that does not share them"
-            )
-
-
-def _same_bits(first: TensorEntry, second: TensorEntry) -> bool:
-    is_same = first.dtype == second.dtype
-    return is_same and torch.equal(bits_of(first.decode()), bits_of(second.decode()))
 
 
 def _decoded_bytes(entry: TensorEntry) -> int:

@@ -275,6 +275,44 @@ def test_a_checkpoint_under_the_name_of_another_epoch_is_refused(copied):
         Training().load(other)
 
 
+def test_a_checkpoint_under_a_name_of_its_own_is_loaded(copied):
+    Training().load(copied.rename(copied.with_name("best")))
+
+
+def test_a_checkpoint_without_a_checksum_of_its_own_is_told_to_be_older(copied):
+    path = copied / "state.json"
+    state = json.loads(path.read_text())
+    del state["state_sha256"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="it has no checksum of its own: it is of an earlier"):
+        Training().load(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": 5},
+        {"sha256": {}},
+        {"sha256": {"model.safetensors": "", "optimizer.pt": ""}},
+        {"epoch": True},
+    ],
+)
+def test_a_forged_state_is_refused(change, copied):
+    path = copied / "state.json"
+    state = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({**state, "state_sha256": checkpoint._own_sum(state)}))
+    with pytest.raises(CheckpointError, match=r"state\.json can't be loaded: it "):
+        Training().load(copied)
+
+
+def test_what_is_kept_along_may_have_keys_that_are_numbers(tmp_path):
+    training = Training()
+    extra = {"seen": {2: 1, 10: 3}}
+    path = save_checkpoint(tmp_path, 1, training.model, training.optimizer, extra=extra)
+    state = load_checkpoint(path, training.model, training.optimizer)
+    assert state["extra"] == {"seen": {"2": 1, "10": 3}}
+
+
 class Poison:
     """What pickle would make a folder of."""
 

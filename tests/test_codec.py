@@ -169,14 +169,14 @@ def parts_of(tensor: Tensor, encoding: str) -> dict[str, bytes]:
     return {name: part.tobytes() for name, part in encode(tensor, encoding).parts.items()}
 
 
-@pytest.mark.parametrize("at_once", [8, 16, 2**15])
+@pytest.mark.parametrize("at_once", [1, 36, 100, 2**15])
 def test_windows_are_decoded_some_at_a_time(at_once, monkeypatch):
-    monkeypatch.setattr(codec, "_WINDOWS_AT_ONCE", at_once)
+    monkeypatch.setattr(codec, "_BYTES_AT_ONCE", at_once)
     weight = sparse((9, 7, 3, 3), "intra")
     assert same_bits(decode(encode(weight, "window")), bits_of(weight))
 
 
-@pytest.mark.parametrize("at_once", [8, 64, 2**18])
+@pytest.mark.parametrize("at_once", [1, 8, 100, 2**18])
 @pytest.mark.parametrize(("shape", "encoding"), [((9, 77), "bitmap"), ((9, 7, 1, 1), "ck")])
 def test_bits_are_decoded_some_at_a_time(shape, encoding, at_once, monkeypatch):
     monkeypatch.setattr(codec, "_BYTES_AT_ONCE", at_once)
@@ -184,14 +184,29 @@ def test_bits_are_decoded_some_at_a_time(shape, encoding, at_once, monkeypatch):
     assert same_bits(decode(encode(weight, encoding)), bits_of(weight))
 
 
-def test_decoding_takes_little_more_than_the_tensor():
-    encoded, out = encode(torch.ones(2**22, 1), "bitmap"), torch.empty(2**22, dtype=torch.int32)
+@pytest.mark.parametrize(
+    ("shape", "encoding"),
+    [((2**22, 1), "bitmap"), ((2**22, 1, 1), "window"), ((4, 1, 2**20), "window")],
+)
+def test_decoding_takes_little_more_than_the_tensor(shape, encoding):
+    weight = torch.ones(shape)
+    weight[-1] = 0.0
+    encoded, out = encode(weight, encoding), torch.empty(2**22, dtype=torch.int32)
     tracemalloc.start()
     try:
         decode_into(encoded, out)
         assert tracemalloc.get_traced_memory()[1] < 2**23  # positions all at once took 2**25
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_a_kernel_that_numpy_has_no_item_for_is_decoded():
+    weight = torch.zeros(1, 1, 2**31, dtype=torch.uint8)
+    weight[..., -1] = 7
+    encoded = encode(weight)
+    assert encoded.encoding == "bitmap"
+    assert torch.equal(decode(encoded), weight)
 
 
 def test_decoding_overwrites_what_was_there():

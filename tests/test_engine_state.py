@@ -106,7 +106,7 @@ def test_a_state_loads_into_a_pruner_of_any_phase(n_updates, into):
 def test_a_state_loaded_twice_leaves_one_hook_a_layer():
     fixed = Run().train_until(PHASES["fixed"])
     other = Run().resume(fixed).resume(fixed)
-    hooks: Any = other.model.body.weight._post_accumulate_grad_hooks
+    hooks: Any = other.model.body.weight._backward_hooks
     assert (hook_count(other.model), len(hooks)) == (0, 1)
     era = Run().train_until(PHASES["era"])
     again = Run().resume(era).resume(era)

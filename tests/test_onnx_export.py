@@ -165,6 +165,24 @@ def test_a_model_is_replaced_with_the_file_of_its_weights(export, model, tmp_pat
     assert [part.name for part in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_write_that_was_broken_off_takes_no_file_that_is_needed(
+    export, model, tmp_path, monkeypatch
+):
+    path = tmp_path / "model.onnx"
+    export(path, external_from_bytes=1)
+    kept = (tmp_path / "model.onnx.data").read_bytes()
+    assert export(path, external_from_bytes=1).external == tmp_path / "model.onnx.data2"
+    (tmp_path / "model.onnx.data").write_bytes(kept)  # as if the last step had not been reached
+    assert export(path, external_from_bytes=1).external == tmp_path / "model.onnx.data"
+    assert sorted(part.name for part in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+def test_files_that_an_onnx_file_does_not_need_stay(export, tmp_path):
+    (tmp_path / "model.onnx.data").write_text("somebody's")
+    export(tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").read_text() == "somebody's"
+
+
 @pytest.mark.parametrize("moved", [0, 1])
 def test_a_move_that_fails_leaves_the_old_model_whole(moved, export, model, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
