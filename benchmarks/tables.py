@@ -33,6 +33,7 @@ from logs import (
 )
 from measured import (
     added_share,
+    era_step_ms,
     faster,
     hook_ms,
     loading,
@@ -216,7 +217,9 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "wire.share-70": partial(sent_share, "70"),
     "overhead.fixed": partial(added_share, "fixed"),
     "overhead.era": partial(added_share, "era"),
-    "overhead.hook-ms": hook_ms,
+    "overhead.era-step-ms": era_step_ms,
+    "overhead.hook-ms": partial(hook_ms, "fixed"),
+    "overhead.hook-dense-ms": partial(hook_ms, "dense"),
 }
 
 

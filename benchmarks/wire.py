@@ -6,9 +6,9 @@
 The machines are two network namespaces, of a process of one thread each, joined by a link that
 `tc tbf` limits (needs root and iproute2). With batch 2 at 64 px the link and not the arithmetic is
 what they wait for. Measured are a dense step and, in the fixed phase, steps without
-`masked_allreduce_hook` and with it; bytes are counted where the collective is called and at the
-network interface. `--arithmetic` measures nothing: it works out at which step times, links and
-numbers of machines the hook pays.
+`masked_allreduce_hook` and with it; bytes are counted where the hook calls the collective (without
+it: all gradients) and at the network interface. `--arithmetic` measures nothing: it works out at
+which step times, links and numbers of machines the hook pays.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class MaskedAllreduceState:
 
     Args:
         pruner: of the model that DDP wraps.
-        process_group: that averages; None is the default group.
+        process_group: that averages, DDP's own if it has one; None is the default group.
 
     Example:
         >>> from torch.nn.parallel import DistributedDataParallel

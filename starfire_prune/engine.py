@@ -339,7 +339,7 @@ class Pruner:
             for name, layer in self._items():
                 layer.method_at(0.0).register(layer.module, "weight", masks[name])
         elif self._phase == "fixed":
-            self._enter_fixed({name: mask.bool() for name, mask in masks.items()})
+            self._enter_fixed({name: mask.bool().clone() for name, mask in masks.items()})
         if self._phase != "dense":
             for mirror in self._mirrors:
                 self._follow(mirror)
@@ -432,8 +432,7 @@ class Pruner:
         for name, layer in self._items():
             weight = layer_weight(layer.module)
             self._mask_optimizer_state(weight, masks[name])
-            if weight.requires_grad:
-                self._gradient_hooks.append(mask_gradient(weight, masks[name]))
+            self._gradient_hooks.append(mask_gradient(weight, masks[name]))
 
     @torch.no_grad()
     def _mask_optimizer_state(self, weight: Tensor, mask: Tensor) -> None:

@@ -27,16 +27,23 @@ Hook = Callable[[Tensor], Tensor]
 def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
     """Mask a weight's gradients from now on, also those of `torch.autograd.grad`.
 
+    What has been accumulated until now is masked at once.
+
     Args:
-        weight: that requires gradients.
+        weight: a leaf; one that is frozen is masked once it requires gradients.
         mask: bool of its shape, True = kept, on its device.
 
     Returns:
         What takes the hook off.
     """
     _counts_alone()  # not within a backward pass
+    if weight.grad is not None:
+        weight.grad.mul_(mask)
     hook = functools.partial(_masked, mask)
+    requires_grad = weight.requires_grad
+    weight.requires_grad_(True)  # else torch refuses a hook, which stays all the same
     handle: RemovableHandle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
+    weight.requires_grad_(requires_grad)
     return handle
 
 

@@ -220,6 +220,29 @@ def test_accumulated_gradients_are_masked_too():
         assert not gradient[~mask].any()
 
 
+def test_gradients_that_were_accumulated_in_the_era_are_masked_at_its_end():
+    model = SmallNet()
+    pruner = one_epoch(model, 1, method="ck")
+    backward(model, 0)
+    pruner.step()
+    assert pruner.phase == "fixed"
+    backward(model, 1)
+    for name, mask in pruner.masks().items():
+        gradient: Any = model.get_parameter(name).grad
+        assert not gradient[~mask].any()
+
+
+def test_a_layer_that_is_frozen_at_the_end_of_the_era_trains_on_sparse_later():
+    model = SmallNet()
+    pruner = one_epoch(model, 1, method="ck")
+    model.body.weight.requires_grad_(False)
+    pruner.step()
+    model.body.weight.requires_grad_(True)
+    backward(model, 0)
+    gradient: Any = model.body.weight.grad
+    assert not gradient[~pruner.masks()["body.weight"]].any()
+
+
 @by_name(OPTIMIZERS)
 def test_optimizer_state_of_pruned_weights_is_zeroed_at_the_end_of_the_era(build):
     model = SmallNet()

@@ -125,3 +125,22 @@ def test_a_hook_that_is_taken_off_masks_no_more():
     convolve(weight).backward()
     assert weight.grad is not None
     assert weight.grad.any()
+
+
+def test_what_was_accumulated_before_is_masked_too():
+    weight = weight_of(0)
+    convolve(weight).backward()
+    mask = masked(weight)
+    assert weight.grad is not None
+    assert weight.grad[mask].all()
+    assert not weight.grad[~mask].any()
+
+
+def test_a_frozen_weight_is_masked_once_it_requires_gradients():
+    weight = weight_of(0).requires_grad_(False)
+    mask = masked(weight)
+    assert not weight.requires_grad
+    weight.requires_grad_(True)
+    convolve(weight).backward()
+    assert weight.grad is not None
+    assert not weight.grad[~mask].any()
