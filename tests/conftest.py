@@ -24,6 +24,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def native_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The kernels of sparse inference, built once, in the cache that a variable names if any."""
+    from starfire_prune.sparse import BuildError, build
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get(build.CACHE_VARIABLE):
+            patch.setenv(build.CACHE_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+        try:
+            build.native()
+        except BuildError as error:
+            pytest.skip(str(error))
+        yield
+        build.native.cache_clear()
+
+
 @pytest.fixture
 def runs() -> Iterator[pytest.MonkeyPatch]:
     """Training runs of a second; a patch of what a test wants else."""

@@ -1,0 +1,352 @@
+// The operations of a program, compiled once for each instruction set as kernels.h is. Each is a
+// function that does the items [begin, end) of an operation, on one thread.
+
+namespace STARFIRE_ISA {
+
+static void run_copy(const Context& c, const Copy& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  Epilogue e = epilogue(o);
+  float* copy = c.scratch(source.width + 48);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % destination.height, channel = item / destination.height;
+    int64_t image = channel / destination.channels;
+    channel %= destination.channels;
+    const float* row = row_of(source, channel_of(source, c.image(o.source, image), channel),
+                              h * o.stride_h, copy);
+    e.scale = o.scale_at < 0 ? nullptr : c.constants<float>(o.scale_at) + channel;
+    e.shift = o.scale_at < 0 ? nullptr : c.constants<float>(o.shift_at) + channel;
+    if (o.residual >= 0)
+      e.residual = channel_of(c.views[o.residual], c.image(o.residual, image), channel);
+    float* to = channel_of(destination, c.image(o.destination, image), channel);
+    constexpr int64_t PIECE = LANES * 64;
+    for (int64_t w = 0; w < destination.width; w += PIECE) {
+      Segments segments;
+      row_segments(segments, destination, h, w, smaller(PIECE, destination.width - w),
+                   w * o.stride_w, o.stride_w);
+      put_all(segments, row, to, e);
+    }
+  }
+  c.release(copy);
+}
+
+// The pixels [pixel, pixel + count) of a flattened image, which lie behind one another.
+INLINE void pixel_segments(Segments& segments, const View& view, int64_t pixel, int64_t count) {
+  for (int64_t done = 0; done < count;) {
+    int64_t h = (pixel + done) / view.width, w = (pixel + done) % view.width;
+    int64_t part = view.kind == TILES ? count - done : smaller(count - done, view.width - w);
+    row_segments(segments, view, h, w, part, done, 1);
+    done += part;
+  }
+}
+
+// A tile of a chunk's channels: as sums, or where the output has the same tiles, in their place.
+static void point_tile(const Context& c, const Point& o, const PointArguments& whole,
+                       int64_t channels, int64_t vectors, int64_t chunk) {
+  int64_t outputs = o.lists * o.shared, blocks = ceiling(channels, o.block);
+  int64_t units = o.chunk / outputs, most = MOST_VECTORS[outputs == 4];
+  PointArguments a = whole;
+  a.count = units;
+  for (int64_t b = 0; b < blocks; ++b) {
+    a.units = c.constants<Unit>(o.units_at) + (chunk * blocks + b) * units;
+    a.bias = b ? nullptr : c.constants<float>(o.bias_at) + chunk * o.chunk;
+    for (int64_t v = 0; v < vectors; v += most) {
+      int64_t skipped = v * LANES;
+      a.source = whole.source + (b * o.block * whole.size + skipped) * sizeof(float);
+      a.sums = whole.sums + skipped;
+      bool last = whole.target && b == blocks - 1;
+      a.target = last ? whole.target + skipped : nullptr;
+      a.residual = last && whole.residual ? whole.residual + skipped : nullptr;
+      point_kernel(o.lists, o.shared, smaller(most, vectors - v))(a);
+    }
+  }
+}
+
+static void run_point(const Context& c, const Point& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t chunks = ceiling(o.channels, o.chunk), pixels = source.height * source.width;
+  int64_t tiles = ceiling(pixels, source.tile);
+  bool direct = destination.kind == TILES;
+  alignas(64) float sums[LARGEST_CHUNK * LARGEST_TILE + 48];
+  Epilogue e = epilogue(o);
+  Segments segments;
+  PointArguments a{};
+  a.indices = c.constants<uint16_t>(o.indices_at), a.weights = c.constants<float>(o.weights_at);
+  a.size = source.tile, a.sums = sums, a.low = e.low, a.high = e.high;
+  for (int64_t item = begin, last = -1; item < end; ++item) {
+    int64_t chunk = item % chunks, tile = item / chunks % tiles, image = item / chunks / tiles;
+    int64_t pixel = tile * source.tile, count = smaller(source.tile, pixels - pixel);
+    int64_t first = chunk * o.chunk, to = tile * destination.total * destination.tile;
+    auto channel = [&](int64_t view, int64_t k) {
+      return channel_of(c.views[view], c.image(view, image), first + k);
+    };
+    a.source = reinterpret_cast<const char*>(channel_of(source, c.image(o.source, image), 0) +
+                                             tile * source.total * source.tile);
+    a.channels = smaller(o.chunk, o.channels - first);
+    a.target = direct ? channel(o.destination, 0) + to : nullptr;
+    a.residual = direct && o.residual >= 0 ? channel(o.residual, 0) + to : nullptr;
+    point_tile(c, o, a, source.channels, ceiling(count, LANES), chunk);
+    if (direct) continue;
+    if (tile != last) {
+      segments.count = 0;
+      pixel_segments(segments, destination, pixel, count);
+      last = tile;
+    }
+    for (int64_t k = 0; k < a.channels; ++k) {
+      e.residual = o.residual >= 0 ? channel(o.residual, k) : nullptr;
+      put_all(segments, sums + k * source.tile, channel(o.destination, k), e);
+    }
+  }
+}
+
+constexpr int64_t SUMS = (MOST_ROWS + 4) * LANES;  // of an output channel of a block convolution
+
+// Adds what a block of input channels gives to an output channel's sums.
+INLINE void block_channel(const Context& c, const Block& o, const float* from, int64_t rows,
+                          int64_t block, int64_t channel, float* sums) {
+  const int32_t* starts = c.constants<int32_t>(o.starts_at) + block * o.channels + channel;
+  const Run* runs = c.constants<Run>(o.runs_at);
+  if (block == 0) {
+    Vector bias = all(c.constants<float>(o.bias_at)[channel]);
+    for (int64_t i = 0; i < SUMS; i += LANES) store(sums + i, bias);
+  }
+  for (int64_t r = 0; r < rows;) {
+    int64_t size = kernel_rows(rows - r);
+    for (int32_t i = starts[0]; i < starts[1]; ++i)
+      block_kernel(size, runs[i], o.distance == LANES)(
+          from + r * o.distance, o.distance, c.constants<int32_t>(o.offsets_at) + runs[i].offsets,
+          c.constants<float>(o.weights_at) + runs[i].weights, runs[i].count, sums + r * LANES);
+    r += size;
+  }
+}
+
+static void run_block(const Context& c, const Block& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t all_rows = ceiling(destination.height, o.per_row), parts = ceiling(all_rows, o.rows);
+  int64_t strips = o.per_row > 1 ? 1 : ceiling(destination.width, LANES);
+  int64_t chunks = ceiling(o.channels, o.chunk);
+  alignas(64) float sums[MOST_PUT_ASIDE * SUMS + 48];
+  Epilogue e = epilogue(o);
+  Segments segments;
+  for (int64_t item = begin, last = -1; item < end; ++item) {
+    int64_t chunk = item % chunks, place = item / chunks;
+    int64_t strip = place % strips, part = place / strips % parts, image = place / strips / parts;
+    int64_t first = part * o.rows, rows = smaller(o.rows, all_rows - first);
+    if (place != last) {
+      segments.count = 0;
+      int64_t w = strip * LANES, length = smaller(LANES, destination.width - w);
+      int64_t end_row = smaller(destination.height, (first + rows) * o.per_row);
+      for (int64_t h = first * o.per_row; h < end_row; ++h) {
+        int64_t at = (h / o.per_row - first) * LANES + h % o.per_row * source.row;
+        row_segments(segments, destination, h, w, length, at, 1);
+      }
+      last = place;
+    }
+    const float* from = channel_of(source, c.image(o.source, image), 0) + first * o.distance +
+                        strip * LANES;
+    int64_t start = chunk * o.chunk, stop = smaller(start + o.chunk, o.channels);
+    for (int64_t block = 0; block < o.blocks; ++block) {
+      for (int64_t k = start; k < stop; ++k) {
+        float* own = sums + (o.blocks > 1 ? (k - start) * SUMS : 0);
+        block_channel(c, o, from, rows, block, k, own);
+        if (block < o.blocks - 1) continue;
+        if (o.residual >= 0)
+          e.residual = channel_of(c.views[o.residual], c.image(o.residual, image), k);
+        put_all(segments, own, channel_of(destination, c.image(o.destination, image), k), e);
+      }
+    }
+  }
+}
+
+INLINE Vector load_window(const float* from, int64_t step) {
+  return step == 2 ? load_even(from) : load(from);
+}
+
+static void run_pool(const Context& c, const Pool& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const int32_t* offsets = c.constants<int32_t>(o.offsets_at);
+  Epilogue e = epilogue(o);
+  float scale = as_float(o.scale), shift = 0.0f, pooled[LANES + 32];
+  e.scale = &scale, e.shift = &shift;
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % destination.height, channel = item / destination.height;
+    int64_t image = channel / destination.channels;
+    channel %= destination.channels;
+    const float* row = channel_of(source, c.image(o.source, image), channel) + h * source.row;
+    float* to = channel_of(destination, c.image(o.destination, image), channel);
+    for (int64_t w = 0; w < destination.width; w += LANES) {
+      Vector sum = load_window(row + w * o.step + offsets[0], o.step);
+      for (int64_t t = 1; t < o.count; ++t) {
+        Vector value = load_window(row + w * o.step + offsets[t], o.step);
+        sum = o.mode == MAXIMUM ? maximum(value, sum) : add(sum, value);
+      }
+      store(pooled, sum);
+      Segments segments;
+      row_segments(segments, destination, h, w, smaller(LANES, destination.width - w), 0, 1);
+      put_all(segments, pooled, to, e);
+    }
+  }
+}
+
+static void run_mean(const Context& c, const Mean& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t at = pixel_at(destination);
+  float* copy = c.scratch(source.width + 48);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t channel = item % source.channels, image = item / source.channels;
+    float* from = channel_of(source, c.image(o.source, image), channel);
+    double sum = 0.0;
+    for (int64_t h = 0; h < source.height; ++h) {
+      const float* row = row_of(source, from, h, copy);
+      float part = 0.0f;
+      for (int64_t w = 0; w < source.width; ++w) part += row[w];
+      sum += part;
+    }
+    double mean = sum / static_cast<double>(source.height * source.width);
+    channel_of(destination, c.image(o.destination, image), channel)[at] = static_cast<float>(mean);
+  }
+  c.release(copy);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Linear layers
+// ---------------------------------------------------------------------------------------------
+
+INLINE float total(const Vector& vector) {
+  float values[LANES], sum = 0.0f;
+  store(values, vector);
+  for (int i = 0; i < LANES; ++i) sum += values[i];
+  return sum;
+}
+
+INLINE Vector gather(const float* from, const int32_t* indices) {
+#if ISA == 512
+  return {reinterpret_cast<Register>(_mm512_i32gather_ps(_mm512_loadu_si512(indices), from, 4))};
+#else
+  float values[LANES];
+  for (int i = 0; i < LANES; ++i) values[i] = from[indices[i]];
+  return load(values);
+#endif
+}
+
+INLINE void vector_multiply_add(Vector& sum, const Vector& one, const Vector& other) {
+  UNROLL for (int i = 0; i < PARTS; ++i) sum.part[i] += one.part[i] * other.part[i];
+}
+
+INLINE float dense_product(const float* x, const float* weights, int64_t count) {
+  Vector sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * LANES <= count; i += 4 * LANES)
+    UNROLL for (int j = 0; j < 4; ++j)
+      vector_multiply_add(sums[j], load(x + i + j * LANES), load(weights + i + j * LANES));
+  float sum = total(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  for (; i < count; ++i) sum += x[i] * weights[i];
+  return sum;
+}
+
+INLINE float sparse_product(const float* x, const int32_t* indices, const float* weights,
+                            int64_t count) {
+  Vector sums[2] = {all(0.0f), all(0.0f)};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= count; i += 2 * LANES)
+    UNROLL for (int j = 0; j < 2; ++j)
+      vector_multiply_add(sums[j], gather(x, indices + i + j * LANES),
+                          load(weights + i + j * LANES));
+  float sum = total(add(sums[0], sums[1]));
+  for (; i < count; ++i) sum += x[indices[i]] * weights[i];
+  return sum;
+}
+
+// Sixteen images side by side: x is [features][16].
+INLINE Vector batch_product(const float* x, const int32_t* indices, const float* weights,
+                            int64_t count) {
+  Vector sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4)
+    UNROLL for (int j = 0; j < 4; ++j)
+      multiply_add(sums[j], broadcast(weights[i + j]),
+                   load(x + (indices ? indices[i + j] : i + j) * LANES));
+  for (; i < count; ++i)
+    multiply_add(sums[0], broadcast(weights[i]), load(x + (indices ? indices[i] : i) * LANES));
+  return add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+}
+
+struct WeightRow {
+  const int32_t* indices;  // null where the row is dense
+  const float* weights;
+  int64_t count;
+};
+
+INLINE WeightRow weight_row(const Context& c, const Linear& o, int64_t channel, int64_t features) {
+  const float* weights = c.constants<float>(o.weights_at);
+  if (o.starts_at < 0) return {nullptr, weights + channel * features, features};
+  const int32_t* starts = c.constants<int32_t>(o.starts_at);
+  return {c.constants<int32_t>(o.indices_at) + starts[channel], weights + starts[channel],
+          starts[channel + 1] - starts[channel]};
+}
+
+INLINE float clamped(float value, const Epilogue& e) {
+  value = value < e.low[0] ? e.low[0] : value;
+  return value > e.high[0] ? e.high[0] : value;
+}
+
+static void linear_images(const Context& c, const Linear& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const float* bias = c.constants<float>(o.bias_at);
+  int64_t at = pixel_at(destination);
+  Epilogue e = epilogue(o);
+  for (int64_t k = begin; k < end; ++k) {
+    WeightRow row = weight_row(c, o, k, source.channels);
+    for (int64_t n = 0; n < c.batch; ++n) {
+      const float* x = channel_of(source, c.image(o.source, n), 0);
+      float sum = row.indices ? sparse_product(x, row.indices, row.weights, row.count)
+                              : dense_product(x, row.weights, row.count);
+      channel_of(destination, c.image(o.destination, n), k)[at] = clamped(sum + bias[k], e);
+    }
+  }
+}
+
+static void linear_batches(const Context& c, const Linear& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const float* bias = c.constants<float>(o.bias_at);
+  int64_t at = pixel_at(destination);
+  Epilogue e = epilogue(o);
+  float* x = c.scratch(source.channels * LANES);
+  for (int64_t first = 0; first < c.batch; first += LANES) {
+    int64_t images = smaller(LANES, c.batch - first);
+    for (int64_t n = 0; n < LANES; ++n) {
+      const float* from = channel_of(source, c.image(o.source, first + smaller(n, images - 1)), 0);
+      for (int64_t i = 0; i < source.channels; ++i) x[i * LANES + n] = from[i];
+    }
+    for (int64_t k = begin; k < end; ++k) {
+      WeightRow row = weight_row(c, o, k, source.channels);
+      float values[LANES];
+      store(values, add(batch_product(x, row.indices, row.weights, row.count), all(bias[k])));
+      for (int64_t n = 0; n < images; ++n)
+        channel_of(destination, c.image(o.destination, first + n), k)[at] = clamped(values[n], e);
+    }
+  }
+  c.release(x);
+}
+
+static void run_linear(const Context& c, const Linear& o, int64_t begin, int64_t end) {
+  constexpr int64_t WORTH_TRANSPOSING = 4;
+  if (c.batch < WORTH_TRANSPOSING)
+    linear_images(c, o, begin, end);
+  else
+    linear_batches(c, o, begin, end);
+}
+
+static void run_items(const Context& c, int64_t code, const void* operation, int64_t begin,
+                      int64_t end) {
+  switch (code) {
+    case COPY: return run_copy(c, *static_cast<const Copy*>(operation), begin, end);
+    case POINT: return run_point(c, *static_cast<const Point*>(operation), begin, end);
+    case BLOCK: return run_block(c, *static_cast<const Block*>(operation), begin, end);
+    case POOL: return run_pool(c, *static_cast<const Pool*>(operation), begin, end);
+    case MEAN: return run_mean(c, *static_cast<const Mean*>(operation), begin, end);
+    case LINEAR: return run_linear(c, *static_cast<const Linear*>(operation), begin, end);
+    default: return;
+  }
+}
+
+}  // namespace STARFIRE_ISA

@@ -1,0 +1,394 @@
+"""Steps from a graph of operations: batch norms folded, activations and additions joined."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from starfire_prune.sparse.layout import Window
+from starfire_prune.sparse.steps import (
+    Convolution,
+    Copy,
+    Flatten,
+    Layer,
+    Linear,
+    Mean,
+    Pooling,
+    Step,
+    Value,
+)
+
+__all__ = ["Reader", "is_readable", "shape_of"]
+
+aten = torch.ops.aten
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
+RENAMES = (operator.getitem, aten.view.default, aten.clone.default)  # same value, another name
+BOUNDS: dict[Any, tuple[float, float]] = {  # of activations that aren't given any
+    aten.relu.default: (0.0, math.inf),
+    aten.relu6.default: (0.0, 6.0),
+    aten.hardtanh.default: (-1.0, 1.0),
+    **dict.fromkeys(
+        (aten.clamp.default, aten.clip.default, aten.clamp_min.default, aten.clamp_max.default),
+        (-math.inf, math.inf),
+    ),
+}
+MOST_PHASES = 4  # of a window's stride
+Constants = Mapping[fx.Node, Tensor]
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Of a node's tensor; empty where it isn't one."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """One number or a list of one or two as a pair."""
+    numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return (numbers[0], numbers[-1])
+
+
+def _bounds(node: fx.Node) -> tuple[float, float]:
+    """What an activation clamps to."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    low, high = BOUNDS[target]
+    low = given.get("min", given.get("min_val", low))
+    high = given.get("max", given.get("max_val", high))
+    return float(-math.inf if low is None else low), float(math.inf if high is None else high)
+
+
+def _window(
+    node: fx.Node, size: Any, stride: Any, padding: Any, dilation: Any, output: tuple[int, ...]
+) -> Window:
+    size, stride, dilation = _pair(size), _pair(stride), _pair(dilation)
+    reach = [(s - 1) * d for s, d in zip(size, dilation, strict=True)]
+    before = [r // 2 if padding == "same" else 0 for r in reach]
+    if not isinstance(padding, str):
+        before = list(_pair(padding))
+    image = shape_of(node.args[0])[2:]
+    ends = [(o - 1) * s + r + 1 for o, s, r in zip(output[2:], stride, reach, strict=True)]
+    after = [max(e - b - i, 0) for e, b, i in zip(ends, before, image, strict=True)]
+    return Window(size, stride, dilation, _pair(before), _pair(after))
+
+
+def _convolution_window(node: fx.Node) -> Window:
+    stride, padding = _argument(node, 3, "stride", 1), _argument(node, 4, "padding", 0)
+    size = shape_of(node.args[1])[2:]
+    return _window(node, size, stride, padding, _argument(node, 5, "dilation", 1), shape_of(node))
+
+
+def _pooling_window(node: fx.Node) -> Window:
+    size: Any = node.args[1]
+    if node.target is aten.adaptive_avg_pool2d.default:
+        image, parts = shape_of(node.args[0])[2:], shape_of(node)[2:]
+        size = [pixels // number for pixels, number in zip(image, parts, strict=True)]
+        return _window(node, size, size, 0, 1, shape_of(node))
+    stride = _argument(node, 2, "stride", None) or size
+    dilation = _argument(node, 4, "dilation", 1) if node.target is aten.max_pool2d.default else 1
+    padding = _argument(node, 3, "padding", 0)
+    return _window(node, size, stride, padding, dilation, shape_of(node))
+
+
+# ---------------------------------------------------------------------------------------------
+# Which operations can be read
+# ---------------------------------------------------------------------------------------------
+
+
+def _is_image(node: Any) -> bool:
+    """Whether it is a batch of images or of vectors, in single precision on the CPU."""
+    shape = shape_of(node)
+    if len(shape) not in (2, 4) or 0 in shape:
+        return False
+    value: Tensor = node.meta["val"]
+    return value.dtype == torch.float32 and value.device.type == "cpu"
+
+
+def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
+    arguments = [node.args[i] for i in indices if i < len(node.args)]
+    return all(argument is None or argument in constants for argument in arguments)
+
+
+def _reads_convolution(node: fx.Node, constants: Constants) -> bool:
+    if not _all_constant(node, constants, 1, 2) or len(shape_of(node)) != 4:
+        return False
+    return all(step <= MOST_PHASES for step in _pair(_argument(node, 3, "stride", 1)))
+
+
+def _reads_linear(node: fx.Node, constants: Constants) -> bool:
+    return _all_constant(node, constants, 1, 2) and len(shape_of(node)) == 2
+
+
+def _reads_norm(node: fx.Node, constants: Constants) -> bool:
+    return _all_constant(node, constants, 1, 2, 3, 4) and _is_image(node.args[0])
+
+
+def _reads_part(node: fx.Node, constants: Constants) -> bool:
+    source: Any = node.args[0]
+    first = bool(source.target is BATCH_NORM and node.args[1] == 0)
+    return first and is_readable(source, constants)
+
+
+def _reads_sum(node: fx.Node, constants: Constants) -> bool:
+    one, other = node.args[:2]
+    if node.kwargs or one in constants or other in constants:
+        return False
+    return shape_of(one) == shape_of(other) == shape_of(node)
+
+
+def _reads_join(node: fx.Node, constants: Constants) -> bool:
+    parts: Any = node.args[0]
+    images = all(_is_image(part) and part not in constants for part in parts)
+    return images and len(shape_of(node)) == 4 and _argument(node, 1, "dim", 0) == 1
+
+
+def _reads_pooling(node: fx.Node, constants: Constants) -> bool:
+    if len(shape_of(node)) != 4:
+        return False
+    window = _pooling_window(node)
+    if max(window.stride) > MOST_PHASES:
+        return False
+    average = node.target is aten.avg_pool2d.default
+    return not average or not any((*window.before, *window.after, len(node.args) > 6))
+
+
+def _reads_mean(node: fx.Node, constants: Constants) -> bool:
+    source: Any = node.args[0]
+    if len(shape_of(source)) != 4 or node.kwargs.get("dtype") is not None:
+        return False
+    dims: Any = node.args[1] or ()
+    return {dim % 4 for dim in dims} == {2, 3}
+
+
+def _reads_adaptive(node: fx.Node, constants: Constants) -> bool:
+    """Whether it is one mean, or means of windows that are all alike."""
+    image, parts = shape_of(node.args[0])[2:], shape_of(node)[2:]
+    if len(image) != 2 or any(i % n for i, n in zip(image, parts, strict=True)):
+        return False
+    return parts == (1, 1) or max(_pooling_window(node).stride) <= MOST_PHASES
+
+
+def _reads_flattening(node: fx.Node, constants: Constants) -> bool:
+    source: Any = node.args[0]
+    shape, result = shape_of(source), shape_of(node)
+    return len(shape) == 4 and len(result) == 2 and shape[0] == result[0]
+
+
+def _reads_any(node: fx.Node, constants: Constants) -> bool:
+    return _is_image(node.args[0])
+
+
+READABLE: dict[Any, Callable[[fx.Node, Constants], bool]] = {
+    **dict.fromkeys(CONVOLUTIONS, _reads_convolution),
+    aten.linear.default: _reads_linear,
+    BATCH_NORM: _reads_norm,
+    operator.getitem: _reads_part,
+    aten.add.Tensor: _reads_sum,
+    aten.cat.default: _reads_join,
+    aten.max_pool2d.default: _reads_pooling,
+    aten.avg_pool2d.default: _reads_pooling,
+    aten.adaptive_avg_pool2d.default: _reads_adaptive,
+    aten.mean.dim: _reads_mean,
+    aten.view.default: _reads_flattening,
+    **dict.fromkeys(BOUNDS, _reads_any),
+    aten.clone.default: _reads_any,
+}
+
+
+def is_readable(node: fx.Node, constants: Constants) -> bool:
+    """Whether an operation can be a step, or part of one.
+
+    Args:
+        node: of an exported graph.
+        constants: the tensors that other nodes stand for.
+    """
+    rule = READABLE.get(node.target)
+    if node.op != "call_function" or rule is None:
+        return False
+    sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
+    if any(source in constants for source in sources):  # type: ignore[union-attr]
+        return False
+    if node.target not in (operator.getitem, BATCH_NORM) and not _is_image(node):
+        return False
+    if node.target is not operator.getitem and not all(_is_image(s) for s in sources):  # type: ignore[union-attr]
+        return False
+    return rule(node, constants)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading them
+# ---------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """Reads a graph's nodes, one after the other.
+
+    Attributes:
+        steps: what they became.
+        values: of the nodes read, and of those given.
+    """
+
+    def __init__(self, constants: Constants) -> None:
+        self.steps: list[Step] = []
+        self.values: dict[fx.Node, Value] = {}
+        self._constants = constants
+        self._makers: dict[Value, Step] = {}
+
+    def give(self, node: fx.Node) -> Value:
+        """Take a node as an input."""
+        self.values[node] = self._new(shape_of(node))
+        return self.values[node]
+
+    def read(self, node: fx.Node) -> None:
+        """Turn a node into a step or make it part of one."""
+        self.values[node] = READERS[node.target](self, node)
+
+    def _new(self, shape: tuple[int, ...]) -> Value:
+        return Value(*shape[1:])
+
+    def _add(self, step: Step) -> Value:
+        self.steps.append(step)
+        self._makers[step.output] = step
+        return step.output
+
+    def _constant(self, node: Any) -> NDArray[Any] | None:
+        """A parameter's numbers, in float64."""
+        if node is None:
+            return None
+        values: NDArray[Any] = self._constants[node].detach().to(torch.float64).numpy()
+        return values
+
+    def _source(self, node: fx.Node) -> Value:
+        source: Any = node.args[0]
+        return self.values[source]
+
+    def _open(self, node: Any) -> Any:
+        """The step that made a node's value, if what alone reads it can still be joined to it."""
+        step = self._makers.get(self.values[node])
+        joinable = isinstance(step, (Layer, Copy, Pooling)) and not step.is_clamped
+        return step if joinable and _readers(node) == 1 else None
+
+    def _layer(self, node: fx.Node) -> Value:
+        weight: Any = self._constant(node.args[1])
+        bias = self._constant(_argument(node, 2, "bias", None))
+        source, output = self._source(node), self._new(shape_of(node))
+        bias = np.zeros(len(weight)) if bias is None else bias
+        if node.target is aten.linear.default:
+            return self._add(Linear(source, output, weight=weight, bias=bias))
+        window = _convolution_window(node)
+        groups = _argument(node, 6, "groups", 1)
+        if window.is_point and window.stride != (1, 1):
+            thinned = Value(source.channels, output.height, output.width)
+            source = self._add(Copy(source, thinned, stride=window.stride))
+            window = window._replace(stride=(1, 1))
+        layer = Convolution(source, output, weight=weight, bias=bias, groups=groups, window=window)
+        return self._add(layer)
+
+    def _norm(self, node: fx.Node) -> Value:
+        weight, bias, mean, var = (self._constant(argument) for argument in node.args[1:5])
+        scale = 1 / np.sqrt(var + node.args[6])  # type: ignore[operator]
+        scale = scale if weight is None else scale * weight
+        shift = (0.0 if bias is None else bias) - mean * scale  # type: ignore[operator]
+        step: Step | None = self._open(node.args[0])
+        if not isinstance(step, (Layer, Copy)) or step.residual is not None:
+            source = self._source(node)
+            step = Copy(source, Value(source.channels, *source.size))
+            self._add(step)
+        step.rescale(scale, shift)
+        return step.output
+
+    def _activation(self, node: fx.Node) -> Value:
+        step: Step | None = self._open(node.args[0])
+        if step is None:
+            source = self._source(node)
+            step = Copy(source, Value(source.channels, *source.size))
+            self._add(step)
+        step.low, step.high = _bounds(node)
+        return step.output
+
+    def _sum(self, node: fx.Node) -> Value:
+        one, other = node.args[:2]
+        for node_, added in ((one, other), (other, one)):
+            step = self._open(node_)
+            joinable = isinstance(step, Convolution) and step.residual is None
+            if joinable and one is not other:
+                self.steps.remove(step)  # what is added may be made after it
+                step.residual = self.values[added]  # type: ignore[index]
+                return self._add(step)
+        source = self._source(node)
+        output = Value(source.channels, *source.size)
+        return self._add(Copy(source, output, self.values[other]))  # type: ignore[index]
+
+    def _join(self, node: fx.Node) -> Value:
+        output, first = self._new(shape_of(node)), 0
+        parts: Any = node.args[0]
+        for part in parts:
+            source = self.values[part]
+            self.steps.append(Copy(source, output, first=first))
+            first += source.channels
+        return output
+
+    def _pooling(self, node: fx.Node) -> Value:
+        window, source = _pooling_window(node), self._source(node)
+        average = node.target is not aten.max_pool2d.default
+        maker = self._makers.get(source)
+        positive = average or (maker is not None and maker.low >= 0)
+        fill = 0.0 if positive else -math.inf
+        scale = 1 / math.prod(window.size) if average else None
+        output = self._new(shape_of(node))
+        return self._add(Pooling(source, output, window=window, fill=fill, scale=scale))
+
+    def _mean(self, node: fx.Node) -> Value:
+        return self._add(Mean(self._source(node), self._new(shape_of(node))))
+
+    def _adaptive(self, node: fx.Node) -> Value:
+        return self._mean(node) if shape_of(node)[2:] == (1, 1) else self._pooling(node)
+
+    def _flatten(self, node: fx.Node) -> Value:
+        source = self._source(node)
+        if source.size == (1, 1):
+            return source
+        return self._add(Flatten(source, self._new(shape_of(node))))
+
+    def _same(self, node: fx.Node) -> Value:
+        return self._source(node)
+
+
+def _readers(node: fx.Node) -> int:
+    """How many operations read a node's value, also by its other names."""
+    while node.target in RENAMES:
+        node = node.args[0]  # type: ignore[assignment]
+    return _readers_below(node)
+
+
+def _readers_below(node: fx.Node) -> int:
+    return sum(_readers_below(user) if user.target in RENAMES else 1 for user in node.users)
+
+
+READERS: dict[Any, Callable[[Reader, fx.Node], Value]] = {
+    **dict.fromkeys((*CONVOLUTIONS, aten.linear.default), Reader._layer),
+    BATCH_NORM: Reader._norm,
+    operator.getitem: Reader._same,
+    aten.add.Tensor: Reader._sum,
+    aten.cat.default: Reader._join,
+    aten.max_pool2d.default: Reader._pooling,
+    aten.avg_pool2d.default: Reader._pooling,
+    aten.adaptive_avg_pool2d.default: Reader._adaptive,
+    aten.mean.dim: Reader._mean,
+    aten.view.default: Reader._flatten,
+    **dict.fromkeys(BOUNDS, Reader._activation),
+    aten.clone.default: Reader._same,
+}
