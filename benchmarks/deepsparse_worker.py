@@ -1,0 +1,28 @@
+"""Runs DeepSparse in an environment of its own, which inference.py gives by --deepsparse.
+
+    pip install deepsparse==1.8.0                     # in that environment, of Python 3.8 to 3.11
+    python deepsparse_worker.py MODEL.onnx IMAGES.npy BATCH THREADS OUTPUT.npy
+
+Writes the outputs and then runs the model once for each line that it reads, answering each by one.
+"""
+
+import sys
+
+import deepsparse
+import numpy as np
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    model, images, batch, threads, output = sys.argv[1:]
+    engine = deepsparse.compile_model(model, batch_size=int(batch), num_cores=int(threads))
+    inputs = [np.load(images)]
+    np.save(output, engine.run(inputs)[0])
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        engine.run(inputs)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
