@@ -18,10 +18,9 @@ Row = dict[str, Any]
 
 
 @cache
-def record_of(log: str) -> Row:
+def record_of(log: str) -> Any:
     """A record in JSON, below results/."""
-    content: Row = json.loads((RESULTS / log).read_text(encoding="utf-8"))
-    return content
+    return json.loads((RESULTS / log).read_text(encoding="utf-8"))
 
 
 # Files

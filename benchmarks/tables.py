@@ -44,6 +44,7 @@ from measured import (
     strict_share,
     wire,
 )
+from runtimes import inference, inference_resnet50, peak, roofline, share_of_dense
 
 from starfire_prune.files import write_text
 
@@ -203,6 +204,9 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "loading": loading,
     "wire": wire,
     "overhead": overhead,
+    "inference-resnet50": inference_resnet50,
+    "inference": inference,
+    "roofline": roofline,
 }
 NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "mask-update.training-step": lambda: found(r"160 px: ([\d.]+ s)", _MASKS),
@@ -217,6 +221,13 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "wire.share-70": partial(sent_share, "70"),
     "overhead.fixed": partial(added_share, "fixed"),
     "overhead.era": partial(added_share, "era"),
+    **{
+        f"inference.{method}": partial(share_of_dense, method)
+        for method in ("ck-0.7-g1", "ck-0.8-g1", "ck-0.9-g1", "ck-0.8-g4", "window-0.8-g1")
+    },
+    "peak.matrix": partial(peak, 1, "matrix_gflop_per_s"),
+    "peak.convolution": partial(peak, 1, "convolution_gflop_per_s"),
+    "peak.copied": partial(peak, 1, "copied_gb_per_s"),
     "overhead.era-step-ms": era_step_ms,
     "overhead.hook-ms": partial(hook_ms, "fixed"),
     "overhead.hook-dense-ms": partial(hook_ms, "dense"),

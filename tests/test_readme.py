@@ -61,6 +61,15 @@ def test_a_sparse_model_becomes_a_smaller_dense_one():
     assert names["smaller"][0].out_channels == 4
 
 
+def test_a_sparse_model_runs_by_kernels_that_skip_its_zeros(native_kernels):
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.rand(1, 3, 8, 8)
+    starfire_prune.ck_structured(model[0], amount=0.6)
+    names: dict[str, Any] = {"model": model, "images": images}
+    exec(block_with("sparse.compile"), names)
+    assert names["fast"].torch_operations == []
+    assert torch.allclose(names["fast"](images), model(images), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "command",
     [
