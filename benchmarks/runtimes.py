@@ -63,17 +63,20 @@ def inference_resnet50() -> str:
 def inference() -> str:
     """Every network, batch and number of threads: shares of the faster dense runtime's time."""
     places = sorted({(row["model"], row["batch"], row["threads"]) for row in _rows()})
-    header = ["network", "batch", "threads", "dense runtime [ms]", "dense here", *_METHODS.values()]
+    dense = ["dense runtime [ms]", "torch, eager", "torch.compile", "dense here"]
+    header = ["network", "batch", "threads", *dense, *_METHODS.values()]
     return table(header, [_shares(*place) for place in places])
 
 
 def _shares(model: str, batch: int, threads: int) -> list[str]:
     rival = _dense(model, batch, threads)
-    rows = _rows(model=model, batch=batch, threads=threads, engine="sparse")
-    own = {row["method"]: row["best_ms"] for row in rows}
+    rows = list(_rows(model=model, batch=batch, threads=threads))
+    own = {row["method"]: row["best_ms"] for row in rows if row["engine"] == "sparse"}
+    dense = {row["engine"]: row["best_ms"] for row in rows if row["method"] == "dense"}
+    times = [dense["eager"], dense["compile"], *(own[method] for method in ("dense", *_METHODS))]
     told = f"{rival['best_ms']:.2f} ({_RUNTIMES[rival['engine']]})"
-    cells = [f"{own[method] / rival['best_ms']:.2f}x" for method in ("dense", *_METHODS)]
-    return [model, str(batch), str(threads), told, *cells]
+    shares = [f"{time / rival['best_ms']:.2f}x" for time in times]
+    return [model, str(batch), str(threads), told, *shares]
 
 
 def roofline() -> str:
