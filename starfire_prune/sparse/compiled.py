@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 import warnings
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
+from torch.utils._pytree import tree_flatten
 
 from starfire_prune.model_graph import dense_copy, without_autocast
 from starfire_prune.sparse.arenas import Arenas
@@ -88,7 +88,8 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.network = network.requires_grad_(False)
         self.reason = reason or (None if self.segments else NOTHING_KNOWN)
-        self._expected = [_Expected.of(value) for value in example]
+        leaves, self._structure = tree_flatten(tuple(example))
+        self._expected = [_Expected.of(value) for value in leaves]
         self._any_batch = not self.torch_operations and bool(self.segments)
         self.training = False
 
@@ -111,10 +112,12 @@ class CompiledModel(nn.Module):
 
         Raises:
             TypeError: for inputs of another number, type or device than the example's.
-            ValueError: for inputs of another shape.
+            ValueError: for inputs of another shape, or other values of what is no tensor.
         """
         self._check(inputs)
-        with contextlib.nullcontext() if _is_traced() else torch.no_grad():
+        if _is_traced():
+            return self.network(*inputs)
+        with without_autocast(), torch.no_grad():
             return self.network(*inputs)
 
     def train(self, mode: bool = True) -> CompiledModel:
@@ -128,16 +131,32 @@ class CompiledModel(nn.Module):
         return self
 
     def _check(self, inputs: Sequence[Any]) -> None:
-        if len(inputs) != len(self._expected):
+        leaves, structure = tree_flatten(tuple(inputs))
+        if len(leaves) != len(self._expected) or structure != self._structure:
             wanted = len(self._expected)
-            raise TypeError(f"inputs must be {wanted}, as in the example, but were {len(inputs)}")
+            raise TypeError(f"inputs must be {wanted}, as in the example, but were {len(leaves)}")
         batches = []
-        for index, (given, expected) in enumerate(zip(inputs, self._expected, strict=True)):
-            if expected is not None:
-                expected.check(index, given, self._any_batch)
+        for index, (given, expected) in enumerate(zip(leaves, self._expected, strict=True)):
+            expected.check(index, given, self._any_batch)
+            if isinstance(given, Tensor):
                 batches.append(given.shape[0] if given.ndim else 1)
         if self._any_batch and any(batch != batches[0] for batch in batches):
             raise ValueError(f"inputs must be batches of one size, but are of {batches}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """An argument of the example that is no tensor: torch.export has made it part of the model."""
+
+    value: Any
+
+    def check(self, index: int, given: Any, any_batch: bool) -> None:
+        """Refuse another value."""
+        if isinstance(given, Tensor) or given != self.value:
+            raise ValueError(
+                f"input {index} (={given!r}) must be {self.value!r}, as in the example: compile "
+                "the model for other values by themselves"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +167,11 @@ class _Expected:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, value: Any) -> _Expected | None:
-        """Of a tensor; None for other arguments, which torch.export has made constants."""
-        return cls(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
+    def of(cls, value: Any) -> _Expected | _Constant:
+        """Of a tensor or another argument."""
+        if isinstance(value, Tensor):
+            return cls(tuple(value.shape), value.dtype)
+        return _Constant(value)
 
     def check(self, index: int, given: Any, any_batch: bool) -> None:
         """Refuse what the compiled model can't take."""
@@ -191,7 +212,7 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
             inputs of these shapes, and where all of it is native, of any size of the batch.
 
     Returns:
-        A module for inference. It has no parameters: later changes to `model` don't reach it.
+        A module for inference, which later changes to `model` don't reach.
 
     Raises:
         torch._dynamo.exc.UserError and others of `torch.export`: if it can't export the model.

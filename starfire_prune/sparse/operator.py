@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from starfire_prune.sparse.build import native
 __all__ = ["new_arena", "sparse_inference"]
 
 _LIBRARY = torch.library.Library("starfire_prune", "DEF")  # type: ignore[no-untyped-call]
+# The arena is written to, but what it holds means nothing before or after; as `Tensor(a!)?` torch
+# could not functionalize an operation that gives a list
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "sparse_inference(Tensor[] inputs, Tensor program, Tensor constants, int[] sizes, "
     "Tensor? arena=None, int isa=0) -> Tensor[]"
@@ -46,10 +49,35 @@ def new_arena(program: Tensor, batch: int) -> Tensor:
 
 def _floats(program: Tensor, batch: int) -> int:
     """Of the arena."""
-    floats: int = native().arena(program.data_ptr(), program.numel(), batch)
+    plain = program.device.type == "cpu" and program.dtype == torch.int64
+    floats: int = -1
+    if plain and program.is_contiguous():
+        floats = native().arena(program.data_ptr(), program.numel(), batch)
     if floats < 0:
-        raise ValueError(f"program (= {program.numel()} numbers) is no program of these kernels")
+        raise ValueError(
+            f"program (= {program.numel()} numbers of {program.dtype} on {program.device}) is no "
+            f"program of these kernels, which run on the CPU"
+        )
     return floats
+
+
+def _check_tensors(
+    program: Tensor, constants: Tensor, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> None:
+    """Refuse tensors that are not those of a program, beyond which it would read or write."""
+    if constants.device.type != "cpu" or not constants.is_contiguous():
+        raise ValueError(f"constants (= {constants.device}) must be contiguous on the CPU")
+    sizes = [
+        (ctypes.c_int64 * len(tensors))(*[math.prod(tensor.shape[1:]) for tensor in tensors])
+        for tensors in (inputs, outputs)
+    ]
+    counts = len(inputs), len(outputs)
+    if not native().takes(program.data_ptr(), counts[0], sizes[0], counts[1], sizes[1]):
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        raise ValueError(
+            f"inputs (= {shapes}) are not of the shapes that the model is compiled for; compile it "
+            f"for other shapes by themselves"
+        )
 
 
 @torch.library.impl(_LIBRARY, "sparse_inference", "CPU")
@@ -68,9 +96,11 @@ def _run(
         raise ValueError(f"inputs (= {kinds}) must be float32 and batches of one size")
     inputs = [tensor.contiguous() for tensor in inputs]
     outputs = [torch.empty(shape, dtype=torch.float32) for shape in _shapes(batch, sizes)]
+    floats = _floats(program, batch)
+    _check_tensors(program, constants, inputs, outputs)
     if arena is None:
         arena = new_arena(program, batch)
-    elif arena.numel() < _floats(program, batch):
+    elif arena.numel() < floats:
         raise ValueError(f"arena (= {arena.numel()} floats) is too small for {batch} images")
     library.run(
         program.data_ptr(),

@@ -41,6 +41,8 @@ BOUNDS: dict[Any, tuple[float, float]] = {  # of activations that aren't given a
     ),
 }
 MOST_PHASES = 4  # of a window's stride
+MOST_FLOATS = 2**29  # of an image: padded, they are counted in 32 bits
+LARGEST = float(np.finfo(np.float32).max)
 Constants = Mapping[fx.Node, Tensor]
 
 
@@ -68,7 +70,12 @@ def _bounds(node: fx.Node) -> tuple[float, float]:
     low, high = BOUNDS[target]
     low = given.get("min", given.get("min_val", low))
     high = given.get("max", given.get("max_val", high))
-    return float(-math.inf if low is None else low), float(math.inf if high is None else high)
+    return _single(-math.inf if low is None else low), _single(math.inf if high is None else high)
+
+
+def _single(bound: float) -> float:
+    """A bound as float32 has it: infinite where it is beyond."""
+    return math.copysign(math.inf, bound) if abs(bound) > LARGEST else float(bound)
 
 
 def _window(
@@ -125,6 +132,8 @@ def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
 def _reads_convolution(node: fx.Node, constants: Constants) -> bool:
     if not _all_constant(node, constants, 1, 2) or len(shape_of(node)) != 4:
         return False
+    if math.prod(shape_of(node.args[0])[1:]) > MOST_FLOATS:
+        return False
     return all(step <= MOST_PHASES for step in _pair(_argument(node, 3, "stride", 1)))
 
 
@@ -146,7 +155,8 @@ def _reads_sum(node: fx.Node, constants: Constants) -> bool:
     one, other = node.args[:2]
     if node.kwargs or one in constants or other in constants:
         return False
-    return shape_of(one) == shape_of(other) == shape_of(node)
+    alike = shape_of(one) == shape_of(other) == shape_of(node)
+    return alike and _is_image(one) and _is_image(other)
 
 
 def _reads_join(node: fx.Node, constants: Constants) -> bool:
@@ -345,7 +355,7 @@ class Reader:
         window, source = _pooling_window(node), self._source(node)
         average = node.target is not aten.max_pool2d.default
         maker = self._makers.get(source)
-        positive = average or (maker is not None and maker.low >= 0)
+        positive = average or (maker is not None and min(maker.low, maker.high) >= 0)
         fill = 0.0 if positive else -math.inf
         scale = 1 / math.prod(window.size) if average else None
         output = self._new(shape_of(node))

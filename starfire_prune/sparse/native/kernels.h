@@ -53,10 +53,12 @@ INLINE Vector add(const Vector& one, const Vector& other) {
   return sum;
 }
 
-INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where `one` is
+INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where either is
   Vector result;
-  UNROLL for (int i = 0; i < PARTS; ++i)
-    result.part[i] = one.part[i] < other.part[i] ? other.part[i] : one.part[i];
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+    auto takes_other = (one.part[i] < other.part[i]) | (other.part[i] != other.part[i]);
+    result.part[i] = takes_other ? other.part[i] : one.part[i];
+  }
   return result;
 }
 

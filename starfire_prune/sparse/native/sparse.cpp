@@ -235,7 +235,23 @@ EXPORT void starfire_fill(const int64_t* words, int64_t batch, float* arena) {
   }
 }
 
-// Runs a program that fits, on an arena filled once, with `isa` of at most starfire_isa().
+// Whether the caller's tensors are those of a program: so many, of so many floats an image.
+EXPORT int64_t starfire_takes(const int64_t* words, int64_t inputs, const int64_t* input_floats,
+                              int64_t outputs, const int64_t* output_floats) {
+  using namespace starfire;
+  Program program(words);
+  if (inputs != program.header->inputs || outputs != program.header->outputs) return 0;
+  for (int64_t i = 0; i < program.header->views; ++i) {
+    const View& view = program.views[i];
+    if (view.place == ARENA) continue;
+    int64_t count = view.place == INPUT ? inputs : outputs;
+    const int64_t* floats = view.place == INPUT ? input_floats : output_floats;
+    if (view.index < 0 || view.index >= count || floats[view.index] != view.image) return 0;
+  }
+  return 1;
+}
+
+// Runs a program that fits and takes its inputs and outputs, on an arena filled once, with `isa` of at most starfire_isa().
 // `times` gets the nanoseconds that each operation took, unless it is null.
 EXPORT void starfire_run(const int64_t* words, const unsigned char* blob, int64_t batch,
                          int64_t isa, float* arena, const float* const* inputs,
