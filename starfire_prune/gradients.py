@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["mask_gradient"]
@@ -77,10 +78,11 @@ def counts_in_hook(wrap: Callable[[Hook], Hook] = lambda hook: hook) -> Counts |
         return gradient
 
     with torch.enable_grad(), torch.inference_mode(False):
-        convolution = nn.Conv2d(1, 1, 1, bias=False, device="cpu")
+        weight = nn.Parameter(torch.ones(1, 1, 1, 1, device="cpu"))  # takes no random numbers
         hook = wrap(functools.partial(count, torch.ones(1)))
-        convolution.weight.register_hook(hook)  # type: ignore[no-untyped-call]
-        convolution(torch.ones(1, 1, 1, 1)).sum().backward()
+        weight.register_hook(hook)  # type: ignore[no-untyped-call]
+        total: Any = functional.conv2d(torch.ones(1, 1, 1, 1, device="cpu"), weight).sum()
+        total.backward()
     return seen[0]
 
 

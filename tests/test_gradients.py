@@ -144,3 +144,10 @@ def test_a_frozen_weight_is_masked_once_it_requires_gradients():
     convolve(weight).backward()
     assert weight.grad is not None
     assert not weight.grad[~mask].any()
+
+
+def test_masking_takes_no_random_numbers():
+    gradients._counts_alone.cache_clear()
+    before = torch.get_rng_state()
+    masked(weight_of(0))
+    assert torch.equal(torch.get_rng_state(), before)
