@@ -460,7 +460,14 @@ def is_running(table: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_sweep_and_what_its_launcher_has_started(number, table):
     hang(table, "hangs")
     launcher = shlex.join(["sh", str(table.parent / "launcher.sh")])
@@ -496,7 +503,13 @@ def test_a_run_that_does_not_end_when_asked_to_is_killed(table):
     assert not is_running(table)
 
 
-@pytest.mark.parametrize("option", ["--list", "--print-commands", "--results"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--list",
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ("--print-commands", "--results")),
+    ],
+)
 def test_what_is_shown_ends_quietly_where_nobody_reads_it(option, table):
     reader, writer = os.pipe()
     os.close(reader)

@@ -610,7 +610,10 @@ def test_only_updates_that_happen_are_averaged(runs, tmp_path):
     [
         ["training.ema={decay: 0.7, warmup: true}"],
         ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
-        ["pruning.amount=0.9", "pruning.fc={method: structure}", "pruning.free=true"],
+        pytest.param(
+            ["pruning.amount=0.9", "pruning.fc={method: structure}", "pruning.free=true"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["average", "mixing", "structure and free"],
 )
