@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from starfire_prune import measure_sparsity
-from starfire_prune.compact import compact, format_compaction
+from starfire_prune.compact.compaction import compact, format_compaction
 from starfire_prune.data import build_loader, load_datasets
 from starfire_prune.models import create_model
-from starfire_prune.recipe import load_recipe
-from starfire_prune.training import train
+from starfire_prune.recipe.load import load_recipe
+from starfire_prune.training.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 IMAGE_SIZE = 32

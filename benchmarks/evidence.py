@@ -21,9 +21,9 @@ from typing import Final
 
 from logs import RESULTS, mean_text, points_text, table
 
-from starfire_prune.evaluation import read_evaluation
+from starfire_prune.evaluation.results import read_evaluation
 from starfire_prune.reporting.numbers import RunNumbers, run_numbers
-from starfire_prune.run_folder import read_metrics
+from starfire_prune.runs.folder import read_metrics
 
 _TINY: Final = RESULTS / "tiny_imagenet20"
 _SEEDS: Final = (0, 1)

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune import ck_structured, fc_fine, intra_structured, window_structured
-from starfire_prune.files import write_text
-from starfire_prune.model_graph import dense_copy
 from starfire_prune.sparse import compile as compile_sparse
+from starfire_prune.structure.graph import dense_copy
+from starfire_prune.utils.files import write_text
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100")
 METHODS = (

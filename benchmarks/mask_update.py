@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from starfire_prune import Pruner
-from starfire_prune.layers import PrunedLayer
-from starfire_prune.masks import count
+from starfire_prune.engine.selection import PrunedLayer
+from starfire_prune.masks.counts import count
 
 AMOUNT = 0.6
 FINE, COARSE = 38, 5  # updates of an era

@@ -30,11 +30,8 @@ from overhead_cases import AMOUNT, CASES, Training
 from records import keep_rows, versions
 from torch import Tensor, nn
 
-from starfire_prune import (
-    MaskedAllreduceState,
-    Pruner,
-)
-from starfire_prune.layers import layer_weight
+from starfire_prune import MaskedAllreduceState, Pruner
+from starfire_prune.utils.modules import layer_weight
 
 AMORTISED_OVER = 1_000
 WARM_UP = 3

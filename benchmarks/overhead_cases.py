@@ -15,15 +15,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
 
-from starfire_prune import (
-    MaskedAllreduceState,
-    Pruner,
-    comm_hook,
-    gradients,
-    masked_allreduce_hook,
-)
-from starfire_prune.layers import layer_weight, prunable_layers
-from starfire_prune.mask_method import find_hook
+from starfire_prune import MaskedAllreduceState, Pruner, masked_allreduce_hook
+from starfire_prune.engine import comm_hook, gradients
+from starfire_prune.methods.base import find_hook
+from starfire_prune.utils.modules import layer_weight, prunable_layers
 
 AMOUNT = 0.7
 ERA_UPDATES = 10_000

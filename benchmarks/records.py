@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from starfire_prune.files import write_text
+from starfire_prune.utils.files import write_text
 
 __all__ = ["keep_rows", "versions"]
 

@@ -46,9 +46,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from starfire_prune import Pruner, load_pruned_model, save_pruned
-from starfire_prune.files import write_text
-from starfire_prune.inspection import inspect_pruned
-from starfire_prune.run_folder import existing_part
+from starfire_prune.runs.folder import existing_part
+from starfire_prune.serialization.inspect import inspect_pruned
+from starfire_prune.utils.files import write_text
 
 METHODS: dict[str, dict[str, object]] = {
     "ck": {"method": "ck"},

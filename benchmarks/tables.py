@@ -46,7 +46,7 @@ from measured import (
 )
 from runtimes import inference, inference_resnet50, peak, roofline, share_of_dense
 
-from starfire_prune.files import write_text
+from starfire_prune.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
 FORMS_TOLD = ("dense", "zstd19", "raw", "deflated")

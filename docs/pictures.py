@@ -15,10 +15,10 @@ from typing import Final
 from safetensors.torch import load_file
 
 from starfire_prune import ck_mask, fc_block_mask, intra_mask, window_mask
-from starfire_prune.plots import plot_masks
+from starfire_prune.reporting.figures import Series, curves
 from starfire_prune.reporting.numbers import Curve, curve
-from starfire_prune.reporting.picture_style import lines_of
-from starfire_prune.reporting.pictures import Series, curves
+from starfire_prune.reporting.style import lines_of
+from starfire_prune.training.plots import plot_masks
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "tiny_imagenet20"

@@ -43,7 +43,9 @@ def native_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def runs() -> Iterator[pytest.MonkeyPatch]:
     """Training runs of a second; a patch of what a test wants else."""
-    from tests.runs import small_runs  # with the training libraries, which most tests don't load
+    from tests.support.runs import (
+        small_runs,  # with the training libraries, which most tests don't load
+    )
 
     with small_runs() as patch:
         yield patch
@@ -52,8 +54,8 @@ def runs() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has ended, with its recipe beside it as `small.yaml`."""
-    from starfire_prune.training import train
-    from tests.runs import small_recipe, small_runs
+    from starfire_prune.training.train import train
+    from tests.support.runs import small_recipe, small_runs
 
     folder = tmp_path_factory.mktemp("finished")
     with small_runs(plot=True):

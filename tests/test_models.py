@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from starfire_prune import save_pruned
-from starfire_prune.models import (
-    PretrainedError,
-    create_model,
-    create_pretrained,
-    load_weights,
-    resnet50_v1,
-)
+from starfire_prune.models import create_model, resnet50_v1
+from starfire_prune.serialization.pretrained import create_pretrained, load_weights
+from starfire_prune.utils.errors import PretrainedError
 
 CLASSIFIERS = {
     "test_resnet": ("fc.weight", "fc.bias"),

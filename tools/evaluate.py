@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starfire_prune.evaluation import Evaluation
-    from starfire_prune.robustness import Attack
-    from starfire_prune.subjects import Subject
+    from starfire_prune.evaluation.evaluate import Attack
+    from starfire_prune.evaluation.results import Evaluation
+    from starfire_prune.runs.weights import Subject
 
 STEPS, RESTARTS, SEED = 10, 1, 0
 
@@ -40,7 +40,7 @@ def _main() -> int:
     arguments = _parser().parse_args()
     try:
         from starfire_prune.data import DataError, error_sentence
-        from starfire_prune.run_folder import RunError
+        from starfire_prune.runs.folder import RunError
 
         _check(arguments)
         subjects, source = _subjects(arguments)  # before the slow imports
@@ -170,7 +170,7 @@ def _count(text: str) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for settings out of range or without effect."""
-    from starfire_prune.attacks import NORMALISED, PIXELS, check_epsilon, check_pgd
+    from starfire_prune.evaluation.attacks import NORMALISED, PIXELS, check_epsilon, check_pgd
 
     space = NORMALISED if arguments.space == "normalised" else PIXELS
     for option in ("fgsm", "pgd"):
@@ -214,7 +214,8 @@ def _pgd_settings(arguments: argparse.Namespace) -> tuple[int, float | None, int
 
 
 def _subjects(arguments: argparse.Namespace) -> tuple[list[Subject], Subject | None]:
-    from starfire_prune.subjects import check_keeps, find_subject
+    from starfire_prune.evaluation.results import check_keeps
+    from starfire_prune.runs.weights import find_subject
 
     recipe, overrides, data = arguments.recipe, arguments.overrides, arguments.data
     subjects = [find_subject(path, recipe, overrides, data) for path in arguments.runs]
@@ -226,7 +227,7 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list[Subject], Subject | N
 
 
 def _attacks(arguments: argparse.Namespace) -> list[Attack]:
-    from starfire_prune.robustness import Attack
+    from starfire_prune.evaluation.evaluate import Attack
 
     settings = _pgd_settings(arguments)
     return [
@@ -241,9 +242,9 @@ def _attacks(arguments: argparse.Namespace) -> list[Attack]:
 def _evaluate(
     arguments: argparse.Namespace, subjects: Sequence[Subject], source: Subject | None
 ) -> None:
-    from starfire_prune.evaluation import format_evaluation, write_evaluation
-    from starfire_prune.files import write_text
-    from starfire_prune.robustness import chosen_device, evaluate_subject
+    from starfire_prune.evaluation.evaluate import chosen_device, evaluate_subject
+    from starfire_prune.evaluation.results import format_evaluation, write_evaluation
+    from starfire_prune.utils.files import write_text
 
     device, attacks = chosen_device(arguments.device), _attacks(arguments)
     done: list[tuple[Subject, Evaluation]] = []
@@ -273,8 +274,7 @@ def _evaluate(
 
 
 def _notes(subject: Subject, evaluation: Evaluation) -> Iterator[str]:
-    from starfire_prune.evaluation import evaluation_file
-    from starfire_prune.subjects import trained_top1
+    from starfire_prune.evaluation.results import evaluation_file, trained_top1
 
     clean = evaluation.results[0]
     own = trained_top1(subject) if clean.images == evaluation.images else None

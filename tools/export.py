@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from starfire_prune.exporting import Source
+    from starfire_prune.export.source import Source
 
 FORMATS = ("dense", "compressed", "timm", "onnx", "compact")
 # The formats with which an option has an effect
@@ -40,7 +40,7 @@ def _main() -> int:
     arguments = _parser().parse_args()
     try:
         _check_options(arguments)
-        from starfire_prune.run_folder import RunError
+        from starfire_prune.runs.folder import RunError
 
         try:
             for line in _inspected(arguments) if arguments.inspect else _exported(arguments):
@@ -142,7 +142,7 @@ def _option(name: str) -> str:
 
 def _check_output(arguments: argparse.Namespace, source: Source) -> None:
     """Raise ValueError if the output can't be written, or would replace what it must not."""
-    from starfire_prune.run_folder import existing_part
+    from starfire_prune.runs.folder import existing_part
 
     output: Path = arguments.output
     is_folder = arguments.format == "timm"
@@ -162,7 +162,7 @@ def _check_output(arguments: argparse.Namespace, source: Source) -> None:
 def _check_file(output: Path, format: str, force: bool) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: --format {format} writes a file")
-    from starfire_prune.onnx_export import data_files
+    from starfire_prune.export.onnx import data_files
 
     beside = data_files(output) if format == "onnx" else ()
     for path in (output, *beside):
@@ -171,7 +171,7 @@ def _check_file(output: Path, format: str, force: bool) -> None:
 
 
 def _check_folder(output: Path, source: Source, force: bool) -> None:
-    from starfire_prune.timm_folder import CONFIG, WEIGHTS, is_folder_of
+    from starfire_prune.export.timm import CONFIG, WEIGHTS, is_folder_of
 
     if not output.exists():
         return
@@ -198,7 +198,7 @@ def _check_folder(output: Path, source: Source, force: bool) -> None:
 
 
 def _inspected(arguments: argparse.Namespace) -> Iterator[str]:
-    from starfire_prune.inspection import format_inspection, inspect_pruned
+    from starfire_prune.serialization.inspect import format_inspection, inspect_pruned
 
     if arguments.inspect.is_dir():
         raise ValueError(f"--inspect {arguments.inspect} is a folder: name a safetensors file")
@@ -206,7 +206,7 @@ def _inspected(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _exported(arguments: argparse.Namespace) -> Iterator[str]:
-    from starfire_prune.exporting import find_source
+    from starfire_prune.export.source import find_source
 
     source = find_source(arguments.source, arguments.recipe, arguments.model)
     _check_output(arguments, source)
@@ -221,8 +221,8 @@ def _exported(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _export_weights(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.exporting import write_weights
-    from starfire_prune.inspection import inspect_pruned
+    from starfire_prune.export.source import write_weights
+    from starfire_prune.serialization.inspect import inspect_pruned
 
     format: Literal["dense", "compressed"] = arguments.format
     for option in ("recipe", "model"):
@@ -236,8 +236,8 @@ def _export_weights(arguments: argparse.Namespace, source: Source) -> Iterator[s
 
 
 def _export_timm(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.exporting import load_source
-    from starfire_prune.timm_folder import write_timm_folder
+    from starfire_prune.export.source import load_source
+    from starfire_prune.export.timm import write_timm_folder
 
     output: Path = arguments.output
     config = write_timm_folder(source, load_source(source), output)
@@ -250,8 +250,8 @@ def _export_timm(arguments: argparse.Namespace, source: Source) -> Iterator[str]
 
 
 def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.exporting import load_source
-    from starfire_prune.onnx_export import export_onnx
+    from starfire_prune.export.onnx import export_onnx
+    from starfire_prune.export.source import load_source
 
     model = load_source(source)
     size = source.input_size(model)
@@ -278,9 +278,10 @@ def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]
 
 
 def _export_compact(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.compact import format_compaction
-    from starfire_prune.compact_file import save_compact
-    from starfire_prune.exporting import ExportError, load_source
+    from starfire_prune.compact.compaction import format_compaction
+    from starfire_prune.compact.files import save_compact
+    from starfire_prune.export.source import load_source
+    from starfire_prune.utils.errors import ExportError
 
     model = load_source(source)
     example = _example(source.input_size(model))
@@ -300,8 +301,8 @@ def _export_compact(arguments: argparse.Namespace, source: Source) -> Iterator[s
 
 
 def _compacted(model: nn.Module, example: Tensor) -> nn.Module:
-    from starfire_prune.compact import compact
-    from starfire_prune.exporting import ExportError
+    from starfire_prune.compact.compaction import compact
+    from starfire_prune.utils.errors import ExportError
 
     try:
         return compact(model, example)[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starfire_prune.tables import Table
+    from starfire_prune.experiments.load import Table
 
 TABLES = Path(__file__).resolve().parent.parent / "recipes" / "tables"
 
@@ -18,8 +18,8 @@ def main() -> int:
     """Parse the command line and report; errors of users are one sentence and exit status 2."""
     arguments = _parser().parse_args()
     try:
+        from starfire_prune.reporting.report import build_report, write_report
         from starfire_prune.reporting.runs import read_run
-        from starfire_prune.reporting.write import build_report, write_report
 
         table = _table(arguments.table, arguments.runs)
         folders = arguments.runs or _folders_of(table)
@@ -72,7 +72,7 @@ def _path(text: str) -> Path:
 
 def _table(path: Path | None, runs: Sequence[Path]) -> Table | None:
     """The table that is named, or the one after which the folder of all runs is."""
-    from starfire_prune.tables import load_table
+    from starfire_prune.experiments.load import load_table
 
     if path is None:
         parents = {run.resolve().parent.name for run in runs}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starfire_prune.tables import Run, Table
+    from starfire_prune.experiments.load import Run, Table
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 PATIENCE_S = 45.0  # that a run gets to end when asked to; torchrun gives its workers 30
@@ -45,7 +45,7 @@ def _main() -> int:
     arguments = _parser().parse_args()
     shows = arguments.list or arguments.print_commands or arguments.results
     try:
-        from starfire_prune.tables import load_table
+        from starfire_prune.experiments.load import load_table
 
         table = load_table(arguments.table, arguments.overrides, keep_unset=shows)
         runs = _chosen(table, arguments.only, arguments.index)
@@ -178,7 +178,7 @@ def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
 
 
 def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[str]) -> int:
-    from starfire_prune.run_folder import RunError, check_writable
+    from starfire_prune.runs.folder import RunError, check_writable
 
     try:
         check_writable(output)
@@ -226,7 +226,7 @@ def _interrupted(number: int) -> int:
 
 def _train(run: Run, output: Path, launcher: Sequence[str], received: Sequence[int]) -> str:
     """Train a run if it isn't finished; why it failed, or nothing."""
-    from starfire_prune.table_results import read_result
+    from starfire_prune.experiments.results import read_result
 
     result = read_result(run, output)
     if result.problem:
@@ -280,7 +280,7 @@ def _signalled(group: int, number: int) -> bool:
 
 
 def _list(runs: Sequence[Run], output: Path) -> None:
-    from starfire_prune.table_results import read_result
+    from starfire_prune.experiments.results import read_result
 
     for index, (folder, run) in enumerate(_by_folder(runs).items()):
         names = ", ".join(dict.fromkeys(other.name for other in runs if other.folder == folder))
@@ -291,7 +291,7 @@ def _list(runs: Sequence[Run], output: Path) -> None:
 
 
 def _print_results(table: Table, runs: Iterable[Run], output: Path) -> None:
-    from starfire_prune.table_results import format_results, read_result
+    from starfire_prune.experiments.results import format_results, read_result
 
     print(format_results(table, [read_result(run, output) for run in runs]), flush=True)
 

@@ -33,13 +33,15 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.output or Path("runs") / arguments.recipe.stem
     try:
-        from starfire_prune.recipe import RecipeError, load_recipe
+        from starfire_prune.recipe.load import load_recipe
+        from starfire_prune.utils.settings import RecipeError
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)  # before the slow imports
 
         from starfire_prune.data import DataError, error_sentence
-        from starfire_prune.errors import PruningError, RanksError
-        from starfire_prune.training import RunError, train
+        from starfire_prune.runs.folder import RunError
+        from starfire_prune.training.train import train
+        from starfire_prune.utils.errors import PruningError, RanksError
     except ModuleNotFoundError as error:
         return _fail(f"{error}: pip install 'starfire-prune[train]'")
     except RecipeError as error:

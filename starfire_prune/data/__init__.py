@@ -12,12 +12,7 @@ from starfire_prune.data.errors import DataError, error_sentence
 from starfire_prune.data.images import Datasets, LabelledImages
 from starfire_prune.data.load import DATASETS, load_datasets
 from starfire_prune.data.loaders import build_loader, prepare_loader
-from starfire_prune.data.preprocessing import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    INTERPOLATIONS,
-    is_policy,
-)
+from starfire_prune.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS, is_policy
 from starfire_prune.data.readers import READER_OPTIONS, option_problems, reader_of
 from starfire_prune.data.shards import PADDING_LABEL
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from starfire_prune.data.errors import DataError, import_optional
+from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import Datasets, LabelledImages, Source
+from starfire_prune.utils.optional import import_optional
 
 __all__ = ["load_digits"]
 

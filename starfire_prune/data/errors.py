@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
-from typing import Any
-
-__all__ = ["DataError", "error_sentence", "import_optional", "listed"]
+__all__ = ["DataError", "error_sentence"]
 
 
 class DataError(ValueError):
@@ -31,41 +27,3 @@ def error_sentence(error: DataError) -> str:
     """
     heading = f"{DataError.__module__}.{DataError.__qualname__}: "
     return str(error).rpartition(heading)[2].strip()
-
-
-def import_optional(module: str, extra: str = "train") -> Any:
-    """Import a module of an optional package; these are slow, so only where they are used.
-
-    Args:
-        module: The module's full name.
-        extra: The extra of this package that installs it.
-
-    Returns:
-        The module.
-
-    Raises:
-        ModuleNotFoundError: If its package is missing, with the command that installs it.
-
-    Example:
-        >>> import_optional("json").dumps(3)
-        '3'
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = (error.name or module).partition(".")[0]
-        raise ModuleNotFoundError(
-            f"this data set needs {package}: pip install 'starfire-prune[{extra}]'", name=error.name
-        ) from error
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Enumerate names in sorted order, and only count those after the first few.
-
-    Example:
-        >>> listed(["c", "b", "a"], most=2)
-        'a, b and 1 more'
-    """
-    names = sorted(names)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from starfire_prune.data.errors import DataError, import_optional, listed
+from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import (
     Datasets,
     LabelledImages,
@@ -19,8 +19,11 @@ from starfire_prune.data.images import (
     existing_folder,
 )
 from starfire_prune.data.preprocessing import Transform
+from starfire_prune.utils.optional import import_optional
+from starfire_prune.utils.text import listed
 
 __all__ = ["load_folder", "load_tiny_imagenet"]
+
 
 Samples = Sequence[tuple[str, int]]
 

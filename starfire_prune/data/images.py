@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
     from starfire_prune.data.preprocessing import Preprocessing
 
-__all__ = [
-    "Classes",
-    "Datasets",
-    "LabelledImages",
-    "Source",
-    "decode_image",
-    "existing_folder",
-]
+__all__ = ["Classes", "Datasets", "LabelledImages", "Source", "decode_image", "existing_folder"]
+
 
 Item = TypeVar("Item")
 

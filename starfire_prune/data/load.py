@@ -17,6 +17,7 @@ from starfire_prune.data.readers import READERS, option_problems, reader_of
 
 __all__ = ["DATASETS", "load_datasets"]
 
+
 DATASETS: Final[Mapping[str, Callable[[Source], Datasets]]] = MappingProxyType(
     {"digits": load_digits, "folder": load_folder, "tiny_imagenet": load_tiny_imagenet}
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from starfire_prune.data.errors import import_optional
 from starfire_prune.data.shards import ShardedImages, has_single_end
+from starfire_prune.utils.optional import import_optional
 
 if TYPE_CHECKING:
     from collections.abc import Sized

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Final
 
 from torch import Tensor
 
-from starfire_prune.data.errors import DataError, import_optional
+from starfire_prune.data.errors import DataError
+from starfire_prune.utils.optional import import_optional
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "Preprocessing", "is_policy"]
 
+
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-
 # timm skips what it can't parse without a word, and each policy reads other sections
 _NUMBER: Final = r"\d+(\.\d+)?"
 _POLICY: Final = re.compile(
@@ -28,7 +29,6 @@ _POLICY: Final = re.compile(
     rf"|augmix(-(m|w|d|b)\d+|-(a|mstd){_NUMBER})*"
     rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?"
 )
-
 Transform = Callable[["Image.Image"], Tensor]
 
 

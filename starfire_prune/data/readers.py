@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from starfire_prune.data.errors import DataError, import_optional, listed
+from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import (
     Classes,
     Datasets,
@@ -26,8 +26,11 @@ from starfire_prune.data.images import (
 )
 from starfire_prune.data.preprocessing import Transform
 from starfire_prune.data.shards import SampleReader, Shard, ShardedImages
+from starfire_prune.utils.optional import import_optional
+from starfire_prune.utils.text import listed
 
 __all__ = ["READERS", "READER_OPTIONS", "option_problems", "reader_of"]
+
 
 # What each reader's options are
 READER_OPTIONS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
@@ -53,7 +56,6 @@ _IMAGE_FILES: Final = "jpg;jpeg;png;webp"
 _SHUFFLE_SIZE: Final = 2048
 _TRAIN_SPLITS: Final = ("train", "training")
 _VAL_SPLITS: Final = ("val", "valid", "validation", "eval", "evaluation", "test")
-
 T = TypeVar("T")
 
 

@@ -24,9 +24,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from starfire_prune.data.errors import DataError, import_optional
+from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import Classes, decode_image
 from starfire_prune.data.preprocessing import Transform
+from starfire_prune.utils.optional import import_optional
 
 __all__ = [
     "PADDING_LABEL",
@@ -38,11 +39,10 @@ __all__ = [
     "worker_range",
 ]
 
+
 PADDING_LABEL: Final = -100
 """The label of an image that another rank evaluates; CrossEntropyLoss ignores it too."""
-
 _NAME: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # a sample's key, and what the file holds
-
 T = TypeVar("T")
 
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 __all__ = [
-    "ABSENT",
     "LAST_EPOCHS",
     "Curve",
     "RunNumbers",
     "curve",
     "mean_curve",
-    "mean_of",
-    "number_text",
     "run_numbers",
-    "spread_text",
 ]
 
-LAST_EPOCHS: Final = 10
-ABSENT: Final = "-"
 
+LAST_EPOCHS: Final = 10
 Curve = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -113,54 +108,6 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     points = [dict(zip(*curve, strict=True)) for curve in curves]
     shared = sorted(set.intersection(*map(set, points))) if points else []
     return tuple(shared), tuple(statistics.mean(own[x] for own in points) for x in shared)
-
-
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of the numbers among values; None where there are none.
-
-    Example:
-        >>> mean_of([1.0, None, 2.0])
-        1.5
-    """
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known else None
-
-
-def number_text(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number of the report.
-
-    Example:
-        >>> number_text(60.004), number_text(-0.001, sign=True), number_text(None)
-        ('60.00', '+0.00', '-')
-    """
-    if value is None:
-        return ABSENT
-    rounded = round(value, digits) + 0.0  # not -0.0
-    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
-
-
-def spread_text(
-    values: Iterable[float | None], runs: int, digits: int = 2, *, sign: bool = False
-) -> str:
-    """The mean and the standard deviation over the runs of a variant.
-
-    Args:
-        values: of the runs; None where one has none.
-        runs: of the variant; said where fewer have a value.
-        digits: after the point.
-        sign: of positive numbers too.
-
-    Example:
-        >>> spread_text([50.0, 52.0], 2), spread_text([50.0, None], 2), spread_text([], 2)
-        ('51.00 ± 1.41', '50.00 (1 of 2)', '-')
-    """
-    known = [value for value in values if value is not None]
-    if not known:
-        return ABSENT
-    text = number_text(statistics.mean(known), digits, sign=sign)
-    if len(known) > 1:
-        text += f" ± {statistics.stdev(known):.{digits}f}"
-    return text if len(known) == runs else f"{text} ({len(known)} of {runs})"
 
 
 def _percent(row: Mapping[str, Any], key: str) -> float | None:

@@ -13,19 +13,22 @@ from typing import Any, Final
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from starfire_prune.checkpoint import CheckpointError, read_metadata
-from starfire_prune.evaluation import (
+from starfire_prune.engine.sparsity import Sparsity, measure_sparsity
+from starfire_prune.evaluation.results import (
     Evaluation,
-    EvaluationError,
     evaluation_file,
     file_sha256,
     read_evaluation,
 )
-from starfire_prune.models import PretrainedError, create_model, load_weights
-from starfire_prune.recipe import Model, Recipe, RecipeError, dump_recipe, load_recipe
-from starfire_prune.report import Sparsity, measure_sparsity
+from starfire_prune.models import create_model
+from starfire_prune.recipe.load import dump_recipe, load_recipe
+from starfire_prune.recipe.sections import Model, Recipe
 from starfire_prune.reporting.numbers import RunNumbers, run_numbers
-from starfire_prune.run_folder import RunError, exported_file, read_metrics
+from starfire_prune.runs.folder import RunError, exported_file, read_metrics
+from starfire_prune.serialization.pretrained import load_weights
+from starfire_prune.serialization.pruned import read_metadata
+from starfire_prune.utils.errors import CheckpointError, EvaluationError, PretrainedError
+from starfire_prune.utils.settings import RecipeError
 
 __all__ = [
     "ReportError",
@@ -36,6 +39,7 @@ __all__ = [
     "settings_key",
     "variants_of",
 ]
+
 
 _SEED: Final = re.compile(r"-seed\d+$")
 _NAMED_DATA: Final = {"digits", "tiny_imagenet"}

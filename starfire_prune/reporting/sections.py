@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from starfire_prune.reporting.attack_numbers import (
+from starfire_prune.reporting.attacks import (
     Attack,
     attack_curve,
     attacks_of,
@@ -15,18 +15,19 @@ from starfire_prune.reporting.attack_numbers import (
     is_level,
     results_under,
 )
-from starfire_prune.reporting.numbers import Curve, curve, mean_curve, mean_of, number_text
-from starfire_prune.reporting.page import Picture, Section
-from starfire_prune.reporting.picture_style import MOST_CURVES, Images, Line
-from starfire_prune.reporting.pictures import Points, Series, curves, points
+from starfire_prune.reporting.document import Picture, Section
+from starfire_prune.reporting.figures import Points, Series, curves, points
+from starfire_prune.reporting.labels import listed, numbered, settings_text, titled_picture
+from starfire_prune.reporting.numbers import Curve, curve, mean_curve
 from starfire_prune.reporting.runs import Variant
+from starfire_prune.reporting.style import MOST_CURVES, Images, Line
 from starfire_prune.reporting.tables import mean_top1, robustness_grid
-from starfire_prune.reporting.words import listed, numbered, settings_text, titled_picture
+from starfire_prune.utils.text import mean_of, number_text
 
 __all__ = ["accuracy_section", "robustness_section", "sparsity_section"]
 
-Lines = Mapping[str, Line]
 
+Lines = Mapping[str, Line]
 _CLOSER_FROM: Final = 8  # epochs from which on the last half has a picture of its own
 _BAND: Final = "Lines are means over the seeds, bands go from the lowest to the highest run"
 

@@ -8,20 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from starfire_prune.reporting.attack_numbers import accuracy, columns_of
-from starfire_prune.reporting.numbers import (
-    ABSENT,
-    LAST_EPOCHS,
-    RunNumbers,
-    mean_of,
-    number_text,
-    spread_text,
-)
-from starfire_prune.reporting.page import Grid
-from starfire_prune.reporting.picture_style import Line
+from starfire_prune.experiments.load import Run, Table
+from starfire_prune.experiments.results import RunResult, read_result
+from starfire_prune.experiments.settings import Column
+from starfire_prune.reporting.attacks import accuracy, columns_of
+from starfire_prune.reporting.document import Grid
+from starfire_prune.reporting.numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, settings_key
-from starfire_prune.table_results import RunResult, read_result
-from starfire_prune.tables import Column, Run, Table
+from starfire_prune.reporting.style import Line
+from starfire_prune.utils.text import ABSENT, mean_of, number_text, spread_text
 
 __all__ = [
     "Comparison",
@@ -34,8 +29,8 @@ __all__ = [
     "variants_grid",
 ]
 
-_Numbers = Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]
 
+_Numbers = Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]
 _NUMBERS: Final[_Numbers] = {
     # heading: the number, its digits, whether it has a sign
     "top-1, last epoch [%]": (lambda own: own.last_top1, 2, False),
@@ -49,8 +44,6 @@ _OF_RUNS_ALONE: Final[_Numbers] = {
     "reached in pruned layers [%]": (lambda own: own.reached_selected, 1, False),
     "top-5, last epoch [%]": (lambda own: own.last_top5, 2, False),
 }
-
-
 _AVERAGED: Final[_Numbers] = {
     "top-1 of the average [%]": (lambda own: own.average_top1, 2, False),
 }

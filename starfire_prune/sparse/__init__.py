@@ -5,6 +5,7 @@ kernels are C++, built at first use; without a compiler the model stays dense, a
 """
 
 from starfire_prune.sparse.build import BuildError
-from starfire_prune.sparse.compiled import CompiledModel, Segment, compile
+from starfire_prune.sparse.compiler import compile
+from starfire_prune.sparse.module import CompiledModel, Segment
 
 __all__ = ["BuildError", "CompiledModel", "Segment", "compile"]

@@ -24,6 +24,7 @@ import torch
 
 __all__ = ["BuildError", "Native", "native"]
 
+
 SOURCES = Path(__file__).with_name("native")
 MAIN = "sparse.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")

@@ -26,6 +26,7 @@ __all__ = [
     "tiles",
 ]
 
+
 LANES = 16  # floats that tiles and rows are counted in, on every machine
 LARGEST_TILE = 112
 PLANES, TILES = 0, 1

@@ -12,6 +12,7 @@ from starfire_prune.sparse.layout import Geometry, float_bits
 
 __all__ = ["ARENA", "INPUT", "OUTPUT", "Buffer", "Code", "Constants", "Program"]
 
+
 MAGIC = 0x5354415246495245
 ARENA, INPUT, OUTPUT = 0, 1, 2
 

@@ -1,0 +1,94 @@
+"""What pruning has to know of several ranks: equal masks, DDP's broadcasts, sharded parameters."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from starfire_prune.utils.errors import RanksError
+from starfire_prune.utils.modules import unwrap
+
+__all__ = [
+    "broadcast_from_first",
+    "compare_across_ranks",
+    "keep_buffers_from_ddp",
+    "refuse_sharded",
+]
+
+
+def compare_across_ranks(
+    digest: Callable[[], str], what: str, device: torch.device, reason: str
+) -> None:
+    """Raise on every rank if `digest()`, a hexadecimal hash, is not the same on all of them.
+
+    Args:
+        digest: of what has to be equal; not called where there is one process.
+        what: it is, for the error, in the plural.
+        device: of the tensors that the process group sends.
+        reason: that such a difference has, or the way out.
+
+    Raises:
+        RanksError: naming the ranks that differ from rank 0.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return
+    own = torch.tensor(list(bytes.fromhex(digest())), dtype=torch.uint8, device=device)
+    digests = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(digests, own)
+    differing = [rank for rank, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    if differing:
+        raise RanksError(
+            f"the {what} of rank(s) {', '.join(map(str, differing))} differ from those of rank 0: "
+            f"{reason}"
+        )
+
+
+def broadcast_from_first(bools: Iterable[Tensor], device: torch.device) -> None:
+    """Overwrite bool tensors by those of rank 0, all of them in one broadcast.
+
+    Args:
+        bools: of the same shapes on every rank.
+        device: of the tensors that the process group sends.
+    """
+    bools = list(bools)
+    if not bools or not distributed.is_available() or not distributed.is_initialized():
+        return
+    sent = torch.cat([own.flatten() for own in bools]).to(device, torch.uint8)
+    distributed.broadcast(sent, src=0)
+    for own, first in zip(bools, torch.split(sent, [own.numel() for own in bools]), strict=True):
+        own.copy_(first.view(own.shape))
+
+
+def keep_buffers_from_ddp(model: nn.Module, layers: Iterable[nn.Module], buffer: str) -> None:
+    """Let DDP not broadcast a buffer of these layers, whether it wraps the model already or will.
+
+    It broadcasts all buffers at each forward pass, and knows them by their names in the module
+    that it wraps, which may be a compiled one.
+    """
+    module = unwrap(model)
+    chosen = {id(layer) for layer in layers}
+    names = [
+        f"{prefix}{name}.{buffer}" if name else f"{prefix}{buffer}"
+        for name, part in module.named_modules()
+        if id(part) in chosen
+        for prefix in ("", "_orig_mod.")
+    ]
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    module._ddp_params_and_buffers_to_ignore = [*ignored, *names]  # type: ignore[assignment]
+    if isinstance(model, DistributedDataParallel):
+        model.parameters_to_ignore.update(names)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise for a model under FSDP.
+
+    Raises:
+        ValueError: if it is wrapped by FSDP or has sharded parameters.
+    """
+    sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    if sharded or any(hasattr(weight, "_local_tensor") for weight in model.parameters()):
+        raise ValueError(
+            "the model's parameters are sharded (FSDP): a rank sees a part of each weight and "
+            "can't rank it; train it under DistributedDataParallel"
+        )

@@ -1,0 +1,90 @@
+"""Gradients masked where they arise: before anything else sees them.
+
+A hook of a tensor returns what its gradient becomes. Out of place that takes memory, and time to
+get it, for each weight anew; in place it would change whatever shares the gradient's memory, such
+as the gradient of the other operand of an addition. So a gradient is masked in its own memory where
+nothing else can refer to it, which torch's counts of references tell. They are not public: where a
+version of torch lacks them or counts otherwise, all is done out of place.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["mask_gradient"]
+
+
+Counts = tuple[int, int, int]
+Hook = Callable[[Tensor], Tensor]
+
+
+def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
+    """Mask a weight's gradients from now on, also those of `torch.autograd.grad`.
+
+    What has been accumulated until now is masked at once.
+
+    Args:
+        weight: a leaf; one that is frozen is masked once it requires gradients.
+        mask: bool of its shape, True = kept, on its device.
+
+    Returns:
+        What takes the hook off.
+    """
+    _counts_alone()  # not within a backward pass
+    if weight.grad is not None:
+        weight.grad.mul_(mask)
+    hook = functools.partial(_masked, mask)
+    requires_grad = weight.requires_grad
+    weight.requires_grad_(True)  # else torch refuses a hook, which stays all the same
+    handle: RemovableHandle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
+    weight.requires_grad_(requires_grad)
+    return handle
+
+
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gradient * mask
+    counts = _counts(gradient)
+    is_alone = counts is not None and counts == _counts_alone()
+    return gradient.mul_(mask) if is_alone else gradient * mask
+
+
+def _counts(gradient: Tensor) -> Counts | None:
+    """References to a gradient's memory, to its tensor and to that in Python."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None or type(gradient) is not Tensor or not hasattr(gradient, "_use_count"):
+        return None
+    memory = count(gradient.untyped_storage()._cdata)
+    return memory, gradient._use_count(), sys.getrefcount(gradient)
+
+
+def counts_in_hook(wrap: Callable[[Hook], Hook] = lambda hook: hook) -> Counts | None:
+    """What is counted in a hook for a gradient that nothing else refers to; None if unknown.
+
+    Args:
+        wrap: what is put around the hooks, such as to time them, which holds references too.
+    """
+    seen: list[Counts | None] = []
+
+    def count(_: Tensor, gradient: Tensor) -> Tensor:
+        seen.append(_counts(gradient))
+        return gradient
+
+    with torch.enable_grad(), torch.inference_mode(False):
+        weight = nn.Parameter(torch.ones(1, 1, 1, 1, device="cpu"))  # takes no random numbers
+        hook = wrap(functools.partial(count, torch.ones(1)))
+        weight.register_hook(hook)  # type: ignore[no-untyped-call]
+        total: Any = functional.conv2d(torch.ones(1, 1, 1, 1, device="cpu"), weight).sum()
+        total.backward()
+    return seen[0]
+
+
+_counts_alone = functools.cache(counts_in_hook)

@@ -1,0 +1,170 @@
+"""Sparsity of a model, measured on the weights themselves, and its table.
+
+Counters of other packages see a pruned module's stale `weight`, or its zeros not at all; these
+read what a forward pass would use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from starfire_prune.utils.modules import layer_weight, prunable_layers
+from starfire_prune.utils.text import format_columns
+
+__all__ = ["LayerSparsity", "Sparsity", "effective_weight", "format_table", "measure_sparsity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """The zeros of a layer's weight.
+
+    Attributes:
+        name: of the module.
+        kind: `"conv"` or `"linear"`.
+        shape: `(K, C / groups, *kernel)` or `(out_features, in_features)`.
+        zeros: weights that are zero.
+        total: weights.
+        kernels_gone: kernels of nothing but zeros; 0 for a linear layer.
+        dead_outputs: output channels or neurons of nothing but zeros.
+        free: zeros that were taken because they only read zeros, beyond the amount asked for.
+        selected: whether it is among the layers that are pruned.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    zeros: int
+    total: int
+    kernels_gone: int
+    dead_outputs: int
+    selected: bool
+    free: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, in [0, 1]."""
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """The sparsity of a model, a `LayerSparsity` a layer."""
+
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def selected(self) -> float:
+        """Share of zeros over the layers that are pruned, in [0, 1]."""
+        return _share(layer for layer in self.layers if layer.selected)
+
+    @property
+    def network(self) -> float:
+        """Share of zeros over all convolutions and linear layers, in [0, 1]."""
+        return _share(self.layers)
+
+    @property
+    def free(self) -> int:
+        """Zeros that were taken because they only read zeros, beyond the amounts asked for."""
+        return sum(layer.free for layer in self.layers)
+
+    def __getitem__(self, name: str) -> LayerSparsity:
+        """The layer of that name."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no convolution or linear layer {name!r}")
+
+
+def measure_sparsity(
+    model: nn.Module,
+    selected: Iterable[str] | None = None,
+    free: Mapping[str, int] | None = None,
+) -> Sparsity:
+    """Count the zeros of a model's convolutions and linear layers.
+
+    Args:
+        model: pruned by hooks, permanently, or not at all; DDP and compiled models too.
+        selected: names of the layers that are pruned; all by default.
+        free: how many zeros of each layer were taken because they only read zeros.
+
+    Example:
+        >>> measure_sparsity(nn.Sequential(nn.Linear(4, 2))).network
+        0.0
+    """
+    names = None if selected is None else set(selected)
+    layers = prunable_layers(model).items()
+    return Sparsity(
+        tuple(
+            _measured(name, module, names is None or name in names, (free or {}).get(name, 0))
+            for name, module in layers
+        )
+    )
+
+
+@torch.no_grad()
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that a forward pass uses: masked, and never stale."""
+    mask = module._buffers.get("weight_mask")
+    if mask is not None:
+        return layer_weight(module).detach() * mask
+    return cast(Tensor, module.weight).detach()  # a parameter, or computed as by weight_norm
+
+
+def format_table(sparsity: Sparsity) -> str:
+    """The table of layers: kind, shape, zeros, kernels gone, dead channels; totals at the end."""
+    header = ("layer", "kind", "shape", "zeros", "sparsity", "kernels gone", "dead outputs")
+    rows = [
+        (
+            layer.name + ("" if layer.selected else " (dense)"),
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            f"{layer.zeros:,} / {layer.total:,}",
+            f"{layer.sparsity:.2%}",
+            f"{layer.kernels_gone:,} / {math.prod(layer.shape[:2]):,}"
+            if layer.kind == "conv"
+            else "",
+            f"{layer.dead_outputs} / {layer.shape[0]}",
+        )
+        for layer in sparsity.layers
+    ]
+    lines = [format_columns(header, rows, left=range(3))]
+    lines.append(
+        f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
+        f"{sparsity.network:.2%} of all convolution and linear weights"
+    )
+    if sparsity.free:
+        zeros = sum(layer.zeros for layer in sparsity.layers)
+        lines.append(
+            f"free: {sparsity.free:,} of the {zeros:,} zeros only read zeros and went beyond the "
+            f"amount asked for"
+        )
+    return "\n".join(lines)
+
+
+def _measured(name: str, module: nn.Module, selected: bool, free: int) -> LayerSparsity:
+    kept = effective_weight(module) != 0
+    is_conv = kept.ndim > 2
+    kernels = kept.flatten(2).any(2) if is_conv else kept
+    return LayerSparsity(
+        name=name,
+        kind="conv" if is_conv else "linear",
+        shape=tuple(kept.shape),
+        zeros=kept.numel() - int(kept.sum()),
+        total=kept.numel(),
+        kernels_gone=kernels.numel() - int(kernels.sum()) if is_conv else 0,
+        dead_outputs=len(kernels) - int(kernels.any(1).sum()),
+        selected=selected,
+        free=free,
+    )
+
+
+def _share(layers: Iterable[LayerSparsity]) -> float:
+    counted = [(layer.zeros, layer.total) for layer in layers]
+    total = sum(total for _, total in counted)
+    return sum(zeros for zeros, _ in counted) / total if total else 0.0

@@ -1,0 +1,1 @@
+"""Accuracy of a run or a file, clean and under attack."""

@@ -1,0 +1,1 @@
+"""Tables of runs: trained, resumed and set beside the paper's numbers."""

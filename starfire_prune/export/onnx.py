@@ -1,0 +1,316 @@
+"""ONNX files whose zeros are the model's, checked in ONNX Runtime against torch.
+
+The graph is that of torch's exporter with its constants folded and nothing else: its optimiser
+would fold batch norms whether asked or not. They are folded here on request, by scaling kernels
+and nothing else, so that what is zero stays zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import shutil
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from starfire_prune.engine.sparsity import effective_weight
+from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, strip_notes
+from starfire_prune.structure.graph import dense_copy, without_autocast
+from starfire_prune.utils.errors import ExportError
+from starfire_prune.utils.files import checked_file, move_file
+from starfire_prune.utils.modules import prunable_layers
+
+__all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "data_files", "export_onnx"]
+
+
+EXTERNAL_FROM_BYTES = 2**31 - 2**26  # protobuf's limit, less room for the graph
+_TOLERANCE = 1e-3  # of the largest output; a wrong graph is off by far more than rounding
+_BATCHES = (1, 3)  # neither is the example's
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxReport:
+    """What was written and how it was checked.
+
+    Attributes:
+        opset: of the operators.
+        size_bytes: of all files.
+        external: the file beside that holds the weights, where one file could not.
+        batch_norms: folded, and all that the graph had.
+        deviation: the largest difference of ONNX Runtime's outputs from torch's, on normally
+            distributed images in batches of 1 and 3.
+        largest: of torch's outputs.
+        layers: the zeros and the weights of each convolution and linear layer in the file.
+        unchecked: layers whose weight the file has under no name of its own, such as shared ones.
+    """
+
+    opset: int
+    size_bytes: int
+    external: Path | None
+    batch_norms: tuple[int, int]
+    deviation: float
+    largest: float
+    layers: Mapping[str, tuple[int, int]]
+    unchecked: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the layers that were checked, in [0, 1]."""
+        total = sum(weights for _, weights in self.layers.values())
+        return sum(zeros for zeros, _ in self.layers.values()) / total if total else 0.0
+
+
+def export_onnx(
+    model: nn.Module,
+    path: Path,
+    input_size: tuple[int, int, int],
+    *,
+    fold_bn: bool = False,
+    notes: Mapping[str, Any] | None = None,
+    external_from_bytes: int = EXTERNAL_FROM_BYTES,
+) -> OnnxReport:
+    """Write a model as ONNX file: `images` of shape `(batch, *input_size)` in, `logits` out.
+
+    The batch is of any size. Each weight that is zero in the model is zero in the file, which is
+    looked up there; the outputs are compared in ONNX Runtime. Nothing is written where either
+    fails.
+
+    Args:
+        model: in any phase of pruning, in float32; it is left as it is, and exported in eval mode.
+        path: of the file.
+        input_size: channels, height and width of the images.
+        fold_bn: fold batch norms into the convolutions before them.
+        notes: plain values for the file's metadata, by name, each as JSON.
+        external_from_bytes: from so many bytes of weights on they go into a file of their own, as
+            one of ONNX holds at most 2 GiB: `PATH.data`, which has to stay beside; or `PATH.data2`
+            where `path` is replaced and has a `PATH.data`, which goes only then.
+
+    Raises:
+        ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
+        ExportError: if torch can't export the model, or the file would not be as the model is.
+        CheckpointError: if it can't be written.
+
+    Example:
+        >>> path, size = Path("model.onnx"), (3, 224, 224)
+        >>> export_onnx(model, path, size, fold_bn=True).deviation  # doctest: +SKIP
+        1.4e-06
+    """
+    onnx, _, runtime = (_module(name) for name in _PACKAGES)
+    model = dense_copy(model).eval()
+    proto = _exported(model, input_size)
+    weights = Weights(onnx, proto.graph)
+    norms = _count_norms(proto.graph)
+    folded = fold_batch_norms(proto.graph, weights) if fold_bn else 0
+    strip_notes(proto)
+    for name, value in (notes or {}).items():
+        proto.metadata_props.add(key=name, value=json.dumps(value))
+    layers, unchecked = _checked_zeros(model, weights)
+    data = _free_data_file(onnx, path) if weights.size_bytes >= external_from_bytes else None
+    with checked_file(path, _saved(onnx, proto, path, data)) as file:
+        deviation, largest = _checked_outputs(runtime, model, file, input_size)
+        parts = (file,) if data is None else (file, file.with_name(data.name))
+        size_bytes = sum(part.stat().st_size for part in parts)
+    return OnnxReport(
+        opset=next(each.version for each in proto.opset_import if not each.domain),
+        size_bytes=size_bytes,
+        external=data,
+        batch_norms=(folded, norms),
+        deviation=deviation,
+        largest=largest,
+        layers=layers,
+        unchecked=unchecked,
+    )
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ONNX files need {error.name}: pip install 'starfire-prune[onnx]'", name=error.name
+        ) from error
+
+
+def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    """The `ModelProto` of a model for batches of any size."""
+    optimizer = importlib.import_module("onnxscript.optimizer")
+    try:
+        with warnings.catch_warnings(), without_autocast():
+            warnings.simplefilter("ignore")  # of the exporter about its own code
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(2, *input_size),),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                optimize=False,  # it would fold batch norms
+                verbose=False,
+            )
+            graph: Any = program
+            optimizer.inline(graph.model)
+            optimizer.fold_constants(graph.model)
+            optimizer.remove_unused_nodes(graph.model)
+            return graph.model_proto
+    except Exception as error:  # whatever the model's code or an operator without ONNX raises
+        versions = " and ".join(f"{name} {version(name)}" for name in ("torch", "onnxscript"))
+        raise ExportError(
+            f"{versions} can't export this model to ONNX: {_first_cause(error)}"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong at first: the exporter wraps it in advice of many lines."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return textwrap.shorten(str(error), 300) or type(error).__name__
+
+
+def _count_norms(graph: Any) -> int:
+    return sum(node.op_type == "BatchNormalization" for node in graph.node)
+
+
+# Checking
+
+
+def _checked_zeros(
+    model: nn.Module, weights: Weights
+) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Zeros and weights of each layer in the file, and the layers that it has under no name.
+
+    Raises:
+        ExportError: if a weight is zero in the model and not in the file.
+    """
+    layers: dict[str, tuple[int, int]] = {}
+    unchecked = []
+    for layer, module in prunable_layers(model).items():
+        weight = effective_weight(module).cpu().numpy()
+        array = _array_of(f"{layer}.weight" if layer else "weight", weight, weights)
+        if array is None:
+            unchecked.append(layer)
+            continue
+        if (array[weight == 0] != 0).any():
+            raise ExportError(f"{layer}: weights that are zero in the model are not in the file")
+        layers[layer] = int((array == 0).sum()), array.size
+    return layers, tuple(unchecked)
+
+
+def _array_of(name: str, weight: Array, weights: Weights) -> Array | None:
+    """The weight in the file, in the model's order: by its name, or else by its values."""
+    if name in weights and weights[name].shape == weight.shape:
+        return weights[name]
+    for other in weights:
+        array = weights[other]
+        for turned in (array, array.T):
+            if turned.shape == weight.shape and np.array_equal(turned, weight):
+                return turned
+    return None
+
+
+@torch.no_grad()
+def _checked_outputs(
+    runtime: Any, model: nn.Module, file: Path, input_size: tuple[int, int, int]
+) -> tuple[float, float]:
+    """The largest difference of ONNX Runtime's outputs from torch's, and torch's largest output.
+
+    Raises:
+        ExportError: if the difference is beyond rounding, or the file doesn't run.
+    """
+    session = _session(runtime, file)
+    generator = torch.Generator().manual_seed(0)
+    deviation = largest = 0.0
+    for batch in _BATCHES:
+        images = torch.randn(batch, *input_size, generator=generator)
+        expected: Tensor = model(images)
+        try:
+            (output,) = session.run(["logits"], {"images": images.numpy()})
+        except Exception as error:  # of a kind for each failure
+            raise ExportError(f"ONNX Runtime can't run the exported model: {error}") from error
+        difference = (torch.from_numpy(output) - expected).abs().nan_to_num(nan=torch.inf)
+        deviation = max(deviation, float(difference.max()))
+        largest = max(largest, float(expected.abs().max()))
+    if not deviation <= _TOLERANCE * largest:
+        raise ExportError(
+            f"ONNX Runtime's outputs differ by {deviation:.2g} from torch's, whose largest is "
+            f"{largest:.2g}: torch's exporter gets this model wrong"
+        )
+    return deviation, largest
+
+
+def _session(runtime: Any, file: Path) -> Any:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of a kind for each failure
+        raise ExportError(f"ONNX Runtime can't load the exported model: {error}") from error
+
+
+# Writing
+
+
+def data_files(path: Path) -> tuple[Path, Path]:
+    """Where the weights of an ONNX file may lie, if not in it: in one of the two."""
+    return path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.data2")
+
+
+def _used_data_file(onnx: Any, path: Path) -> Path | None:
+    """Which of the two the ONNX file at `path` needs, if there is one that does."""
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception:  # there is none, or it is something else
+        return None
+    held = {each.value for tensor in graph.initializer for each in tensor.external_data}
+    return next((file for file in data_files(path) if file.name in held), None)
+
+
+def _free_data_file(onnx: Any, path: Path) -> Path:
+    """The first of the two that the ONNX file at `path` does not need."""
+    used = _used_data_file(onnx, path)
+    return next(file for file in data_files(path) if file != used)
+
+
+@contextmanager
+def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Path]:
+    """Write a model in a folder beside `path`, where it appears once the block has ended well.
+
+    Its weights, where they have a file of their own, come first: at any time there is the old model
+    or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    used = _used_data_file(onnx, path)
+    folder = path.with_name(f".{path.name}.parts")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        file = folder / path.name
+        options = {} if data is None else {"save_as_external_data": True, "location": data.name}
+        onnx.save_model(proto, str(file), **options)
+        _check(onnx, file)
+        yield file
+        if data is not None:
+            move_file(folder / data.name, data)
+        move_file(file, path)
+        if used is not None:
+            used.unlink(missing_ok=True)  # of the model that was there
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(onnx: Any, file: Path) -> None:
+    try:
+        onnx.checker.check_model(str(file))
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported model is no valid ONNX: {error}") from error

@@ -1,0 +1,64 @@
+"""Comparisons of recipes: where two differ, and which differences matter to training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.utils.settings import KeyPath
+
+__all__ = ["beyond_pruning", "dense_epochs", "differing_keys", "training_differences"]
+
+
+# What doesn't change a run: the data may lie elsewhere, as on a node's own disk
+_MAY_DIFFER: Final = ("data.root", "training.trackers", "training.keep_checkpoints")
+
+
+def differing_keys(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
+    """Where two recipes differ: dotted key to the values in `a` and in `b`; empty if nowhere.
+
+    Example:
+        >>> a = load_recipe("recipes/quickstart.yaml")
+        >>> differing_keys(a, load_recipe("recipes/quickstart.yaml", ["pruning.amount=0.7"]))
+        {'pruning.amount': (0.6, 0.7)}
+    """
+    return dict(_differences(a.model_dump(), b.model_dump(), ()))
+
+
+def training_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
+    """`differing_keys` of two recipes, but for where the data lie and what is merely kept or told.
+
+    Example:
+        >>> a = load_recipe("recipes/quickstart.yaml")
+        >>> training_differences(
+        ...     a, load_recipe("recipes/quickstart.yaml", ["training.keep_checkpoints=[3]"])
+        ... )
+        {}
+    """
+    return {key: value for key, value in differing_keys(a, b).items() if key not in _MAY_DIFFER}
+
+
+def beyond_pruning(
+    differing: Mapping[str, tuple[object, object]],
+) -> dict[str, tuple[object, object]]:
+    """Those of differing keys that are not within `pruning`."""
+    return {key: value for key, value in differing.items() if key.partition(".")[0] != "pruning"}
+
+
+def dense_epochs(recipe: Recipe) -> int:
+    """The epochs that a recipe trains dense, before its era or without one.
+
+    Example:
+        >>> dense_epochs(load_recipe("recipes/quickstart.yaml"))
+        3
+    """
+    return recipe.epochs if recipe.pruning == "none" else recipe.pruning.era[0]
+
+
+def _differences(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[str, tuple[object, object]]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            yield from _differences(a.get(key), b.get(key), (*at, key))
+    elif a != b:
+        yield ".".join(map(str, at)), (a, b)

@@ -1,0 +1,72 @@
+"""Words that several parts of a report share, and the names of its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.reporting.document import Picture
+from starfire_prune.reporting.runs import Variant, folder_of_data
+from starfire_prune.reporting.style import Images
+
+__all__ = ["data_text", "file_name", "listed", "numbered", "settings_text", "titled_picture"]
+
+
+def settings_text(variants: Iterable[Variant]) -> str:
+    """The model, data, epochs and seeds of runs, in a few words."""
+    runs = [run for own in variants for run in own.runs]
+    seeds = sorted({run.recipe.seed for run in runs})
+    epochs = sorted({run.recipe.epochs for run in runs})
+    models = dict.fromkeys(run.recipe.model.name for run in runs)
+    data = dict.fromkeys(data_text(run.recipe) for run in runs)
+    told_epochs = f"{listed(epochs)} epoch{'s' * (epochs != [1])}"
+    told_seeds = f"seed{'s' * (len(seeds) > 1)} {listed(seeds)}"
+    return f"{listed(models)} on {listed(data)}, {told_epochs}, {told_seeds}"
+
+
+def data_text(recipe: Recipe) -> str:
+    """The data set of a recipe, with what tells it from others."""
+    data = recipe.data
+    name, folder = data.name, folder_of_data(recipe)
+    if folder is not None:
+        name = folder if name == "folder" else f"{name} in {folder}"
+    return f"{name} ({recipe.model.num_classes} classes, {data.image_size} px)"
+
+
+def listed(items: Iterable[object]) -> str:
+    """Items with commas and an `and`.
+
+    Example:
+        >>> listed([0, 1, 2])
+        '0, 1 and 2'
+    """
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def titled_picture(name: str, title: str, caption: str, alt: str, images: Images) -> Picture:
+    """A picture with its words; see `Picture`."""
+    own = (images.light, images.dark, images.width, images.height)
+    return Picture(name, title, caption, alt, *own)
+
+
+def numbered(pictures: Sequence[Picture]) -> Iterator[Picture]:
+    """The same pictures, none of them with the file name of another."""
+    taken: set[str] = set()
+    for picture in pictures:
+        names = (picture.name, *(f"{picture.name}-{n}" for n in range(2, len(pictures) + 1)))
+        name = next(name for name in names if name.lower() not in taken)
+        taken.add(name.lower())  # some disks don't tell the cases apart
+        yield dataclasses.replace(picture, name=name)
+
+
+def file_name(name: str) -> str:
+    """What a name gives in that of a file.
+
+    Example:
+        >>> file_name("runs/ck 60")
+        'runs-ck-60'
+    """
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"

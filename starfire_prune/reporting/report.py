@@ -1,0 +1,286 @@
+"""The report of runs: summary, tables beside the paper's, curves, layers and masks."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import Final
+
+from starfire_prune.experiments.load import Table
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.reporting.document import Report, Section, csv_text, markdown_text
+from starfire_prune.reporting.html import html_text
+from starfire_prune.reporting.labels import data_text, settings_text
+from starfire_prune.reporting.layer_section import chosen_layer, layers_section
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, variants_of
+from starfire_prune.reporting.sections import accuracy_section, robustness_section, sparsity_section
+from starfire_prune.reporting.style import lines_of
+from starfire_prune.reporting.tables import (
+    Comparison,
+    above_dense,
+    compared,
+    mean_top1,
+    paper_grid,
+    runs_grid,
+    variants_grid,
+)
+from starfire_prune.utils.files import replaced_file, write_text
+from starfire_prune.utils.text import number_text, spread_text
+
+__all__ = ["build_report", "write_report"]
+
+
+_PICTURE: Final = re.compile(r"^!\[.*\]\(([\w.-]+)\.png\)$", re.MULTILINE)
+
+
+def build_report(
+    runs: Sequence[ReportedRun], table: Table | None = None, layer: str | None = None
+) -> Report:
+    """The report of runs, with its pictures drawn.
+
+    Args:
+        runs: in the order in which they are shown, but for dense ones, which come first; those of
+            `table` stand in its order.
+        table: whose numbers of the paper stand beside those of its runs.
+        layer: the convolution whose masks are shown; by default the middle one.
+
+    Raises:
+        ReportError: if no run that prunes has such a layer, or a run of `table` is there twice.
+    """
+    comparison = None if table is None else compared(table, runs)
+    variants = _ordered(variants_of(runs), comparison)
+    _check_layer(variants, layer)
+    lines = dict(
+        zip(
+            (own.name for own in variants),
+            lines_of([own.method for own in variants]),
+            strict=True,
+        )
+    )
+    grid = runs_grid(variants, comparison)
+    sections = [
+        Section("Results", grids=(variants_grid(variants, lines),)),
+        _paper_section(comparison),
+        accuracy_section(variants, lines),
+        sparsity_section(variants, lines),
+        robustness_section(variants, lines),
+        layers_section(variants, layer),
+        Section("Each run", grids=(grid,), folded=True),
+    ]
+    return Report(
+        title=_title(variants, comparison),
+        summary=tuple(_summary(variants)),
+        notes=tuple(_notes(variants, comparison)),
+        sections=tuple(section for section in sections if section is not None),
+        runs=grid,
+    )
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.html`, `report.md`, `report.csv` and the pictures; where the page is.
+
+    Pictures of the report that is replaced go, unless they were changed since.
+
+    Raises:
+        OSError: if a file can't be written.
+    """
+    for picture in report.pictures:
+        with replaced_file(folder / f"{picture.name}.png") as temporary:
+            temporary.write_bytes(picture.light)
+    for path in _outdated(folder, {picture.name.lower() for picture in report.pictures}):
+        path.unlink()
+    write_text(folder / "report.csv", csv_text(report.runs))
+    write_text(folder / "report.md", markdown_text(report))
+    page = folder / "report.html"
+    write_text(page, html_text(report))
+    return page
+
+
+def _outdated(folder: Path, names: Set[str]) -> list[Path]:
+    """The files of an earlier report's pictures: named in its Markdown, and the same in its page.
+
+    Args:
+        folder: of the report.
+        names: of the new report's pictures, in lower case.
+    """
+    page, markdown = (_earlier(folder / f"report.{ending}") for ending in ("html", "md"))
+    files = [folder / f"{name}.png" for name in _PICTURE.findall(markdown)]
+    return [
+        path
+        for path in dict.fromkeys(files)
+        if path.stem.lower() not in names
+        and path.is_file()
+        and f',{base64.b64encode(path.read_bytes()).decode()}"' in page
+    ]
+
+
+def _earlier(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list[Variant]:
+    """Those of a table in its order, then dense ones, then the rest as they come."""
+    places = comparison.places if comparison else {}
+
+    def place(variant: Variant) -> tuple[float, bool]:
+        own = (places.get(run.folder.resolve(), math.inf) for run in variant.runs)
+        return min(own), variant.method != "dense"
+
+    return sorted(variants, key=place)
+
+
+def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
+    """A layer that is asked for must be pruned in every run whose masks are shown."""
+    for variant in variants:
+        for run in variant.runs:
+            if layer is None or run.sparsity is None or variant.method == "dense":
+                continue
+            try:
+                chosen_layer(run.sparsity, layer)
+            except KeyError as error:
+                convs = [
+                    own.name for own in run.sparsity.layers if own.selected and own.kind == "conv"
+                ]
+                raise ReportError(
+                    f"--layer {layer} is no convolution that {run.folder} prunes; it prunes "
+                    f"{', '.join(convs[:8])}{' …' * (len(convs) > 8)}"
+                ) from error
+
+
+def _paper_section(comparison: Comparison | None) -> Section | None:
+    grid = None if comparison is None else paper_grid(comparison)
+    return None if grid is None else Section("Beside the paper", grids=(grid,))
+
+
+# Words
+
+
+def _title(variants: Sequence[Variant], comparison: Comparison | None) -> str:
+    if comparison is not None and comparison.results:
+        return comparison.table.title
+    if len(variants) == 1:
+        return f"{variants[0].name}: {settings_text(variants)}"
+    models = dict.fromkeys(own.recipe.model.name for own in variants)
+    data = dict.fromkeys(own.recipe.data.name for own in variants)
+    return f"{len(variants)} ways of training {', '.join(models)} on {', '.join(data)}"
+
+
+def _summary(variants: Sequence[Variant]) -> Iterator[str]:
+    count = sum(len(own.runs) for own in variants)
+    kinds = f" of {len(variants)} variants" if len(variants) > 1 else ""
+    yield f"{count} run{'s' * (count > 1)}{kinds}: {settings_text(variants)}."
+    dense = [own for own in variants if own.method == "dense"]
+    if len(dense) == 1:
+        yield f"Dense training ends at {_top1(dense[0])} % top-1."
+    pruned = [own for own in variants if own.method != "dense" and mean_top1(own) is not None]
+    if pruned:
+        yield from _best_and_worst(pruned, variants)
+        yield _furthest_from_target(pruned)
+
+
+def _best_and_worst(pruned: Sequence[Variant], variants: Sequence[Variant]) -> Iterator[str]:
+    """The pruned variants with the highest and the lowest mean, if all are of the same data."""
+    if len({data_text(own.recipe) for own in variants}) > 1:
+        return
+    ranked = sorted(pruned, key=lambda own: mean_top1(own) or 0.0)
+    best, worst = ranked[-1], ranked[0]
+    if best is worst:
+        yield f"Pruned training ends at {_top1(best)} % top-1{_to_dense(best, variants)}."
+        return
+    yield (
+        f"The highest of the pruned variants is {best.name}, at {_top1(best)} % top-1"
+        f"{_to_dense(best, variants)}."
+    )
+    yield f"The lowest is {worst.name}, at {_top1(worst)} %{_to_dense(worst, variants)}."
+
+
+def _furthest_from_target(pruned: Sequence[Variant]) -> str:
+    gaps = [
+        (abs(run.numbers.reached - run.numbers.asked), run)
+        for own in pruned
+        for run in own.counted
+        if run.numbers.reached is not None
+    ]
+    gap, run = max(gaps, key=lambda pair: pair[0], default=(0.0, None))
+    if run is None or gap <= 1.0:
+        return "All sparse runs have reached the sparsity asked for within 1 point."
+    return (
+        f"{run.name} is furthest from the sparsity asked for: "
+        f"{number_text(run.numbers.asked, 1)} % asked, {number_text(run.numbers.reached, 1)} % "
+        f"reached."
+    )
+
+
+def _top1(variant: Variant) -> str:
+    return spread_text([run.numbers.last_top1 for run in variant.counted], len(variant.runs))
+
+
+def _to_dense(variant: Variant, variants: Sequence[Variant]) -> str:
+    above = above_dense(variant, variants)
+    return "" if above is None else f" ({number_text(above, sign=True)} points to dense)"
+
+
+def _notes(variants: Sequence[Variant], comparison: Comparison | None) -> Iterator[str]:
+    """What limits a comparison of the runs."""
+    yield from _unlike("data sets", variants, data_text, ": their accuracies can't be compared")
+    yield from _unlike("models", variants, lambda recipe: recipe.model.name)
+    yield from _unlike("numbers of epochs", variants, lambda recipe: str(recipe.epochs))
+    behind = [
+        f"{run.name} ({run.numbers.epochs} of {run.recipe.epochs} epochs)"
+        for own in variants
+        for run in own.runs
+        if not run.finished
+    ]
+    if behind:
+        yield (
+            f"Not finished: {_few(behind)}. They count in means only where no run of their "
+            f"variant is finished, and then as far as they are."
+        )
+    averaged = [
+        run.name for own in variants for run in own.runs if run.numbers.average_top1 is not None
+    ]
+    if averaged:
+        yield (
+            f"Exported with a moving average of the weights: {_few(averaged)}. Its top-1 is in the "
+            f"table of runs; curves and means are of the weights that trained."
+        )
+    yield from _copies(variants)
+    if comparison is not None:
+        if comparison.missing:
+            yield f"Not among these runs, but in the table: {_few(comparison.missing)}."
+        for problem in comparison.problems:
+            yield f"Not set beside the paper: {problem}."
+
+
+def _copies(variants: Sequence[Variant]) -> Iterator[str]:
+    """A sentence on each seed of which a variant has several runs."""
+    for own in variants:
+        by_seed: dict[int, list[str]] = {}
+        for run in own.runs:
+            by_seed.setdefault(run.recipe.seed, []).append(str(run.folder))
+        for seed, folders in by_seed.items():
+            if len(folders) > 1:
+                yield (
+                    f"Of the same settings and the same seed {seed}: {_few(folders)}. If they are "
+                    f"copies, means count one run several times, and deviations are too small."
+                )
+
+
+def _few(items: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def _unlike(
+    what: str, variants: Sequence[Variant], key: Callable[[Recipe], str], consequence: str = ""
+) -> Iterator[str]:
+    """A sentence on which variants are of what, where they differ in it."""
+    groups: dict[str, list[str]] = {}
+    for own in variants:
+        groups.setdefault(key(own.recipe), []).append(own.name)
+    if len(groups) > 1:
+        told = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
+        yield f"The runs are of different {what}{consequence} ({told})."

@@ -1,0 +1,133 @@
+"""What is evaluated: the weights of a finished run or a safetensors file, and their recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from starfire_prune.recipe.load import load_recipe
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.runs.folder import exported_file, read_metrics
+from starfire_prune.utils.errors import EvaluationError
+from starfire_prune.utils.settings import RecipeError
+
+__all__ = ["Subject", "data_settings", "find_subject"]
+
+
+_IMAGES: Final = {
+    *("name", "root", "val_split", "options"),
+    *("image_size", "interpolation", "crop_pct", "mean", "std"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Weights, and the recipe that says of which model they are and on which data.
+
+    Attributes:
+        name: of the run's folder, or of the file.
+        weights: the safetensors file.
+        recipe: with all overrides.
+        folder: of the run, if it is one.
+        other_settings: the keys in which overrides ask for other images or another model than
+            the run's.
+    """
+
+    name: str
+    weights: Path
+    recipe: Recipe
+    folder: Path | None = None
+    other_settings: tuple[str, ...] = ()
+
+    @property
+    def keeps_evaluation(self) -> bool:
+        """Whether an evaluation belongs into the folder of the run."""
+        return self.folder is not None and not self.other_settings
+
+
+def find_subject(
+    path: Path,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    root: Path | None = None,
+    *,
+    needs_data: bool = True,
+) -> Subject:
+    """Find the weights of a run's folder, or of a file, and read their recipe.
+
+    Args:
+        path: folder of a finished run, or a safetensors file such as its export.
+        recipe: file of the recipe of a safetensors file; a run has its own.
+        overrides: settings that replace the recipe's, each `"KEY=VALUE"`.
+        root: folder of the images, in place of `data.root`.
+        needs_data: refuse a recipe whose data's place is an environment variable that is not set.
+
+    Raises:
+        EvaluationError: if there is nothing at `path`, no recipe for it, an unfinished run, or an
+            evaluation that can't be added to.
+        RecipeError: if the recipe with the overrides is none.
+        RunError: if the metrics of an unfinished run are damaged.
+    """
+    settings = [*overrides, *([] if root is None else [f"data.root={json.dumps(str(root))}"])]
+    if path.is_dir():
+        return _run(path, settings, needs_data)
+    if not path.is_file():
+        raise EvaluationError(f"there is no run or file {path}{_near(path)}")
+    if recipe is None:
+        raise EvaluationError(
+            f"{path} needs the recipe of its model and its data: give --recipe FILE, or in place "
+            f"of the file the folder of its run"
+        )
+    return Subject(path.name, path, _load(recipe, settings, needs_data))
+
+
+def data_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of a recipe's data that decide what the images of an evaluation are."""
+    return recipe.data.model_dump(mode="json", include=_IMAGES)
+
+
+def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> Subject:
+    saved = folder / "recipe.yaml"
+    if not saved.is_file():
+        raise EvaluationError(f"{folder} is no run's folder: it holds no {saved.name}")
+    recipe = _load(saved, settings, needs_data)
+    weights = exported_file(folder)
+    if not weights.is_file():
+        raise EvaluationError(
+            f"{folder} is unfinished, {len(read_metrics(folder))} of {recipe.epochs} epochs are "
+            f"done: go on with accelerate launch tools/train.py {saved} --output {folder}"
+        )
+    own, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
+    other = tuple(key for key in own if own[key] != asked[key])
+    return Subject(folder.resolve().name, weights, recipe, folder, other)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides what is evaluated, by its keys: the images, wherever they lie, and the model."""
+    data = {f"data.{key}": value for key, value in data_settings(recipe).items() if key != "root"}
+    model = recipe.model.model_dump(mode="json", exclude={"pretrained"})
+    return {**{f"model.{key}": value for key, value in model.items()}, **data}
+
+
+def _load(path: Path, settings: Sequence[str], needs_data: bool) -> Recipe:
+    try:
+        return load_recipe(path, settings, keep_unset=not needs_data)
+    except RecipeError as error:
+        fixable = re.search(": data.root: (is required|the environment variable).*$", str(error))
+        if fixable is None:
+            raise
+        raise RecipeError(f"{error}; or give --data FOLDER") from error
+
+
+def _near(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f": there is no folder {folder}"
+    names = sorted(other.name for other in folder.iterdir() if not other.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names) or names[:5]
+    return f"; in {folder}: {', '.join(near)}" if near else f"; {folder} is empty"

@@ -1,0 +1,118 @@
+"""What a file of a pruned model tells of itself, as JSON in the metadata of its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from starfire_prune.serialization.container import parse_json
+from starfire_prune.utils.errors import DamageError
+from starfire_prune.utils.files import reason
+
+if TYPE_CHECKING:
+    from starfire_prune.engine.pruner import Pruner
+    from starfire_prune.recipe.sections import Recipe
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "MODEL_KEY",
+    "RECIPE_KEY",
+    "check_version",
+    "metadata_text",
+    "pruning_metadata",
+    "recipe_metadata",
+]
+
+
+FORMAT_VERSION = 1
+METADATA_KEY = "starfire_prune"
+MODEL_KEY = "starfire_prune.model"
+RECIPE_KEY = "starfire_prune.recipe"
+
+
+def check_version(pruning: Mapping[str, Any]) -> None:
+    """Raise DamageError unless the metadata are of a version that this package reads."""
+    version = pruning.get("format_version")
+    if version is None:
+        raise DamageError("it is no file of save_pruned: its metadata name no format_version")
+    if version != FORMAT_VERSION:
+        raise DamageError(
+            f"its format_version is {version!r}, and this version of starfire_prune reads "
+            f"{FORMAT_VERSION}: install the one that wrote it"
+        )
+
+
+def metadata_text(content: Mapping[str, Any], argument: str) -> str:
+    """The JSON of metadata, such as a reader takes.
+
+    Args:
+        content: plain data.
+        argument: of `save_pruned`, that the content comes from.
+
+    Raises:
+        ValueError: for inf, NaN, keys that are the same as text, what is nested deeper than 64
+            levels, and all that JSON has not.
+    """
+    try:
+        text = json.dumps(content, allow_nan=False)
+        parse_json(text, "it")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`{argument}` can't be noted in the file ({reason(error)}): give finite numbers, "
+            f"strings, and lists and dicts of these"
+        ) from error
+    return text
+
+
+def pruning_metadata(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    pruner: Pruner | None,
+    average_decay: float | None,
+) -> dict[str, Any]:
+    """What a file tells of the pruning: for a run the method, and for each pruned weight its zeros.
+
+    Args:
+        model: that the pruner prunes, or mirrors.
+        state: its plain state.
+        masks: of all pruned weights.
+        pruner: of the model, if any.
+        average_decay: noted where the model is a moving average of the weights.
+    """
+    sparsity = None if pruner is None else pruner.sparsity(model)
+    layers = {} if pruner is None else {_key(name): name for name in pruner.layers}
+
+    def weight(name: str) -> dict[str, Any]:
+        layer = pruner.layers[layers[name]] if pruner is not None and name in layers else None
+        return {
+            "method": None if layer is None else layer.method,
+            "amount": None if layer is None else layer.amount,
+            "zeros": int((state[name] == 0).sum()),
+            "total": state[name].numel(),
+            "free": 0 if layer is None or sparsity is None else sparsity[layer.name].free,
+        }
+
+    run: dict[str, Any] = {"method": None}
+    if pruner is not None:
+        pruning = pruner.pruning
+        run = {"method": pruning.method, "amount": pruning.amount, "era": list(pruning.era)}
+        run["phase"] = pruner.phase
+    average = {} if average_decay is None else {"average_decay": average_decay}
+    weights = {name: weight(name) for name in masks}
+    return {"format_version": FORMAT_VERSION, **run, **average, "weights": weights}
+
+
+def _key(name: str) -> str:
+    return f"{name}.weight" if name else "weight"
+
+
+def recipe_metadata(recipe: Recipe | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A recipe as plain data."""
+    if recipe is None or isinstance(recipe, Mapping):
+        return None if recipe is None else dict(recipe)
+    return recipe.model_dump(mode="json")

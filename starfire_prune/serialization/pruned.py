@@ -1,0 +1,401 @@
+"""Files of pruned models, small and checked, that timm, the Hub and plain safetensors read.
+
+`save_pruned` writes a model, `load_pruned` its tensors under plain names, `load_pruned_model` a
+model, and `load_masks` what was pruned, so that training can go on. Both forms, `"dense"` and
+`"compressed"`, are safetensors files with a CRC-32 of each tensor and of the header's meaning,
+verified before anything is handed out (docs/format.md). Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, distributed, nn
+
+from starfire_prune.serialization.architecture import (
+    architecture_of,
+    build_architecture,
+    set_dtypes,
+)
+from starfire_prune.serialization.container import (
+    MAX_BYTES,
+    parse_json,
+    read_tensor_file,
+    write_tensor_file,
+)
+from starfire_prune.serialization.entries import (
+    TENSORS_KEY,
+    TensorEntry,
+    decode_tensors,
+    fill_tensors,
+    read_entries,
+)
+from starfire_prune.serialization.metadata import (
+    METADATA_KEY,
+    MODEL_KEY,
+    RECIPE_KEY,
+    check_version,
+    metadata_text,
+    pruning_metadata,
+    recipe_metadata,
+)
+from starfire_prune.serialization.state import known_masks, masks_of_zeros, plain_state_dict
+from starfire_prune.serialization.store import store_tensors
+from starfire_prune.utils.errors import CheckpointError, CodecError, DamageError
+from starfire_prune.utils.files import reason, replaced_file, writing
+from starfire_prune.utils.modules import clean_name, unwrap
+
+if TYPE_CHECKING:
+    from starfire_prune.engine.pruner import Pruner
+    from starfire_prune.recipe.sections import Recipe
+
+__all__ = [
+    "FileFormat",
+    "PrunedFile",
+    "convert_pruned",
+    "is_pruned_file",
+    "load_masks",
+    "load_pruned",
+    "load_pruned_model",
+    "read_metadata",
+    "read_pruned_file",
+    "save_pruned",
+]
+
+
+FileFormat = Literal["dense", "compressed"]
+StrPath = str | os.PathLike[str]
+_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|out of memory")  # torch's words
+
+
+def save_pruned(
+    model: nn.Module,
+    path: StrPath,
+    format: FileFormat = "dense",
+    *,
+    deflate: bool = False,
+    pruner: Pruner | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    average_decay: float | None = None,
+) -> None:
+    """Write a pruned model to a safetensors file with plain keys.
+
+    The file appears whole or not at all, and its metadata tell the method, amount and era, each
+    pruned weight's zeros, the model and the recipe. Call it on every rank: the ranks' masks are
+    compared, and rank 0 writes.
+
+    Args:
+        model: that the pruner prunes, or mirrors, in any phase; wrappers are taken off.
+        path: of the file.
+        format: `"dense"`, with all zeros, which a fresh timm model loads strictly; `"compressed"`,
+            each tensor in the encoding of the fewest bytes, for the functions of this module.
+        deflate: also deflate what gets smaller by it, about a fifth of trained float32 weights;
+            such a file takes longer to load.
+        pruner: of the model. Without one, the masks of `torch.nn.utils.prune`'s hooks tell what is
+            pruned, and where there are none every zero of a convolution or linear layer is.
+        recipe: of the run, to be noted whole, with its paths.
+        architecture: `{"name": "resnet50", "num_classes": 10, …}`, the arguments of
+            `timm.create_model`; by default those of the recipe, or the name and the classes of a
+            timm model. One that was made with other arguments or changed is not named by itself.
+        average_decay: noted where the model is a moving average of the weights.
+
+    Raises:
+        PruningError, RanksError: from `pruner.check()`; nothing is written then.
+        CheckpointError: if the disk is full, or a tensor's name, dtype or more than 16 dimensions
+            can't be stored; what was at `path` is as it was.
+        ValueError: for another `format`, `deflate` of a dense file, or a `recipe` or `architecture`
+            that is more than plain data, or holds inf or NaN.
+
+    Example:
+        >>> save_pruned(model, "model.safetensors", "compressed")  # doctest: +SKIP
+    """
+    _check_format(format, deflate)
+    path = Path(path)
+    if pruner is not None:
+        pruner.check()
+    if not is_writer():
+        return
+    masks = known_masks(model, pruner)
+    state = plain_state_dict(model, masks)
+    if pruner is None:
+        masks = {**masks_of_zeros(model, state), **masks}
+    recipe_settings = recipe_metadata(recipe)
+    pruning = pruning_metadata(model, state, masks, pruner, average_decay)
+    metadata = {METADATA_KEY: metadata_text(pruning, "average_decay")}
+    if recipe_settings:
+        metadata[RECIPE_KEY] = metadata_text(recipe_settings, "recipe")
+    noted = architecture_of(unwrap(model), recipe_settings, architecture)
+    if noted:
+        metadata[MODEL_KEY] = metadata_text(noted, "architecture")
+    _write(path, state, masks, metadata, compress=format == "compressed", deflate=deflate)
+
+
+def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
+    """Load the tensors of a file of `save_pruned`, of either form, under plain names.
+
+    Args:
+        path: of the file.
+        max_bytes: that all tensors may take: a small file can claim a large model.
+
+    Returns:
+        A state dict of tensors on the CPU, as `load_state_dict` takes it.
+
+    Raises:
+        CheckpointError: naming the file and the tensor, if anything is damaged or too large.
+
+    Example:
+        >>> model.load_state_dict(load_pruned("model.safetensors"))  # doctest: +SKIP
+    """
+    entries = read_pruned_file(path, max_bytes=max_bytes).entries
+    with _loading(Path(path)):
+        return decode_tensors(entries)
+
+
+def load_pruned_model(
+    path: StrPath, model: nn.Module | None = None, *, max_bytes: int = MAX_BYTES
+) -> nn.Module:
+    """Load a model from a file of `save_pruned`, of either form.
+
+    Args:
+        path: of the file.
+        model: to load into, dense, on any device: its parameters and buffers have to be those of
+            the file, and nothing is changed where they are not. Its dtypes stay: floats are rounded
+            to its floats, and what exceeds them becomes inf. By default timm builds the model that
+            the file names, with the file's dtypes.
+        max_bytes: as in `load_pruned`.
+
+    Returns:
+        The model: `model`, or a new one in training mode, as timm gives it. It is dense and holds
+        zeros; `apply_masks(model, load_masks(path))` lets it train on sparse.
+
+    Raises:
+        CheckpointError: naming the file, if anything is damaged, names no model that timm can
+            build, or does not fit the model.
+        ValueError: if `model` is on the device `meta`.
+
+    Example:
+        >>> model = load_pruned_model("model.safetensors").eval()  # doctest: +SKIP
+    """
+    path = Path(path)
+    file = read_pruned_file(path, max_bytes=max_bytes)
+    with _loading(path):
+        if model is None:
+            shapes = {name: entry.shape for name, entry in file.entries.items()}
+            model = build_architecture(file.model, shapes, max_bytes)
+            set_dtypes(model, {name: entry.dtype for name, entry in file.entries.items()})
+        _fill(model, file.entries)
+    return model
+
+
+def load_masks(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
+    """Load the masks of the pruned weights from a file of `save_pruned`, of either form.
+
+    Args:
+        path: of the file.
+        max_bytes: as in `load_pruned`.
+
+    Returns:
+        Bool tensors by parameter name (`layer1.0.conv1.weight`), True = kept: also where a kept
+        weight is zero.
+
+    Raises:
+        CheckpointError: as `load_pruned`.
+
+    Example:
+        >>> model = load_pruned_model("model.safetensors")  # doctest: +SKIP
+        >>> apply_masks(model, load_masks("model.safetensors"))  # doctest: +SKIP
+    """
+    file = read_pruned_file(path, max_bytes=max_bytes)
+    with _loading(Path(path)):
+        return file.masks()
+
+
+def convert_pruned(
+    source: StrPath,
+    path: StrPath,
+    format: FileFormat = "compressed",
+    *,
+    deflate: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> None:
+    """Write a file of `save_pruned` anew in another form, with the same tensors and metadata.
+
+    Args:
+        source: the file.
+        path: of the new one, which may be the same.
+        format: `"dense"` or `"compressed"`.
+        deflate: as in `save_pruned`.
+        max_bytes: as in `load_pruned`.
+
+    Raises:
+        CheckpointError, ValueError: as `load_pruned` and `save_pruned`.
+
+    Example:
+        >>> convert_pruned("export/model.safetensors", "small.safetensors")  # doctest: +SKIP
+    """
+    _check_format(format, deflate)
+    file = read_pruned_file(source, max_bytes=max_bytes)
+    with _loading(Path(source)):
+        state = {name: entry.decode() for name, entry in file.entries.items()}
+        masks = file.masks()
+    metadata = {key: text for key, text in file.metadata.items() if key != TENSORS_KEY}
+    _write(Path(path), state, masks, metadata, compress=format == "compressed", deflate=deflate)
+
+
+class PrunedFile:
+    """What a file of `save_pruned` holds, checked but not decoded.
+
+    Attributes:
+        path: of the file.
+        entries: of its tensors, by name, in the order of the model's state dict.
+        metadata: the strings of its header.
+        size_bytes: of the file.
+        pruning: method, amount, era and phase, and the zeros of each weight that is pruned.
+        model: arguments of `timm.create_model`, if known.
+        recipe: of the run, if known.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        file = read_tensor_file(path)
+        with _loading(path):
+            self.path, self.metadata, self.size_bytes = path, file.metadata, file.size_bytes
+            self.pruning = self._content(METADATA_KEY) or {}
+            check_version(self.pruning)
+            self.entries = read_entries(file, max_bytes)
+            self.model, self.recipe = self._content(MODEL_KEY), self._content(RECIPE_KEY)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of the pruned weights, bool, True = kept.
+
+        Raises:
+            DamageError: if the metadata name weights that the file has not.
+        """
+        weights = self.pruning.get("weights")
+        if not isinstance(weights, dict) or not weights.keys() <= self.entries.keys():
+            raise DamageError("its metadata name pruned weights that it has not")
+        return {name: self.entries[name].mask() for name in weights}
+
+    def _content(self, key: str) -> dict[str, Any] | None:
+        text = self.metadata.get(key)
+        return None if text is None else parse_json(text, f"its metadata {key!r}")
+
+
+def read_pruned_file(path: StrPath, *, max_bytes: int = MAX_BYTES) -> PrunedFile:
+    """Open a file of `save_pruned` and verify all its checksums.
+
+    Args:
+        path: of the file.
+        max_bytes: as in `load_pruned`.
+
+    Raises:
+        CheckpointError: as `load_pruned`.
+    """
+    return PrunedFile(Path(path), max_bytes)
+
+
+def is_pruned_file(path: Path) -> bool:
+    """Whether a safetensors file is of `save_pruned`: a damaged name of one key leaves the others.
+
+    Raises:
+        CheckpointError: if it is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is no whole safetensors file ({reason(error)}): restore it, export it anew, "
+            f"or convert it by safetensors.torch.save_file"
+        ) from error
+    return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
+
+
+def read_metadata(path: StrPath) -> dict[str, Any]:
+    """What `save_pruned` noted of the pruning in a file's metadata; empty for foreign files.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is no safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        return parse_json(metadata.get(METADATA_KEY, "{}"), "what it notes of the pruning")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {reason(error)}; export it anew") from error
+
+
+def is_writer() -> bool:
+    """Whether this process is the first rank, or the only one."""
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return not is_distributed or distributed.get_rank() == 0
+
+
+def _write(
+    path: Path,
+    state: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    compress: bool,
+    deflate: bool,
+) -> None:
+    try:
+        tensors, table = store_tensors(state, masks, compress=compress, deflates=deflate)
+        header = {"format": "pt", **metadata, TENSORS_KEY: table}
+        with writing(path), replaced_file(path) as temporary, temporary.open("wb") as file:
+            write_tensor_file(file, tensors, header)
+    except (CodecError, DamageError) as error:
+        raise CheckpointError(f"{path} can't be written: {error}") from error
+
+
+def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    """Decode all tensors into a model's own, once it is known that they fit."""
+    own = {clean_name(name): value for name, value in unwrap(model).state_dict().items()}
+    if any(value.is_meta for value in own.values()):
+        raise ValueError("`model` is on the device meta: call model.to_empty(device='cpu') first")
+    differing = [
+        f"{name} {entries[name].shape} for {tuple(own[name].shape)}"
+        for name in own
+        if name in entries and entries[name].shape != tuple(own[name].shape)
+    ]
+    problems = {
+        "lacks": [name for name in own if name not in entries],
+        "also holds": [repr(name) for name in entries if name not in own],
+        "has other shapes:": differing,
+    }
+    told = [f"{what} {_few(names)}" for what, names in problems.items() if names]
+    if told:
+        raise DamageError(f"it is of another model: it {' and '.join(told)}")
+    fill_tensors(own, entries)
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _check_format(format: str, deflate: bool) -> None:
+    if format not in ("dense", "compressed"):
+        raise ValueError(f"`format` (={format!r}) must be 'dense' or 'compressed'")
+    if deflate and format == "dense":
+        raise ValueError("`deflate` is for format='compressed': other readers want dense files raw")
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file's contents into a sentence that names it."""
+    try:
+        yield
+    except (CodecError, DamageError) as error:
+        raise CheckpointError(f"{path} can't be loaded: {reason(error)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise CheckpointError(f"{path} can't be loaded: there is no memory for it") from error

@@ -1,0 +1,111 @@
+"""A pruned model's weights and masks under the names of the dense model, and masks put on again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from starfire_prune.utils.modules import (
+    clean_name,
+    layer_weight,
+    named_modules_with_duplicates,
+    prunable_layers,
+    unwrap,
+)
+
+if TYPE_CHECKING:
+    from starfire_prune.engine.pruner import Pruner
+
+__all__ = ["known_masks", "masks_of_zeros", "plain_state_dict"]
+
+
+def plain_state_dict(
+    model: nn.Module, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A pruned model's state under the names of the dense one: `weight`, no `weight_orig`.
+
+    Tensors are copies in contiguous memory on the CPU, and pruned weights are +0.0. So is every
+    zero of a convolution or linear layer of which nothing tells what is pruned.
+
+    Args:
+        model: in any phase; wrappers are taken off.
+        masks: of pruned weights by parameter name, bool, True = kept, where no hook has them.
+    """
+    model = unwrap(model)
+    hooks = _hooked_masks(model)
+    known = {**(masks or {}), **hooks}
+    hooked = {f"{name}_orig": name for name in hooks}
+    hidden = {f"{name}_mask" for name in hooks}
+    own = {clean_name(name): value for name, value in model.state_dict().items()}
+    layers = set(_prunable_weights(model))
+    return {
+        name: _plain(value, known.get(name), name in layers)
+        for name, value in ((hooked.get(key, key), own[key]) for key in own if key not in hidden)
+    }
+
+
+def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Tensor]:
+    """The masks of a model's hooks and of its pruner, bool on the CPU, by parameter name.
+
+    Args:
+        model: that the pruner prunes, or mirrors.
+        pruner: all of whose layers have masks, of nothing but True in the dense phase.
+    """
+    masks = _hooked_masks(unwrap(model))
+    if pruner is not None:
+        own, layers = pruner.masks(), prunable_layers(model)
+        for name in pruner.layers:
+            key = f"{name}.weight" if name else "weight"
+            ones = torch.ones(layer_weight(layers[name]).shape, dtype=torch.bool)
+            masks[key] = own.get(key, ones).bool().cpu()
+    return masks
+
+
+def masks_of_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks by which +0.0 is pruned, of the convolutions and linear layers that have any.
+
+    Args:
+        model: whose layers these are.
+        state: its plain state.
+    """
+    names = _prunable_weights(unwrap(model))
+    masks = {name: state[name] != 0 for name in names if name in state}
+    return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+
+
+def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of parameters that a hook of `torch.nn.utils.prune` prunes, by plain name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: mask.bool().contiguous().cpu()
+        for prefix, module in named_modules_with_duplicates(model)
+        for name, mask in _masks_of(module)
+    }
+
+
+def _prunable_weights(model: nn.Module) -> list[str]:
+    layers = set(prunable_layers(model).values())
+    return [
+        f"{name}.weight" if name else "weight"
+        for name, module in named_modules_with_duplicates(model)
+        if module in layers
+    ]
+
+
+def _masks_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for buffer, mask in module._buffers.items():
+        name = buffer.removesuffix("_mask")
+        if name != buffer and mask is not None and f"{name}_orig" in module._parameters:
+            yield name, mask
+
+
+def _plain(value: Tensor, mask: Tensor | None, is_weight: bool) -> Tensor:
+    # Filled rather than multiplied: all bits of what is kept stay, and -0.0 and NaN don't
+    plain = value.detach().clone(memory_format=torch.contiguous_format).cpu()
+    if mask is not None:
+        plain.masked_fill_(~mask.bool().cpu(), 0.0)
+    elif is_weight:
+        plain.masked_fill_(plain == 0, 0.0)
+    return plain

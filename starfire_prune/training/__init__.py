@@ -1,0 +1,1 @@
+"""Training runs: `train` takes a recipe through its epochs."""

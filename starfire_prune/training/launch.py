@@ -1,0 +1,120 @@
+"""The Accelerator of a run, and the launches that are refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
+
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.runs.folder import RunError
+from starfire_prune.training.setup import COMPILED_GRAPHS, COMPILER
+from starfire_prune.training.tracking import check_trackers
+
+__all__ = ["create_accelerator"]
+
+
+# Processes
+
+
+def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """The accelerator of this process, by the recipe and by how the process was launched.
+
+    Raises:
+        RunError: for a launch or a precision that can't train the recipe, and for trackers that
+            are not installed.
+    """
+    _refuse_lonely_ranks()
+    _refuse_sharding_launch()
+    check_trackers(recipe.training.trackers)
+    if recipe.training.compile:
+        config = torch._dynamo.config  # cache_size_limit: recompile_limit from torch 2.7 on
+        config.cache_size_limit = max(config.cache_size_limit, COMPILED_GRAPHS)
+    try:
+        accelerator = Accelerator(  # explicit where it would let the environment decide
+            cpu=_is_cpu_rank(),
+            mixed_precision=recipe.training.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=recipe.training.gradient_accumulation
+            ),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=recipe.seed
+            ),
+            dynamo_backend=COMPILER if recipe.training.compile else "no",
+            log_with=[*recipe.training.trackers] or None,  # of an empty list it warns
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
+        )
+    except ValueError as error:  # Accelerate knows which devices can't take bf16
+        raise RunError(
+            f"training.mixed_precision (={recipe.training.mixed_precision}): {error}"
+        ) from error
+    _check_device(accelerator)
+    _check_processes(accelerator)
+    if recipe.training.threads is not None:  # not before: Accelerate sets those of CPU processes
+        torch.set_num_threads(recipe.training.threads)
+    return accelerator
+
+
+def _check_device(accelerator: Accelerator) -> None:
+    precision, device = accelerator.mixed_precision, accelerator.device.type
+    if precision == "fp16" and device == "cpu":  # Accelerate would train in float32
+        raise RunError("training.mixed_precision (=fp16) needs a GPU: on a CPU, set bf16 or no")
+    emulated = device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and emulated:
+        raise RunError("training.mixed_precision (=bf16) is not for this GPU: set fp16 or no")
+    if accelerator.distributed_type in _SHARDING.values():  # by a plugin, not by the launcher
+        raise RunError(_sharding_sentence(accelerator.distributed_type.value))
+
+
+def _is_cpu_rank() -> bool:
+    """One of several processes on a CPU, which Accelerate has to be told under torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes < launched:  # MPI may not set WORLD_SIZE
+        raise RunError(
+            f"WORLD_SIZE (={launched}) announces {launched} processes, and Accelerate has joined "
+            f"{accelerator.num_processes}, so that each would train alone: launch by torchrun or "
+            f"accelerate launch, and unset WORLD_SIZE for a single process"
+        )
+
+
+def _refuse_lonely_ranks() -> None:
+    """`accelerate launch` starts CPU processes through MPI only, and without it just this one."""
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in ranks):
+        raise RunError(
+            f"MASTER_ADDR (={os.environ['MASTER_ADDR']}) announces several processes, but RANK and "
+            f"WORLD_SIZE are not set, so that each would train alone: start CPU processes by "
+            f"torchrun --nproc_per_node N tools/train.py …, or unset MASTER_ADDR for a single one"
+        )
+
+
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
+
+
+def _refuse_sharding_launch() -> None:
+    for variable, kind in _SHARDING.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise RunError(_sharding_sentence(kind.value))
+
+
+def _sharding_sentence(kind: str) -> str:
+    return (
+        f"launched with {kind}, which shards weights or takes over the optimizer, so that masks "
+        f"can't be worked out: launch with plain data parallelism, accelerate launch --multi_gpu"
+    )

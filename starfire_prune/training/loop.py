@@ -1,0 +1,179 @@
+"""One epoch of training, and evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from starfire_prune.data import PADDING_LABEL
+from starfire_prune.engine.sparsity import measure_sparsity
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.runs.folder import read_metrics
+from starfire_prune.training.cpu_share import CpuShare
+from starfire_prune.training.learning_rate import learning_rate_factor
+from starfire_prune.training.mixing import mix_batch
+from starfire_prune.training.setup import Batch, Run
+from starfire_prune.utils.modules import unwrap
+
+__all__ = ["evaluate", "run_epoch"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[Batch], accelerator: Accelerator, loss: nn.Module
+) -> dict[str, float]:
+    """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, labels in loader:
+        with accelerator.autocast():
+            logits = model(images).float()
+        logits, labels = accelerator.gather_for_metrics((logits, labels))
+        own = labels != PADDING_LABEL
+        logits, labels = logits[own], labels[own]
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        total_loss = loss(logits, labels) * len(labels) if len(labels) else 0.0
+        batch = [best[:, 0].sum(), best.sum(), total_loss, len(labels)]
+        sums += torch.tensor([float(value) for value in batch], dtype=torch.float64)
+    top1, top5, total_loss, images_seen = sums.tolist()
+    return {
+        "top1": top1 / images_seen,
+        "top5": top5 / images_seen,
+        "val_loss": total_loss / images_seen,
+    }
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
+    """Train and evaluate one epoch; its line for `metrics.jsonl`."""
+    recipe, pruner = run.recipe, run.pruner
+    _seed_epoch(run, epoch)
+    factor = learning_rate_factor(recipe.lr_schedule, epoch, recipe.epochs)
+    _set_learning_rate(run.optimizer, factor)
+    trained = _train_epoch(run, epoch)
+    if pruner is not None:
+        pruner.end_epoch(epoch)
+    sparsity = pruner.sparsity() if pruner is not None else measure_sparsity(run.model)
+    return {
+        "epoch": epoch,
+        "train_loss": trained.pop("train_loss"),
+        **evaluate(run.model, run.val_loader, run.accelerator, run.loss),
+        **_evaluate_average(run),
+        "lr": recipe.optimizer.lr * factor,
+        "phase": _phase_of(recipe, epoch),
+        "threshold": pruner.threshold if pruner is not None else 0.0,
+        "sparsity": sparsity.selected,
+        "sparsity_network": sparsity.network,
+        **trained,
+    }
+
+
+def _seed_epoch(run: Run, epoch: int) -> None:
+    """Let all randomness of an epoch follow from (seed, epoch): a resumed run repeats it."""
+    seed = int(np.random.SeedSequence([run.recipe.seed, epoch]).generate_state(1)[0])
+    set_seed(seed, device_specific=True)
+    run.train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        initial = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial * factor * group.get("lr_scale", 1.0)  # timm's layer_decay
+
+
+def _phase_of(recipe: Recipe, epoch: int) -> str:
+    """The phase that an epoch trains in."""
+    if recipe.pruning == "none" or epoch < recipe.pruning.era[0]:
+        return "dense"
+    return "era" if epoch < recipe.pruning.era[1] else "fixed"
+
+
+def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Mean loss, images (of all processes) a second, and the pruner's share of the CPU time."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    training = run.recipe.training
+    model.train()
+    start, cpu = time.perf_counter(), CpuShare()
+    total_loss = torch.zeros((), device=accelerator.device)
+    images_seen = 0
+    for images, labels in _progress(run, epoch):
+        images, targets = _prepared_batch(run, images, labels)
+        with accelerator.accumulate(model):
+            loss = run.train_loss(model(images).float(), targets)
+            accelerator.backward(loss)
+            if training.clip_grad_norm is not None and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), training.clip_grad_norm)
+            optimizer.step()
+            _follow_update(run, cpu)
+            optimizer.zero_grad()
+        total_loss += loss.detach() * len(labels)
+        images_seen += len(labels)
+    sums = torch.stack([total_loss, torch.tensor(float(images_seen), device=accelerator.device)])
+    total, count = accelerator.reduce(sums, reduction="sum").tolist()
+    return {
+        "train_loss": total / count,
+        "images_per_s": count / (time.perf_counter() - start),
+        "pruner_cpu_share": cpu.share,
+    }
+
+
+def _prepared_batch(run: Run, images: Tensor, labels: Tensor) -> Batch:
+    if run.recipe.training.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return (images, labels) if run.mixup is None else mix_batch(run.mixup, images, labels)
+
+
+def _follow_update(run: Run, cpu: CpuShare) -> None:
+    """Prune and average after `optimizer.step()`, if that was an update."""
+    accelerator = run.accelerator
+    updated = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
+    if run.pruner is not None:
+        with cpu.part():
+            run.pruner.step(updated)
+    if run.average is not None and updated:
+        run.average_updates += 1
+        run.average.update(unwrap(run.model), step=run.average_updates)
+
+
+def _evaluate_average(run: Run) -> dict[str, float]:
+    if run.average is None:
+        return {}
+    for buffer in run.average.module.buffers():  # ranks have batch statistics of their own
+        broadcast(buffer)
+    metrics = evaluate(run.average.module, run.val_loader, run.accelerator, run.loss)
+    return {f"ema_{key}": value for key, value in metrics.items()}
+
+
+def _progress(run: Run, epoch: int) -> Iterator[Batch]:
+    """The batches of an epoch under a progress bar, which is quiet where there is no terminal."""
+    rows = read_metrics(run.folder) if run.accelerator.is_main_process else []
+    bar = tqdm(
+        run.train_loader,
+        desc=f"epoch {epoch + 1}/{run.recipe.epochs}",
+        disable=None if run.accelerator.is_main_process else True,
+        leave=False,
+    )
+    for batch in bar:
+        yield batch
+        if not bar.disable:
+            bar.set_postfix(_status(run, rows[-1] if rows else {}), refresh=False)
+
+
+def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
+    status = {"top1": f"{last['top1']:.2%}"} if last else {}
+    if run.pruner is not None:
+        status["phase"] = run.pruner.phase
+        status["threshold"] = f"{run.pruner.threshold:.2%}"
+        status["sparsity"] = f"{last.get('sparsity', 0.0):.2%}"
+    return status

@@ -1,0 +1,177 @@
+"""The plan of a run: what is going to happen, checked and told before the first batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from starfire_prune.engine.selection import PrunedLayer
+from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
+from starfire_prune.runs.folder import existing_part
+from starfire_prune.training.disk_space import checkpoint_bytes, gigabytes, mask_bytes, state_bytes
+from starfire_prune.training.learning_rate import learning_rate_factor
+from starfire_prune.training.setup import Run
+from starfire_prune.utils.modules import layer_weight, unwrap
+from starfire_prune.utils.text import format_columns
+
+__all__ = ["plan_text"]
+
+
+def plan_text(run: Run, checkpoint: Path | None = None) -> str:
+    """The plan of a run, to be read before it begins.
+
+    Args:
+        run: as it was prepared.
+        checkpoint: from which it goes on, if it does.
+
+    Returns:
+        Lines: the data, epochs and updates, the batch, the learning rates, the start, the layers
+        with their method, locales, target and shape, the memory of masks and the disk space.
+    """
+    lines = [
+        f"plan of {run.folder}",
+        *_aligned(
+            [
+                ("model", _model_line(run)),
+                ("data", _data_line(run)),
+                ("batch", _batch_line(run)),
+                ("optimizer", _optimizer_line(run)),
+                ("start", _start_line(run, checkpoint)),
+                ("pruning", _pruning_line(run)),
+                ("memory", _memory_line(run)),
+                *_gradient_rows(run),
+                ("disk", _disk_line(run)),
+            ]
+        ),
+    ]
+    if run.pruner is not None:
+        lines += ["", _layer_table(run.pruner.layers.values())]
+    return "\n".join(lines) + "\n"
+
+
+# Sizes
+
+
+# Lines
+
+
+def _model_line(run: Run) -> str:
+    count = sum(weight.numel() for weight in run.model.parameters())
+    return f"{run.recipe.model.name}, {count:,} parameters, {run.recipe.model.num_classes} classes"
+
+
+def _data_line(run: Run) -> str:
+    data, parts = run.recipe.data, (run.datasets.train, run.datasets.val)
+    train, val = (len(part) for part in parts)  # type: ignore[arg-type]
+    side = data.image_size
+    return f"{data.name}: {train:,} images to train on, {val:,} to evaluate on, {side}x{side}"
+
+
+def _batch_line(run: Run) -> str:
+    size, processes = run.recipe.data.batch_size, run.accelerator.num_processes
+    accumulation = run.recipe.training.gradient_accumulation
+    return (
+        f"{size * processes * accumulation:,} images an update: batch_size {size} x processes "
+        f"{processes} x gradient_accumulation {accumulation}; {run.updates_per_epoch:,} updates an "
+        f"epoch, {run.recipe.epochs} epochs"
+    )
+
+
+def _optimizer_line(run: Run) -> str:
+    settings, epochs = run.recipe.optimizer, run.recipe.epochs
+    rates = [
+        (settings.lr * learning_rate_factor(run.recipe.lr_schedule, epoch, epochs), epoch)
+        for epoch in range(epochs)
+    ]
+    starts = [next(group) for _, group in groupby(rates, key=lambda rate: rate[0])]
+    shown = [f"{rate:.4g} from epoch {epoch}" for rate, epoch in starts]
+    if len(shown) > 6:
+        shown = [*shown[:3], "…", shown[-1]]
+    return f"{settings.name}, learning rate {', '.join(shown)}"
+
+
+def _start_line(run: Run, checkpoint: Path | None) -> str:
+    pretrained = run.recipe.model.pretrained
+    if checkpoint is not None:
+        return f"goes on from {checkpoint}"
+    if pretrained is False:
+        return f"from random weights, seed {run.recipe.seed}"
+    source = "timm's weights" if pretrained is True else str(pretrained)
+    fresh = f"; new: {', '.join(run.fresh_keys)}" if run.fresh_keys else ""
+    return f"from {source}{fresh}"
+
+
+def _pruning_line(run: Run) -> str:
+    pruning = run.recipe.pruning
+    if pruning == "none":
+        return "none: dense training"
+    first, end = pruning.era
+    updates = run.updates_per_epoch
+    return (
+        f"{pruning.method} to {pruning.amount:.1%}, {pruning.schedule}, era [{first}, {end}]: "
+        f"updates {first * updates + 1:,} to {end * updates:,} of {run.recipe.epochs * updates:,}"
+    )
+
+
+def _memory_line(run: Run) -> str:
+    copies = 1 if run.average is None else 2
+    return f"{gigabytes(copies * mask_bytes(run))} of masks a process"
+
+
+def _gradient_rows(run: Run) -> list[tuple[str, str]]:
+    """What `training.compress_gradients` does in this run, where it is set."""
+    if not run.recipe.training.compress_gradients:
+        return []
+    pruning, processes = run.recipe.pruning, run.accelerator.num_processes
+    if processes == 1:
+        return [("gradients", "compress_gradients has no effect: a single process sends none")]
+    if run.pruner is None or pruning == "none":
+        return [("gradients", "compress_gradients has no effect in dense training")]
+    if pruning.era[1] == run.recipe.epochs:
+        return [("gradients", "compress_gradients has no effect: the run ends with the era")]
+    whole = sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
+    weights = [(layer.amount, layer_weight(layer.module)) for layer in run.pruner.layers.values()]
+    gone = sum(amount * weight.nbytes for amount, weight in weights if weight.requires_grad)
+    return [
+        (
+            "gradients",
+            f"{gigabytes(whole)} averaged an update, about {gigabytes(whole - gone)} from epoch "
+            f"{pruning.era[1]} on",
+        )
+    ]
+
+
+def _disk_line(run: Run) -> str:
+    free = shutil.disk_usage(existing_part(run.folder)).free
+    epochs = ", ".join(map(str, run.recipe.training.keep_checkpoints))
+    others = f" and those after {epochs} epochs" if epochs else ""
+    return (
+        f"about {gigabytes(checkpoint_bytes(run))}"
+        f" a checkpoint, the last {KEPT_CHECKPOINTS}{others} "
+        f"are kept; {gigabytes(state_bytes(unwrap(run.model)))} exported; {gigabytes(free)} free"
+    )
+
+
+def _layer_table(layers: Iterable[PrunedLayer]) -> str:
+    header = ("layer", "shape", "method", "target", "locales", "of units")
+    return format_columns(header, [_layer_row(layer) for layer in layers], left=range(3))
+
+
+def _layer_row(layer: PrunedLayer) -> tuple[str, ...]:
+    shape = layer_weight(layer.module).shape
+    method = layer.method_at(1.0)
+    _, units = method.counts(shape)[0]
+    return (
+        layer.name,
+        "x".join(map(str, shape)),
+        layer.method,
+        f"{layer.amount:.1%}",
+        f"{method.locales(shape):,}",
+        f"{units:,}",
+    )
+
+
+def _aligned(rows: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"  {name:<9}  {text}" for name, text in rows]

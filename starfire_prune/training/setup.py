@@ -1,0 +1,292 @@
+"""From a recipe to what its training loop needs: processes, data, model, optimizer and pruner."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import timm.optim
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from starfire_prune.data import Datasets, build_loader, load_datasets, prepare_loader
+from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
+from starfire_prune.engine.distributed import compare_across_ranks
+from starfire_prune.engine.pruner import Pruner
+from starfire_prune.models import create_model
+from starfire_prune.recipe.sections import Model, Optimizer, Recipe, Training
+from starfire_prune.runs.folder import RunError
+from starfire_prune.serialization.pretrained import create_pretrained
+from starfire_prune.utils.errors import PretrainedError
+
+__all__ = [
+    "COMPILED_GRAPHS",
+    "COMPILER",
+    "Batch",
+    "Run",
+    "check_ranks_data_alike",
+    "check_ranks_start_alike",
+    "create_optimizer",
+    "example_images",
+    "prepare_run",
+]
+
+
+Batch = tuple[Tensor, Tensor]
+COMPILER = "inductor"
+# Graphs of one model: training and evaluation, whole and last batches, dense and masked weights
+COMPILED_GRAPHS = 16
+
+
+@dataclasses.dataclass
+class Run:
+    """What one process needs to train.
+
+    Attributes:
+        recipe: that it follows.
+        folder: that it is kept in.
+        accelerator: of this process.
+        datasets: behind the loaders.
+        train_loader, val_loader: of this process's part of them.
+        model, optimizer: as Accelerate wraps them.
+        pruner: of the model; None in dense training.
+        average: the moving average of the weights, if there is one.
+        mixup: timm's, if images are mixed.
+        train_loss: of logits `(N, classes)` and labels `(N,)`, or shares of classes where images
+            are mixed.
+        loss: in evaluation.
+        fresh_keys: weights that pretrained ones have not replaced.
+        average_updates: that the average has followed.
+    """
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    datasets: Datasets
+    train_loader: DataLoader[Batch]
+    val_loader: DataLoader[Batch]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner | None
+    average: ModelEmaV3 | None
+    mixup: Mixup | None
+    train_loss: nn.Module
+    loss: nn.Module
+    fresh_keys: tuple[str, ...] = ()
+    average_updates: int = 0
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps an epoch, where no gradient scaler skips one."""
+        return math.ceil(len(self.train_loader) / self.recipe.training.gradient_accumulation)
+
+
+def check_ranks_start_alike(
+    recipe: Recipe, checkpoint: Path | None, accelerator: Accelerator
+) -> None:
+    """Raise RanksError if ranks have other recipes, or go on from other checkpoints.
+
+    Only where the data lie may differ.
+    """
+    settings = recipe.model_dump(mode="json")
+    settings["data"].pop("root")
+    _compare(settings, "recipes", accelerator, "give all of them the same recipe and --set")
+    state = checkpoint / "state.json" if checkpoint is not None else None
+    found = [checkpoint.name, state.read_text()] if checkpoint and state and state.exists() else []
+    reason = "--output must be on a disk that all machines share"
+    _compare(found, "checkpoints to go on from", accelerator, reason)
+
+
+def check_ranks_data_alike(run: Run) -> None:
+    """Raise RanksError if ranks have data of other sizes or classes."""
+    parts = [len(part) for part in (run.datasets.train, run.datasets.val)]  # type: ignore[arg-type]
+    found = [*parts, run.datasets.classes, len(run.train_loader), len(run.val_loader)]
+    reason = "each machine must have the same data"
+    _compare(found, "images and classes", run.accelerator, reason)
+
+
+def _compare(value: object, what: str, accelerator: Accelerator, reason: str) -> None:
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    compare_across_ranks(lambda: digest, what, accelerator.device, reason)
+
+
+# The parts of a run
+
+
+def prepare_run(
+    recipe: Recipe, folder: Path, accelerator: Accelerator, *, fresh: bool = True
+) -> Run:
+    """Load the data, create all that trains on it and let Accelerate wrap it.
+
+    Args:
+        recipe: of the run.
+        folder: of the run; nothing is written.
+        accelerator: of this process.
+        fresh: load pretrained weights; not where a checkpoint follows.
+
+    Raises:
+        RunError: for settings that the data, the model or the optimizer refuse.
+        DataError, ValueError: for data, layers and models that don't fit.
+    """
+    set_seed(recipe.seed)
+    pretrained = recipe.model.pretrained if fresh else False
+    with accelerator.local_main_process_first():  # which downloads
+        datasets = _datasets(recipe)
+        model, fresh_keys = _model(recipe.model, pretrained)
+    model = model.to(accelerator.device)
+    if recipe.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = create_optimizer(recipe.optimizer, model)
+    train_loader, val_loader = _loaders(recipe, datasets, accelerator)
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        datasets=datasets,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        model=model,
+        optimizer=optimizer,
+        pruner=None,
+        average=_average(recipe.training, model),
+        mixup=_mixup(recipe),
+        train_loss=_train_loss(recipe.training),
+        loss=nn.CrossEntropyLoss(),
+        fresh_keys=fresh_keys,
+    )
+    run.pruner = _pruner(run)  # before DDP wraps the model, which then leaves the masks alone
+    run.model, run.optimizer = accelerator.prepare(model, optimizer)
+    if recipe.training.compress_gradients and run.pruner is not None:
+        _compress_gradients(run.model, run.pruner)
+    return run
+
+
+def example_images(recipe: Recipe, device: torch.device) -> Tensor:
+    """Two images of zeros as the model gets them, `(2, 3, image_size, image_size)`."""
+    size = recipe.data.image_size
+    images = torch.zeros(2, 3, size, size, device=device)
+    last = recipe.training.channels_last
+    return images.to(memory_format=torch.channels_last) if last else images
+
+
+def _datasets(recipe: Recipe) -> Datasets:
+    loading = {"batch_size", "eval_batch_size", "workers"}
+    options = recipe.data.model_dump(exclude=loading, exclude_none=True)
+    datasets = load_datasets(**options, num_classes=recipe.model.num_classes)
+    if len(datasets.classes) != recipe.model.num_classes:
+        raise RunError(
+            f"model.num_classes (={recipe.model.num_classes}) must be the number of classes in the "
+            f"data, {len(datasets.classes)}: --set model.num_classes={len(datasets.classes)}"
+        )
+    return datasets
+
+
+def _loaders(
+    recipe: Recipe, datasets: Datasets, accelerator: Accelerator
+) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+    data = recipe.data
+    eval_batch_size = data.eval_batch_size or data.batch_size
+    train = build_loader(datasets.train, data.batch_size, train=True, workers=data.workers)
+    val = build_loader(datasets.val, eval_batch_size, train=False, workers=data.workers)
+    return prepare_loader(accelerator, train), prepare_loader(accelerator, val)
+
+
+def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the keys that pretrained weights have left as they were."""
+    try:
+        if pretrained is False:
+            return create_model(settings.name, settings.num_classes, **settings.options), ()
+        file = None if pretrained is True else Path(pretrained)
+        return create_pretrained(settings.name, settings.num_classes, file, **settings.options)
+    except PretrainedError as error:
+        raise RunError(f"model.pretrained: {error}") from error
+    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
+        raise RunError(f"model.options: {settings.name} refuses them: {error}") from error
+
+
+def create_optimizer(
+    settings: Optimizer, model: nn.Module | list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer of timm by a recipe's settings, for a model or a list of parameters.
+
+    Raises:
+        RunError: for an unknown name, and options that it refuses.
+    """
+    known = timm.optim.list_optimizers()
+    if settings.name not in known:
+        nearest = difflib.get_close_matches(settings.name, known, n=3) or known[:5]
+        raise RunError(
+            f"optimizer.name (={settings.name!r}) is none of timm's optimizers; nearest: "
+            f"{', '.join(nearest)}"
+        )
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            settings.name,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=settings.filter_bias_and_bn,
+            **settings.options,
+        )
+    except (AssertionError, TypeError, ValueError) as error:  # assertions: packages that it needs
+        raise RunError(f"optimizer: {settings.name} refuses its options: {error}") from error
+    return optimizer
+
+
+def _average(training: Training, model: nn.Module) -> ModelEmaV3 | None:
+    if training.ema is None:
+        return None
+    return ModelEmaV3(model, decay=training.ema.decay, use_warmup=training.ema.warmup)
+
+
+def _pruner(run: Run) -> Pruner | None:
+    if run.recipe.pruning == "none":
+        return None
+    pruner = Pruner(
+        run.model,
+        run.recipe.pruning,
+        updates_per_epoch=run.updates_per_epoch,
+        optimizer=run.optimizer,
+        example_input=example_images(run.recipe, run.accelerator.device),
+    )
+    if run.average is not None:
+        pruner.mirror(run.average.module)
+    return pruner
+
+
+def _compress_gradients(model: nn.Module, pruner: Pruner) -> None:
+    """Register the hook with DDP, if there is one: Accelerate's settings know torch's own only."""
+    ddp = getattr(model, "_orig_mod", model)  # Accelerate compiles what DDP has wrapped
+    if isinstance(ddp, DistributedDataParallel):
+        ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
+
+
+def _mixup(recipe: Recipe) -> Mixup | None:
+    training = recipe.training
+    if training.mixup == training.cutmix == 0:
+        return None
+    return Mixup(
+        mixup_alpha=training.mixup,
+        cutmix_alpha=training.cutmix,
+        label_smoothing=training.label_smoothing,
+        num_classes=recipe.model.num_classes,
+    )
+
+
+def _train_loss(training: Training) -> nn.Module:
+    if training.mixup == training.cutmix == 0:
+        return nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+    loss: nn.Module = SoftTargetCrossEntropy()  # the labels are smoothed as they are mixed
+    return loss

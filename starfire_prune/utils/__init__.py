@@ -1,0 +1,1 @@
+"""What the other rooms share: files, text, modules, settings, errors."""

@@ -1,0 +1,68 @@
+"""Helpers for modules: wrappers, names and weights of their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+__all__ = [
+    "clean_name",
+    "is_depthwise",
+    "layer_weight",
+    "model_bytes",
+    "named_modules_with_duplicates",
+    "prunable_layers",
+    "unwrap",
+]
+
+
+def model_bytes(model: nn.Module) -> int:
+    """That a model's parameters and buffers take, also those that no file holds."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All convolutions (but transposed ones) and linear layers of a model by their clean names."""
+    return {
+        clean_name(name): module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd)
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and `torch.compile` wrappers."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def layer_weight(module: nn.Module) -> nn.Parameter:
+    """The parameter behind a layer's weight, under whichever name pruning has given it."""
+    parameters = module._parameters
+    weight = parameters.get("weight_orig", parameters.get("weight"))
+    if weight is None:
+        raise ValueError(f"{type(module).__name__} has no parameter `weight` to prune")
+    return weight
+
+
+def clean_name(name: str) -> str:
+    """A module's name without what `torch.compile` of a part of the model adds to it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def named_modules_with_duplicates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules, a shared one under each of its names, as a state dict has them."""
+    modules = model.named_modules(remove_duplicate=False)
+    return ((clean_name(name), module) for name, module in modules)

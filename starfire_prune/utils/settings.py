@@ -1,0 +1,183 @@
+"""The base of all settings that come from YAML or Python, and its error messages."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from starfire_prune.utils.text import NUMBER
+
+__all__ = [
+    "KeyPath",
+    "Problem",
+    "RecipeError",
+    "Settings",
+    "SettingsT",
+    "deep_problems",
+    "got",
+    "nearest",
+    "plain",
+    "problem_line",
+    "settings_error",
+    "validated",
+]
+
+
+class RecipeError(ValueError):
+    """All that is wrong with a recipe, a line each: `source: key: what (value); the way out`."""
+
+
+_EXPECTED: Final = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "greater_than": "above {gt:.10g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "less_than": "below {lt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
+    "string_too_short": "at least a character long",
+    "too_short": "a list of at least one",
+}
+
+
+def problem_line(source: str, path: KeyPath, text: str) -> str:
+    """A line of a `RecipeError`: `source: key: what is wrong`."""
+    return ": ".join(part for part in (source, ".".join(map(str, path)), text) if part)
+
+
+def validated(
+    root: type[SettingsT],
+    tree: Any,
+    *,
+    keep_unset: bool = False,
+) -> tuple[SettingsT | None, list[Problem]]:
+    """The settings in `tree`, or None and all that is wrong with them."""
+    try:
+        return root.model_validate(tree, context={"keep_unset": keep_unset}), []
+    except ValidationError as error:
+        problems = [_problem(root, detail) for detail in error.errors(include_url=False)]
+    return None, list(dict.fromkeys((*problems, *deep_problems(root, tree))))
+
+
+def _problem(root: type[Settings], detail: ErrorDetails) -> Problem:
+    path = tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
+    for free in ("options", "set"):  # what is in them pydantic tells by the types it tried
+        if free in path:
+            path = path[: path.index(free) + 2]
+    parents = [key for key in path[:-1] if isinstance(key, str)]
+    section = root.parts.get(parents[-1], root) if parents else root
+    if detail["type"] == "recipe":
+        return path, detail["msg"]
+    if detail["type"] == "missing":
+        return path, f"is required ({section.model_fields[str(path[-1])].description})"
+    if detail["type"] in ("extra_forbidden", "invalid_key"):
+        names = list(section.model_fields)
+        way_out = nearest(path[-1], names) or f"; the keys here are {', '.join(names)}"
+        return path, f"unknown key {got(detail['input'])}{way_out}"
+    return path, _wrong_value(path, detail)
+
+
+def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "literal_error":
+        names = re.findall(r"'([^']*)'", context["expected"])
+        return f"must be one of {', '.join(names)} {got(value)}{nearest(value, names)}"
+    if kind not in _EXPECTED:
+        return f"{detail['msg'].replace('Input should', 'must')} {got(value)}"
+    expected = _EXPECTED[kind].format(**context)
+    if kind == "model_type" and path[-1:] in (("pruning",), ("fc",)):
+        expected += " of settings, or none"
+    quoted = kind in ("int_type", "float_type") and isinstance(value, str) and NUMBER.match(value)
+    way_out = f"; without quotes: {value}" if quoted else ""
+    return f"must be {expected} {got(value, typed=kind.endswith('_type'))}{way_out}"
+
+
+def nearest(value: object, names: Sequence[str]) -> str:
+    """The way out of a wrong name, or nothing where no name is near."""
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+KeyPath = tuple[str | int, ...]
+Problem = tuple[KeyPath, str]
+
+
+# Values that pydantic's own types don't describe.
+
+
+def got(value: object, *, typed: bool = False) -> str:
+    """`(got 60)` or `(got 60, an int)`."""
+    if value is None:
+        return "(got nothing)"
+    name = {"dict": "mapping", "tuple": "list"}.get(type(value).__name__, type(value).__name__)
+    shown = _SHORT.repr(list(value) if isinstance(value, tuple) else value)
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"(got {shown}, {article} {name})" if typed else f"(got {shown})"
+
+
+def settings_error(text: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{text}", {"text": text})
+
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A section of settings: frozen, and strict about keys, types and ranges."""
+
+    parts: ClassVar[Mapping[str, type[Settings]]] = {}
+    """The sections within this one by their keys, also those further down."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _cross_checked(self: SettingsT) -> SettingsT:
+        problems = [
+            InitErrorDetails(type=settings_error(text), loc=path, input=None)
+            for path, text in self.problems(plain(self))
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+    @classmethod
+    def problems(cls, tree: dict[str, Any]) -> Iterator[Problem]:
+        """What is wrong between the keys of this section, given as plain data.
+
+        It runs on plain data, so that it also runs where a value was refused.
+        """
+        del tree
+        yield from ()
+
+
+def plain(value: Any) -> Any:
+    """Mappings and models (what was set in them) as dicts, sequences as lists."""
+    if isinstance(value, BaseModel):
+        value = {key: item for key, item in value if key in value.model_fields_set}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def deep_problems(root: type[Settings], tree: Any) -> Iterator[Problem]:
+    """The problems between keys, of a section and of those within it."""
+    if not isinstance(tree, dict):
+        return
+    yield from root.problems(tree)
+    for name, part in root.parts.items():
+        if name in root.model_fields:
+            for path, text in deep_problems(part, tree.get(name)):
+                yield (name, *path), text

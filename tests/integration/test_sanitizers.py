@@ -1,0 +1,43 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: random shapes, networks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from starfire_prune.sparse import build
+from tests.support.paths import ROOT
+
+FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("native_kernels")
+def test_the_kernels_are_clean_under_sanitizers(tmp_path):
+    compiler = build._command()[0]
+    names = ("libasan.so", "libubsan.so")
+    found = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in names
+    ]
+    libraries = [done.stdout.strip() for done in found]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip(f"{compiler} has no sanitizers")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+        build.FLAGS_VARIABLE: FLAGS,
+        build.CACHE_VARIABLE: str(tmp_path),
+    }
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests += ["tests/sparse/test_kernels.py", "tests/sparse/test_compiler.py"]
+    tests += [
+        "-k",
+        "test_sparse_kernels or outputs_are or sizes or batches or threads or torch_means",
+    ]
+    done = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "skipped" not in done.stdout

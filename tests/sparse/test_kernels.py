@@ -1,0 +1,379 @@
+"""The native kernels: every operation and shape, on each instruction set, beside torch's own."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from starfire_prune.sparse import pack_spatial as block_weights
+from starfire_prune.sparse.ir import Convolution, Copy, Linear, Mean, Pooling, Step, Value
+from starfire_prune.sparse.layout import Window, padded, plain, tiles
+from starfire_prune.sparse.ops import new_arena, sparse_inference
+from starfire_prune.sparse.pack_pointwise import pack_point
+from starfire_prune.sparse.pack_spatial import pack_block, rectangles
+from starfire_prune.sparse.schedule import plan
+
+TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
+ISAS = (128, 256, 512)
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+random_shapes = settings(max_examples=60, deadline=None)
+seeds = st.integers(0, 2**16)
+
+
+def run(steps: list[Step], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:
+    """What a program of the steps gives for the inputs."""
+    program = plan(steps, list(inputs), [output])
+    words = torch.from_numpy(program.words())
+    constants = torch.from_numpy(program.constants.joined())
+    sizes = [4, output.channels, output.height, output.width]
+    batch = len(next(iter(inputs.values())))
+    arena = new_arena(words, batch)
+    tensors = list(inputs.values())
+    first: Tensor = sparse_inference(tensors, words, constants, sizes, arena, isa)[0]
+    again = sparse_inference(tensors, words, constants, sizes, arena, isa)[0]
+    assert torch.equal(first, again)  # padding is as it was
+    return first
+
+
+def value_of(tensor: Tensor) -> Value:
+    return Value(*tensor.shape[1:])
+
+
+def close(output: Tensor, expected: Tensor, scale: float | None = None) -> bool:
+    scale = scale or float(expected.abs().max()) or 1.0
+    return output.shape == expected.shape and float((output - expected).abs().max()) <= (
+        TOLERANCE * scale
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A convolution and its input."""
+
+    images: Tensor
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def expected(self) -> Tensor:
+        images, weight, bias = (t.double() for t in (self.images, self.weight, self.bias))
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(images, weight, bias, *settings).float()
+
+    def window(self, output: Tensor) -> Window:
+        size, (height, width) = self.weight.shape, self.images.shape[2:]
+        below = self._end(0, output.shape[2]) - height
+        right = self._end(1, output.shape[3]) - width
+        after = (max(below, 0), max(right, 0))
+        return Window((size[2], size[3]), self.stride, self.dilation, self.padding, after)
+
+    def _end(self, axis: int, outputs: int) -> int:
+        """Where the last window ends, in pixels of the image."""
+        reach = (self.weight.shape[2 + axis] - 1) * self.dilation[axis]
+        return (outputs - 1) * self.stride[axis] + reach + 1 - self.padding[axis]
+
+    def step(self, source: Value, output: Value, window: Window, **options: Any) -> Convolution:
+        return Convolution(
+            source,
+            output,
+            weight=self.weight.double().numpy(),
+            bias=self.bias.double().numpy(),
+            groups=self.groups,
+            window=window,
+            **options,
+        )
+
+
+def masked(weight: Tensor, kind: str, density: float, generator: torch.Generator) -> Tensor:
+    """A weight with zeros where a method of pruning leaves them."""
+    shape: tuple[int, ...] = tuple(weight.shape)
+    if kind == "ck":
+        shape = (*shape[:2], 1, 1)
+    elif kind == "group":
+        shape = (-(-shape[0] // 4), shape[1], 1, 1)
+    mask = torch.rand(shape, generator=generator) < density
+    if kind == "group":
+        mask = mask.repeat_interleave(4, 0)[: weight.shape[0]]
+    return weight * mask
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Case:
+    """Convolutions of any shape whose window fits the image."""
+    size, stride, dilation = (draw(pairs) for _ in range(3))
+    size = draw(st.sampled_from([size, (3, 3), (1, 1), (5, 5), (7, 7)]))
+    padding = (draw(st.integers(0, size[0])), draw(st.integers(0, size[1])))
+    reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
+    least = [max(1, r - 2 * p) for r, p in zip(reach, padding, strict=True)]
+    image = [draw(st.integers(low, low + 35)) for low in least]
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    inputs, outputs = groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    weight = torch.randn(outputs, inputs // groups, *size, generator=generator)
+    kind = draw(st.sampled_from(["ck", "group", "single"]))
+    density = draw(st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
+    return Case(
+        images=torch.randn(draw(st.integers(1, 3)), inputs, *image, generator=generator),
+        weight=masked(weight, kind, density, generator),
+        bias=torch.randn(outputs, generator=generator),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@random_shapes
+@given(case=convolutions())
+def test_convolutions_equal_torchs(isa, case):
+    expected = case.expected()
+    source, output = value_of(case.images), value_of(expected)
+    window, steps = case.window(expected), []
+    inputs = {source: case.images}
+    if window.is_point and window.stride != (1, 1):
+        thinned = Value(source.channels, *output.size)
+        steps.append(Copy(source, thinned, stride=window.stride))
+        source, window = thinned, window._replace(stride=(1, 1))
+    step = case.step(source, output, window)
+    assert close(run([*steps, step], inputs, output, isa), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@random_shapes
+@given(case=convolutions(), low=st.sampled_from([-1.0, 0.0]), high=st.sampled_from([0.5, 6.0]))
+def test_additions_and_bounds_are_part_of_a_convolution(isa, case, low, high):
+    expected = case.expected()
+    added = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    source, residual, output = (value_of(t) for t in (case.images, added, expected))
+    window = case.window(expected)
+    if window.is_point and window.stride != (1, 1):
+        return
+    step = case.step(source, output, window, residual=residual, low=low, high=high)
+    result = run([step], {source: case.images, residual: added}, output, isa)
+    total = expected + added
+    assert close(result, total.clamp(low, high), scale=float(total.abs().max()))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@random_shapes
+@given(
+    outputs=st.integers(1, 70),
+    inputs=st.integers(1, 200),
+    image=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kind=st.sampled_from(["ck", "group"]),
+    density=st.sampled_from([0.05, 0.2, 1.0]),
+    seed=seeds,
+)
+def test_chains_of_1x1_and_3x3_convolutions_equal_torchs(
+    isa, outputs, inputs, image, kind, density, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, inputs, *image, generator=generator)
+    shapes = [(outputs, inputs, 1, 1), (outputs, outputs, 3, 3), (inputs, outputs, 1, 1)]
+    weights = [
+        masked(torch.randn(shape, generator=generator), kind, density, generator)
+        for shape in shapes
+    ]
+    values, tensors = [value_of(images)], [images.double()]
+    steps: list[Step] = []
+    for weight in weights:
+        padding = (weight.shape[2] // 2,) * 2
+        case = Case(tensors[-1], weight, torch.zeros(len(weight)), (1, 1), padding, (1, 1), 1)
+        tensors.append(case.expected().double().relu())
+        values.append(value_of(tensors[-1]))
+        steps.append(case.step(values[-2], values[-1], case.window(tensors[-1]), low=0.0))
+    assert close(run(steps, {values[0]: images}, values[-1], isa), tensors[-1].float())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.1, 1.0])
+@pytest.mark.parametrize("batch", [1, 3, 4, 17, 33])
+def test_linear_layers_equal_torchs(isa, density, batch):
+    generator = torch.Generator().manual_seed(batch)
+    features = torch.randn(batch, 75, generator=generator)
+    weight = masked(torch.randn(37, 75, generator=generator), "single", density, generator)
+    bias = torch.randn(37, generator=generator)
+    source, output = Value(75), Value(37)
+    step = Linear(source, output, weight=weight.double().numpy(), bias=bias.double().numpy())
+    result = run([step], {source: features}, output, isa)
+    assert close(result[:, :, 0, 0], functional.linear(features, weight, bias))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (9, 30), (33, 17)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_pooling_equals_torchs(isa, size, stride):
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)) - 2
+    expected = functional.max_pool2d(images, 3, stride, 1)
+    source, output = value_of(images), value_of(expected)
+    case = Case(images, torch.zeros(1, 1, 3, 3), images, (stride,) * 2, (1, 1), (1, 1), 1)
+    window = case.window(expected)
+    step = Pooling(source, output, window=window, fill=-float("inf"), scale=None)
+    assert close(run([step], {source: images}, output, isa), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_means_joins_and_rescaling_equal_torchs(isa):
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(2, n, 5, 19, generator=generator) for n in (3, 4))
+    scale, shift = (torch.randn(7, generator=generator) for _ in range(2))
+    values = [value_of(one), value_of(other)]
+    joined, scaled, mean = Value(7, 5, 19), Value(7, 5, 19), Value(7)
+    steps: list[Step] = [
+        Copy(values[0], joined),
+        Copy(values[1], joined, first=3),
+        Copy(joined, scaled, scale=scale.numpy(), shift=shift.numpy(), low=0.0),
+        Mean(scaled, mean),
+    ]
+    expected = torch.cat([one, other], 1) * scale[:, None, None] + shift[:, None, None]
+    inputs = dict(zip(values, (one, other), strict=True))
+    assert close(run(steps, inputs, mean, isa), expected.relu().mean((2, 3), keepdim=True))
+
+
+def convolution(
+    images: Tensor, outputs: int, size: int, padding: tuple[int, int], stride: int = 1
+) -> Case:
+    """A convolution with a weight and a bias of ones and more."""
+    weight = 1 + torch.rand(outputs, images.shape[1], size, size)
+    bias = 1 + torch.rand(outputs)
+    return Case(images, weight, bias, (stride, stride), padding, (1, 1), 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kind", ["mean", "linear"])
+def test_windows_over_one_pixel_find_it_behind_its_padding(isa, stride, batch, kind):
+    torch.manual_seed(0)
+    images = torch.rand(batch, 3, *((5, 5) if kind == "mean" else (1, 1)))
+    source, pixel = value_of(images), Value(3)
+    if kind == "mean":
+        pixels, first = images.mean((2, 3), keepdim=True), Mean(source, pixel)
+    else:
+        point = convolution(images, 3, 1, (0, 0))
+        pixels = point.expected()
+        first = point.step(source, pixel, point.window(pixels))  # type: ignore[assignment]
+    case = convolution(pixels, 4, 3, (1, 1), stride)
+    output = value_of(case.expected())
+    step = case.step(pixel, output, case.window(case.expected()))
+    assert close(run([first, step], {source: images}, output, isa), case.expected())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("height", [7, 56, 57])
+@pytest.mark.parametrize("size", [1, 3])
+def test_rows_that_are_wider_than_their_image_end_in_the_bias(isa, height, size):
+    torch.manual_seed(0)
+    images = torch.rand(1, 1, height, 2 + size // 2)
+    case = convolution(images, 3, size, (size // 2, 2 + size // 2))
+    source, output = value_of(images), value_of(case.expected())
+    step = case.step(source, output, case.window(case.expected()))
+    assert close(run([step], {source: images}, output, isa), case.expected())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("outputs", "image", "stride"),
+    [(1, (30, 41), 1), (5, (30, 41), 2), (40, (30, 41), 1), (530, (15, 14), 1), (100, (7, 7), 1)],
+)
+def test_input_channels_go_in_blocks(isa, outputs, image, stride, monkeypatch):
+    monkeypatch.setattr(block_weights, "LINE_CYCLES", 1000.0)  # all else would be slower
+    monkeypatch.setattr(block_weights, "FIRST_CACHE_BYTES", 2 * 4096)
+    generator = torch.Generator().manual_seed(outputs)
+    weight = torch.randn(outputs, 31, 3, 3, generator=generator)
+    case = Case(
+        images=torch.randn(2, 31, *image, generator=generator),
+        weight=masked(weight, "single", 0.3, generator),
+        bias=torch.randn(outputs, generator=generator),
+        stride=(stride, stride),
+        padding=(1, 1),
+        dilation=(1, 1),
+        groups=1,
+    )
+    expected = case.expected()
+    source, output, residual = value_of(case.images), value_of(expected), value_of(expected)
+    window = case.window(expected)
+    planes = padded(*source.size, window)
+    assert pack_block(case.weight.numpy(), 1, planes, window, rows=4).blocks > 1
+    step = case.step(source, output, window, residual=residual)
+    found = run([step], {source: case.images, residual: expected}, output, isa)
+    assert close(found, 2 * expected)
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.4, 0.6, 1.0])
+def test_single_weights_take_no_longer_than_whole_kernels_would(kept):
+    """By the costs that the planner goes by: dense is always among its choices."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(8, 8, 9, generator=generator) < kept
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
+    for size, rows in ((56, 14), (14, 14), (7, 4)):
+        geometry = padded(size, size, window)
+        costs = block_weights._Costs(geometry, rows, near=False)
+        found = rectangles(geometry, window)
+        cover = block_weights._covered(found, mask.numpy(), costs)
+        assert cover.cycles <= 64 * sum(costs.cycles(rectangle) for rectangle in found) + 1e-9
+
+
+@random_shapes
+@given(case=convolutions())
+def test_rectangles_cover_each_weight_once(case):
+    window = case.window(case.expected())
+    geometry = padded(case.images.shape[2], case.images.shape[3], window)
+    found = [tap for rectangle in rectangles(geometry, window) for tap in rectangle.taps.flat]
+    assert sorted(found) == list(range(case.weight[0, 0].numel()))
+    packed = pack_block(case.weight.numpy(), case.groups, geometry, window, rows=14)
+    assert np.isclose(np.abs(packed.weights).sum(), case.weight.abs().sum())
+    assert (packed.runs["count"] > 0).all()
+
+
+def test_neighbours_that_share_a_mask_share_a_list():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    mask = (torch.rand(4, 64, generator=generator) < 0.2).repeat_interleave(4, 0)
+    shared = pack_point((weight * mask).numpy(), tile=112)
+    assert (shared.lists, shared.shared) == (1, 4)
+    weight_alone = masked(weight, "single", 0.2, generator)
+    alone = pack_point(weight_alone.numpy(), tile=112)
+    assert (alone.lists, alone.shared) == (2, 1)
+    kept = int((weight * mask != 0).sum())
+    assert len(shared.indices) == kept / 4
+    assert len(alone.indices) >= int((weight_alone != 0).sum())
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_tiles_hold_each_pixel_and_are_of_16(height, width):
+    geometry = tiles(height, width)
+    assert geometry.tile % 16 == 0
+    assert 16 <= geometry.tile <= 112
+    assert 0 <= geometry.channel - height * width < geometry.tile + 16 * 7
+    assert plain(height, width).channel == height * width
+
+
+def test_numbers_that_are_no_program_are_refused():
+    with pytest.raises(ValueError, match=r"program \(= 9 numbers of .*\) is no program of these"):
+        new_arena(torch.zeros(9, dtype=torch.int64), 1)
+
+
+def test_an_arena_for_fewer_images_is_refused():
+    images = torch.rand(2, 3, 5, 5)
+    case = convolution(images, 2, 3, (1, 1))
+    source, output = value_of(images), value_of(case.expected())
+    step = case.step(source, output, case.window(case.expected()))
+    words = torch.from_numpy(plan([step], [source], [output]).words())
+    empty = torch.zeros(0, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"arena \(= \d+ floats\) is too small for 2 images"):
+        sparse_inference([images], words, empty, [4, 2, 5, 5], new_arena(words, 1))

@@ -1,0 +1,160 @@
+"""What sparse inference refuses, whichever way it is asked, and values at the edge."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from starfire_prune import sparse
+from starfire_prune.sparse import layout
+from starfire_prune.sparse import pack_pointwise as point_weights
+from starfire_prune.sparse import schedule as planner
+from starfire_prune.sparse.ops import sparse_inference
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+IMAGES = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SMALL = IMAGES[..., :8, :8]
+
+
+class Net(nn.Module):
+    """A convolution, and what a function makes of it."""
+
+    def __init__(self, function: Callable[..., Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.function = function
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images: Any, *others: Any) -> Tensor:
+        images = images[0] if isinstance(images, list) else images
+        return self.function(self.convolution(images), *others)
+
+
+def same(function: Callable[[Tensor], Tensor], images: Tensor = IMAGES) -> bool:
+    model = Net(function)
+    compiled = sparse.compile(model, images)
+    assert compiled.segments
+    with torch.no_grad():
+        return torch.allclose(compiled(images), model(images), atol=1e-5, equal_nan=True)
+
+
+# Inputs
+
+
+def test_images_of_another_size_are_refused_in_a_list():
+    compiled = sparse.compile(Net(), ([IMAGES],))
+    assert torch.equal(compiled([IMAGES]), compiled([IMAGES]))
+    with pytest.raises(ValueError, match=r"input 0 has the shape \(1, 3, 8, 8\), but the model"):
+        compiled([SMALL])
+    with pytest.raises(TypeError, match="inputs must be 1, as in the example, but were 2"):
+        compiled([IMAGES, IMAGES])
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is going out of use
+@pytest.mark.parametrize("way", ["segment", "trace", "operation"])
+def test_images_of_another_size_are_refused_below_the_model(way):
+    compiled = sparse.compile(Net(), IMAGES)
+    segment = compiled.segments[0]
+    call: Any = {
+        "segment": segment,
+        "trace": torch.jit.trace(compiled, IMAGES) if way == "trace" else None,  # type: ignore[no-untyped-call]
+        "operation": lambda x: sparse_inference(
+            [x], segment.program, segment.constants, segment.sizes
+        ),
+    }[way]
+    call(IMAGES)
+    with pytest.raises((ValueError, RuntimeError), match="are not of the shapes that the model is"):
+        call(SMALL)
+
+
+def test_a_number_of_inputs_that_the_program_has_not_is_refused():
+    segment = sparse.compile(Net(), IMAGES).segments[0]
+    with pytest.raises(ValueError, match="are not of the shapes that the model is compiled for"):
+        sparse_inference([IMAGES, IMAGES], segment.program, segment.constants, segment.sizes)
+
+
+def test_what_is_no_tensor_must_be_what_it_was():
+    model = Net(lambda x, doubles: x * 2 if doubles else x)
+    compiled = sparse.compile(model, (IMAGES, True))
+    assert torch.allclose(compiled(IMAGES, True), model(IMAGES, True), atol=1e-5)
+    with pytest.raises(ValueError, match=r"input 1 \(=False\) must be True, as in the example"):
+        compiled(IMAGES, False)
+
+
+def test_a_model_that_was_moved_is_refused():
+    compiled = sparse.compile(Net(), IMAGES)
+    compiled.to("meta")
+    with pytest.raises(ValueError, match=r"of torch.int64 on meta\) is no program of these kern"):
+        compiled(IMAGES)
+
+
+def test_autocast_changes_nothing():
+    model = Net(lambda x: functional.conv2d(functional.silu(x), torch.ones(4, 4, 1, 1)))
+    compiled = sparse.compile(model, IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = compiled(IMAGES)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, compiled(IMAGES))
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "other", [lambda x: x > 0, lambda x: x.sign().int(), lambda x: x.half() * 0]
+)
+def test_sums_with_other_dtypes_are_torchs(other):
+    assert same(lambda x: x + other(x))
+
+
+@pytest.mark.parametrize("bounds", [(-1e40, 1e40), (None, 1e308)])
+def test_bounds_beyond_float32_are_none(bounds):
+    bounded = sparse.compile(Net(lambda x: x.clamp(*bounds)), IMAGES)
+    assert bounded.segments
+    assert torch.equal(bounded(IMAGES), sparse.compile(Net(), IMAGES)(IMAGES))
+
+
+@pytest.mark.parametrize("bounds", [(0.5, -0.5), (0, -1), (-0.1, 0.2)])
+def test_any_bounds_are_those_of_torch(bounds):
+    assert same(lambda x: functional.max_pool2d(x.clamp(*bounds), 3, 1, 1))
+
+
+@pytest.mark.parametrize("place", [0, 1, 9, 17])
+def test_max_pooling_passes_nans_on(place):
+    images = torch.randn(1, 3, 12, 12)
+    images[..., place % 12, place % 5] = torch.nan
+    assert same(lambda x: functional.max_pool2d(x, 3, 2, 1), images)
+
+
+def test_images_that_would_be_counted_beyond_32_bits_are_torchs(monkeypatch):
+    monkeypatch.setattr("starfire_prune.sparse.reading.MOST_FLOATS", 100)
+    assert sparse.compile(Net(), IMAGES).segments == []
+
+
+# The operation
+
+
+def test_the_operation_is_one_of_torch():
+    segment = sparse.compile(Net(), IMAGES).segments[0]
+    given = ([IMAGES], segment.program, segment.constants, segment.sizes)
+    torch.library.opcheck(sparse_inference, given)
+
+
+def test_both_languages_have_the_same_limits():
+    source = Path(sparse.__file__).with_name("native") / "program.h"
+    found = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", source.read_text("utf-8")))
+    own = {
+        "LANES": layout.LANES,
+        "LARGEST_TILE": layout.LARGEST_TILE,
+        "LARGEST_CHUNK": point_weights.CHUNK,
+        "MOST_ROWS": planner.MOST_ROWS,
+        "MOST_PUT_ASIDE": planner.MOST_PUT_ASIDE,
+    }
+    assert {name: int(found[name]) for name in own} == own

@@ -1,0 +1,159 @@
+"""Which operations the kernels take over, by which names, and which stay torch's."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from starfire_prune import sparse
+from tests.support.sparse_networks import NARROW, difference, images, sparse_network
+
+pytestmark = pytest.mark.usefixtures("native_kernels", "one_thread")
+Function = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+TOLERANCE = 1e-4  # of the largest output
+close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+
+
+class Calls(nn.Module):
+    """What functions make of convolutions of the images, one each."""
+
+    def __init__(self, functions: dict[str, Function]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.functions = functions
+        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3, padding=1) for _ in functions])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | tuple[Tensor, ...]]:
+        pairs = zip(self.layers, self.functions.items(), strict=True)
+        return {name: function(layer(x)) for layer, (name, function) in pairs}
+
+
+NATIVE: dict[str, Function] = {
+    "bounds that are whole numbers": lambda y: y.clamp(0, 1),
+    "an upper bound alone": lambda y: y.clamp(max=1),
+    "a lower bound alone": lambda y: y.clamp_min(-0.5),
+    "an upper bound by its own name": lambda y: torch.clamp_max(y, max=0.5),
+    "bounds by another name": lambda y: y.clip(-0.5, 0.5),
+    "a lower bound above the upper one": lambda y: y.clamp(0.5, -0.5),
+    "bounds that hardtanh has by itself": functional.hardtanh,
+    "bounds that relu6 has by itself": lambda y: functional.relu6(y + y + y + y + y + y),
+    "bounds of bounds": lambda y: functional.hardtanh(y).relu(),
+    "a value read by its third name too": lambda y: (y.clone().clone().relu(), y),
+    "a value added to itself": lambda y: y + y,
+    "a value joined to its own activation": lambda y: torch.cat([y, y.relu()], 1),
+    "a value returned twice": lambda y: (y, y),
+    "the mean as an image and as a vector": lambda y: (y.mean((-2, -1)), y.mean((2, 3), True)),
+    "the mean over columns and rows": lambda y: y.mean((3, 2)),
+    "one pixel of each channel": lambda y: functional.adaptive_avg_pool2d(y, 1),
+    "means of as many windows": lambda y: functional.adaptive_avg_pool2d(y, (16, 8)),
+    "as many windows as pixels": lambda y: (functional.adaptive_avg_pool2d(y, 32).relu(), y),
+    "features of all pixels": lambda y: y.flatten(1).relu(),
+    "pooling that looks beyond the image": lambda y: functional.max_pool2d(y, 3, 2, ceil_mode=True),
+    "pooling whose taps are apart": lambda y: functional.max_pool2d(y, 3, 2, 1, 2),
+    "means of windows": lambda y: functional.avg_pool2d(y, (3, 2)),
+}
+TORCHS: dict[str, Function] = {
+    "a sum with a factor": lambda y: torch.add(y, y.relu(), alpha=2),
+    "a number added": lambda y: y + 1,
+    "batches joined": lambda y: torch.cat([y, y], 0),
+    "means with padding": lambda y: functional.avg_pool2d(y, 3, 2, 1),
+    "means at the edge": lambda y: functional.avg_pool2d(y, 3, 2, ceil_mode=True),
+    "means of channels": lambda y: y.mean(1),
+    "means in double precision": lambda y: y.mean((2, 3), dtype=torch.float64),
+    "pixels to batches": lambda y: y.view(-1, 8 * 32),
+    "bounds that are tensors": lambda y: torch.clamp_min(y, y),
+    "means of unequal windows": lambda y: functional.adaptive_avg_pool2d(y, (5, 32)),
+    "means of rows": lambda y: y.mean((3,)),
+    "two pixels of each channel": lambda y: functional.adaptive_avg_pool2d(y, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def native_calls() -> tuple[Calls, sparse.CompiledModel]:
+    model = Calls(NATIVE).eval()
+    return model, sparse.compile(model, images())
+
+
+@pytest.fixture(scope="module")
+def torch_calls() -> tuple[Calls, sparse.CompiledModel]:
+    model = Calls(TORCHS).eval()
+    return model, sparse.compile(model, images())
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_operations_are_read_as_torch_means_them(native_calls, name):
+    model, compiled = native_calls
+    with torch.no_grad():
+        close(compiled(images())[name], model(images())[name])
+    assert compiled.torch_operations == []
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_operations_that_the_kernels_do_not_know_stay_torchs(torch_calls, name):
+    model, compiled = torch_calls
+    with torch.no_grad():
+        close(compiled(images())[name], model(images())[name])
+    assert len(compiled.torch_operations) == len(TORCHS)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block, its bounds called as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide, deep, narrow = (8, 32, 1), (32, 32, 3, 1, 1, 1, 32), (32, 8, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(*sizes) for sizes in (wide, deep, narrow)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width) for width in (32, 32, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu6(self.norms[0](self.layers[0](x)))
+        y = functional.relu6(self.norms[1](self.layers[1](y)), inplace=True)
+        z: Tensor = self.norms[2](self.layers[2](y))
+        return x + z
+
+
+def mobilenetv2_of_functions() -> nn.Module:
+    stem, blocks = nn.Conv2d(3, 8, 3, 2, 1), [InvertedResidual() for _ in range(2)]
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize("build", [mobilenetv2_of_functions, NARROW["vgg16_bn"]])
+def test_networks_of_bounds_and_means_run_in_one_call(build):
+    model = sparse_network(build, dtype=torch.float32)
+    compiled = sparse.compile(model, images(size=64))
+    assert compiled.torch_operations == []
+    assert len(compiled.segments) == 1
+    assert difference(model, compiled, images(size=64)) < TOLERANCE
+
+
+def gated_network(activation: type[nn.Module]) -> nn.Module:
+    """timm's EfficientNet or MobileNetV3 with three blocks that gate their channels, narrow."""
+    blocks = [["ds_r1_k3_s1_c8_se0.25"], ["ir_r2_k5_s2_e4_c12_se0.25"]]
+    gate = partial(
+        SqueezeExcite, gate_layer=nn.Hardsigmoid if activation is nn.Hardswish else nn.Sigmoid
+    )
+    return EfficientNet(  # type: ignore[no-any-return]
+        decode_arch_def(blocks),
+        num_classes=10,
+        num_features=32,
+        stem_size=16,
+        norm_layer=nn.BatchNorm2d,
+        act_layer=activation,
+        se_layer=gate,
+    )
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish])
+def test_networks_whose_activations_stay_torchs(activation):
+    model = sparse_network(partial(gated_network, activation), dtype=torch.float32)
+    compiled = sparse.compile(model, images())
+    kinds = set(compiled.torch_operations)
+    gate = {nn.SiLU: ("silu", "sigmoid"), nn.Hardswish: ("hardswish", "hardsigmoid")}[activation]
+    assert kinds == {f"aten.{name}.default" for name in gate} | {"aten.mul.Tensor"}
+    assert difference(model, compiled, images()) < TOLERANCE
