@@ -110,7 +110,7 @@ def prune(model: nn.Module, method: str) -> None:
             if kind == "ck" or module.kernel_size == (1, 1):
                 ck_structured(module, amount=share, group=together)
             elif kind == "window":
-                window_structured(module, amount=share, spread=True)
+                window_structured(module, amount=share, exact_layer_sparsity=True)
             else:
                 intra_structured(module, amount=share)
 

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, object], int]] = {
     "ck": ({"method": "ck"}, FINE),
     "ck, coarse": ({"method": "ck"}, COARSE),
     "window": ({"method": "window"}, COARSE),
-    "window, spread": ({"method": "window", "spread": True}, FINE),
+    "window, exact_layer_sparsity": ({"method": "window", "exact_layer_sparsity": True}, FINE),
     "intra": ({"method": "intra"}, FINE),
     "intra, coarse": ({"method": "intra"}, COARSE),
 }

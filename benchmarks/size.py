@@ -52,7 +52,7 @@ from starfire_prune.utils.files import write_text
 
 METHODS: dict[str, dict[str, object]] = {
     "ck": {"method": "ck"},
-    "window": {"method": "window", "spread": True},
+    "window": {"method": "window", "exact_layer_sparsity": True},
     "intra": {"method": "intra"},
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

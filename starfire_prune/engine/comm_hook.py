@@ -1,14 +1,13 @@
 """Less to send: after the era, DDP's all-reduce carries the gradients of kept weights alone.
 
 In the fixed phase every rank has the same masks and zero gradients where they prune, so that
-nothing but values has to travel: no positions, no thresholds, and nothing is lost.
+nothing but values has to travel: no positions, no targets, and nothing is lost.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -21,6 +20,8 @@ from starfire_prune.utils.modules import layer_weight
 __all__ = ["MaskedAllreduceState", "masked_allreduce_hook"]
 
 
+# Some builds of torch have no distributed package. DDP compares the annotation itself.
+_GradBucket: Any = getattr(distributed, "GradBucket", object)
 _INT32_POSITIONS = 2**31
 
 
@@ -51,7 +52,7 @@ class MaskedAllreduceState:
         """What the positions of kept gradients take, four bytes each; 0 until the fixed phase."""
         return sum(index.kept.nbytes for index in self._indices.values() if index.kept is not None)
 
-    def kept_in(self, bucket: distributed.GradBucket) -> Tensor | None:  # type: ignore[name-defined]
+    def kept_in(self, bucket: _GradBucket) -> Tensor | None:
         """Where the kept gradients of a bucket are in its buffer, `(kept,)`; None for all of them.
 
         Worked out once for the same parameters in the same order, and checked at its first use.
@@ -83,14 +84,14 @@ class MaskedAllreduceState:
 
     def _indexed(
         self, key: tuple[int, ...], parameters: list[Tensor], masks: list[Tensor | None]
-    ) -> _Index:
+    ) -> "_Index":
         """A new index, in place of those of the buckets that its parameters were in before."""
         index = _Index(parameters, masks, _kept_positions(parameters, masks))
         others = [known for known in self._indices.items() if not set(key).intersection(known[0])]
         self._indices = {**dict(others), key: index}
         return index
 
-    def _check_dropped(self, index: _Index, dropped: Tensor) -> bool:
+    def _check_dropped(self, index: "_Index", dropped: Tensor) -> bool:
         """Whether all dropped gradients are zero, and none is a NaN that hides what it was.
 
         An infinite gradient, as a scaled loss may have, becomes NaN as its hook masks it.
@@ -101,7 +102,7 @@ class MaskedAllreduceState:
             raise PruningError(self._refusal(index, wrong))
         return not bool(unknown.any())
 
-    def _refusal(self, index: _Index, wrong: Tensor) -> str:
+    def _refusal(self, index: "_Index", wrong: Tensor) -> str:
         parts = torch.split(wrong, [parameter.numel() for parameter in index.parameters])
         place = next(number for number, part in enumerate(parts) if part.any())
         name = next(key for key, mask in self.pruner.masks().items() if mask is index.masks[place])
@@ -114,7 +115,7 @@ class MaskedAllreduceState:
 
 def masked_allreduce_hook(
     state: MaskedAllreduceState,
-    bucket: distributed.GradBucket,  # type: ignore[name-defined]
+    bucket: _GradBucket,
 ) -> Future[Tensor]:
     """Average a bucket of gradients over all ranks; in the fixed phase, send the kept ones alone.
 

@@ -39,13 +39,13 @@ class Pruner:
 
     - `dense`, before the era: nothing is hooked and nothing is paid.
     - `era`: the selected layers carry the hooks and `weight_mask` buffers of
-      `torch.nn.utils.prune`, and every `step()` brings them to the schedule's threshold.
+      `torch.nn.utils.prune`, and every `step()` brings them to the schedule's target_sparsity.
     - `fixed`, after it: the pruning is permanent. Pruned weights are exactly zero at every
       forward pass, and training is as if they did not exist: their gradients are masked where
       they arise, their optimizer state is zeroed, and `step()` masks the weights again.
 
     The schedule counts the updates that happened. Era `[a, b]` runs from the first update of
-    epoch a (0-based) to the last of epoch b - 1; the u-th of its T updates has the threshold
+    epoch a (0-based) to the last of epoch b - 1; the u-th of its T updates has the target_sparsity
     `amount * schedule(u / T)`, and the last one is exact.
 
     Args:
@@ -56,8 +56,8 @@ class Pruner:
         optimizer: whose state of pruned weights is zeroed at the end of the era. Without it, old
             momentum of pruned weights goes on to take part in norms (LAMB, clipping by state).
         example_input: a small batch such as `torch.zeros(2, 3, 224, 224)`, or the tuple of the
-            model's arguments; for `free: true` and the method `structure`, which look into the
-            model's graph for channels that are always zero.
+            model's arguments; for `prune_dead_inputs: true` and the method `dead_inputs`, which
+            look into the model's graph for channels that are always zero.
 
     Raises:
         RecipeError: for unknown keys or values in `pruning`.
@@ -104,7 +104,7 @@ class Pruner:
         self._epoch_updates = 0
         self._era_updates = 0
         self._applied: dict[str, float] = {}  # progress at which each layer's mask was worked out
-        self._free: dict[str, int] = {}  # weights that only read zeros, by layer
+        self._dead_input_zeros: dict[str, int] = {}  # weights that only read zeros, by layer
         self._masks: dict[str, Tensor] = {}  # of the fixed phase
         self._gradient_hooks: list[RemovableHandle] = []
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
@@ -112,7 +112,7 @@ class Pruner:
     def __repr__(self) -> str:
         return (
             f"Pruner({self.pruning.method}, {len(self.layers)} layers, phase={self.phase!r}, "
-            f"threshold={self.threshold:.4f})"
+            f"target_sparsity={self.target_sparsity:.4f})"
         )
 
     @property
@@ -126,7 +126,7 @@ class Pruner:
         return self._epoch
 
     @property
-    def threshold(self) -> float:
+    def target_sparsity(self) -> float:
         """The sparsity wanted at this step, in [0, 1]; overrides and `fc` have their own."""
         if self._phase == "dense":
             return 0.0
@@ -224,15 +224,17 @@ class Pruner:
             model: a mirrored one, to be measured in the pruned one's place.
         """
         measured = self._model if model is None else model
-        return measure_sparsity(measured, selected=self.layers, free=self._free)
+        return measure_sparsity(
+            measured, selected=self.layers, dead_input_zeros=self._dead_input_zeros
+        )
 
     def kept_columns(self) -> dict[str, str]:
-        """Why a layer under `structure` has no column that always reads zero, by its name.
+        """Why a layer under `dead_inputs` has no column that always reads zero, by its name.
 
         In a ResNet the classifier's input comes from an addition, so that all its columns stay.
         Call it on every rank.
         """
-        structured = [name for name, layer in self._items() if layer.method == "structure"]
+        structured = [name for name, layer in self._items() if layer.method == "dead_inputs"]
         reasons = self._zero_inputs.reasons() if structured and self._zero_inputs else {}
         return {name: reasons[name] for name in structured if name in reasons}
 
@@ -304,7 +306,7 @@ class Pruner:
             "epoch_updates": self._epoch_updates,
             "era_updates": self._era_updates,
             "applied": dict(self._applied),
-            "free": dict(self._free),
+            "free": dict(self._dead_input_zeros),
             "masks": {name: mask.clone() for name, mask in self.masks().items()},
         }
 
@@ -324,7 +326,7 @@ class Pruner:
         self._epoch_updates = state["epoch_updates"]
         self._era_updates = state["era_updates"]
         self._applied = dict(state["applied"])
-        self._free = dict(state["free"])
+        self._dead_input_zeros = dict(state["free"])
         masks = {
             name: state["masks"][_key(name)].to(layer_weight(layer.module).device)
             for name, layer in self._items()
@@ -348,9 +350,9 @@ class Pruner:
         changed = [
             layer.name
             for layer in layers
-            if layer.method != "structure" and self._tighten_layer(layer, progress)
+            if layer.method != "dead_inputs" and self._tighten_layer(layer, progress)
         ]
-        structured = [layer for layer in layers if layer.method == "structure"]
+        structured = [layer for layer in layers if layer.method == "dead_inputs"]
         if structured:  # after the layers whose channels die
             changed += self._tighten_structured(structured, progress, bool(changed))
         for mirror in self._mirrors:
@@ -359,7 +361,7 @@ class Pruner:
     def _tighten_structured(
         self, layers: list[PrunedLayer], progress: float, others_changed: bool
     ) -> list[str]:
-        """The names of the layers under `structure` whose masks have changed."""
+        """The names of the layers under `dead_inputs` whose masks have changed."""
         is_first = any(layer.name not in self._applied for layer in layers)
         may_be_new = others_changed or is_first or progress == 1.0
         found = self._zero_inputs.find() if self._zero_inputs and may_be_new else {}
@@ -403,9 +405,9 @@ class Pruner:
         return max(risen) > 0 and max(risen) >= self.pruning.resolution
 
     def _fix(self) -> None:
-        if self.pruning.free and self._zero_inputs:
+        if self.pruning.prune_dead_inputs and self._zero_inputs:
             masks = {name: _mask(layer.module) for name, layer in self._items()}
-            self._free = self._zero_inputs.take_readers(masks)
+            self._dead_input_zeros = self._zero_inputs.take_readers(masks)
             for mirror in self._mirrors:
                 self._follow(mirror)
         self._compare_ranks()

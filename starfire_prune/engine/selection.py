@@ -34,14 +34,14 @@ __all__ = ["PrunedLayer", "amount_at", "select_layers"]
 
 # The keywords that each method's class takes from the settings of the same names.
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "window": ("spread",),
+    "window": ("exact_layer_sparsity",),
     "ck": ("group", "scope"),
-    "intra": ("share", "scope"),
+    "intra": ("window_fraction", "scope"),
     "block": ("block_size",),
-    "structure": ("then", "block_size"),
+    "dead_inputs": ("then", "block_size"),
 }
 _CONV_METHODS = ("window", "ck", "intra", "inter", "magnitude", "random", "filter")
-_LINEAR_METHODS = ("fine", "block", "structure", "magnitude", "random")
+_LINEAR_METHODS = ("fine", "block", "dead_inputs", "magnitude", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PrunedLayer:
         method: a key of `METHODS`, or `"inter"`.
         amount: the target share in (0, 1].
         schedule: a key of `SCHEDULES`.
-        split: the share of the era that `"inter"` spends on CK.
+        ck_fraction_of_era: the share of the era that `"inter"` spends on CK.
         share: the share of the amount that `"inter"` leaves to window pruning.
         options: keywords of the method's class.
         max_nonzero: applied with the target, for the methods that have it.
@@ -65,8 +65,8 @@ class PrunedLayer:
     method: str
     amount: float
     schedule: str = "linear"
-    split: float = 0.5
-    share: float = 0.5
+    ck_fraction_of_era: float = 0.5
+    window_fraction: float = 0.5
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_nonzero: int | None = None
 
@@ -74,8 +74,8 @@ class PrunedLayer:
         """The pruning method, with its amount, at a progress of the era in [0, 1]."""
         amount = amount_at(self, progress)
         if self.method == "inter":
-            if progress > self.split:
-                return WindowStructured(amount, spread=True)
+            if progress > self.ck_fraction_of_era:
+                return WindowStructured(amount, exact_layer_sparsity=True)
             return CKStructured(amount, **self.options)
         options = dict(self.options)
         if progress == 1.0 and self.max_nonzero is not None:
@@ -83,7 +83,7 @@ class PrunedLayer:
         return METHODS[self.method](amount, **options)
 
     def reading_zeros_in(self, columns: Tensor) -> PrunedLayer:
-        """The same layer under `structure`, told which input channels are zero, bool `(C,)`."""
+        """The same layer under `dead_inputs`, told which input channels are zero, bool `(C,)`."""
         return dataclasses.replace(self, options={**self.options, "columns": columns})
 
     def methods_between(self, applied: float, progress: float) -> list[MaskMethod]:
@@ -93,8 +93,8 @@ class PrunedLayer:
         updates fall.
         """
         method = self.method_at(progress)
-        if self.method == "inter" and applied < self.split < progress:
-            return [self.method_at(self.split), method]
+        if self.method == "inter" and applied < self.ck_fraction_of_era < progress:
+            return [self.method_at(self.ck_fraction_of_era), method]
         return [method]
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class PrunedLayer:
                 f"`exclude`"
             )
         try:
-            steps = [self.method_at(progress) for progress in (self.split, 1.0)]
+            steps = [self.method_at(progress) for progress in (self.ck_fraction_of_era, 1.0)]
             emptied = any(gone == units for step in steps for gone, units in step.counts(shape))
         except ValueError as error:
             raise ValueError(
@@ -138,26 +138,26 @@ class _Schedule(Protocol):
     @property
     def schedule(self) -> str: ...
     @property
-    def split(self) -> float: ...
+    def ck_fraction_of_era(self) -> float: ...
     @property
-    def share(self) -> float: ...
+    def window_fraction(self) -> float: ...
 
 
 def amount_at(settings: _Schedule, progress: float) -> float:
     """The amount in [0, 1] that a layer, or `pruning` as a whole, stands at in the era.
 
-    `inter` (appendix 7.1) is CK up to the kernel amount of intra during the first `split` of the
-    era, then window pruning spread over the surviving kernels up to the total.
+    `inter` (appendix 7.1) is CK up to the kernel amount of intra during the first
+    `ck_fraction_of_era`, then window pruning spread over the surviving kernels up to the total.
     """
     rise = SCHEDULES[settings.schedule]
     if settings.method != "inter":
         return settings.amount * rise(progress)
-    _, kernel_amount = intra_shares(settings.amount, settings.share)
-    if progress <= settings.split:
-        return kernel_amount * rise(progress / settings.split)
+    _, kernel_amount = intra_shares(settings.amount, settings.window_fraction)
+    if progress <= settings.ck_fraction_of_era:
+        return kernel_amount * rise(progress / settings.ck_fraction_of_era)
     if progress == 1.0:
         return settings.amount
-    rest = rise((progress - settings.split) / (1.0 - settings.split))
+    rest = rise((progress - settings.ck_fraction_of_era) / (1.0 - settings.ck_fraction_of_era))
     return kernel_amount + (settings.amount - kernel_amount) * rest
 
 
@@ -242,7 +242,7 @@ def _planned(
     options = {key: settings[key] for key in _OPTIONS.get(method, ()) if key in settings}
     if method in ("ck", "intra", "inter") and isinstance(module, _ConvNd):
         options["groups"] = module.groups
-    if method == "structure" and connected:
+    if method == "dead_inputs" and connected:
         options["flatten"] = True
     if method == "inter":
         options["scope"] = settings["scope"]
@@ -254,8 +254,8 @@ def _planned(
         method=method,
         amount=settings["amount"],
         schedule=settings["schedule"],
-        split=settings["split"],
-        share=settings["share"],
+        ck_fraction_of_era=settings["ck_fraction_of_era"],
+        window_fraction=settings["window_fraction"],
         options=options,
         max_nonzero=settings["max_nonzero"] if method in ("window", "ck") else None,
     )

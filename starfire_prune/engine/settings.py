@@ -53,24 +53,24 @@ def parse_pruning(settings: Mapping[str, object] | Pruning) -> Pruning:
 
 
 ConvMethod = Literal["window", "ck", "intra", "inter", "magnitude", "random", "filter"]
-FcMethod = Literal["fine", "block", "structure", "magnitude", "random"]
+FcMethod = Literal["fine", "block", "dead_inputs", "magnitude", "random"]
 # Not inter: its two halves of the era are the whole network's.
 OverrideMethod = Literal[
-    "window", "ck", "intra", "magnitude", "random", "filter", "fine", "block", "structure"
+    "window", "ck", "intra", "magnitude", "random", "filter", "fine", "block", "dead_inputs"
 ]
 _METHODS: Final = (*get_args(ConvMethod), *get_args(FcMethod))
 # The methods that read an option; giving it to any other is an error.
 OPTION_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
-    "spread": ("window",),
+    "exact_layer_sparsity": ("window",),
     "max_nonzero": ("window", "ck"),
     "pointwise": ("window",),
     "scope": ("ck", "intra", "inter", "window"),
     "group": ("ck", "window"),
-    "share": ("intra", "inter"),
-    "split": ("inter",),
+    "window_fraction": ("intra", "inter"),
+    "ck_fraction_of_era": ("inter",),
     "seed": ("random",),
-    "then": ("structure",),
-    "block_size": ("block", "structure"),
+    "then": ("dead_inputs",),
+    "block_size": ("block", "dead_inputs"),
 }
 _POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 kernels alone
 _AMOUNT: Final = "share of the weights or kernels that goes, a float in (0, 1]"
@@ -80,8 +80,8 @@ _POINTWISE: Final = "how 1x1 kernels are pruned; none leaves them dense (window)
 _SCOPE: Final = "where kernels compete (ck, intra, inter, window's 1x1 kernels)"
 _GROUP: Final = "output channels that share a kernel mask, from 1 (ck, window's 1x1 kernels)"
 _SHARE: Final = "part of the amount that is window's, in [0, 1] (intra, inter)"
-_THEN: Final = "how the rest goes behind the columns that read zeros (structure)"
-_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block, structure then block)"
+_THEN: Final = "how the rest goes behind the columns that read zeros (dead_inputs)"
+_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block, dead_inputs then block)"
 
 
 def _amount(value: object) -> object:
@@ -156,12 +156,12 @@ class Override(Settings):
     layers: Names = Field(min_length=1, description="module names or globs: one, or a list")
     method: OverrideMethod | None = Field(None, description="method for these layers")
     amount: Amount | None = Field(None, description=_AMOUNT)
-    spread: bool | None = Field(None, description=_SPREAD)
+    exact_layer_sparsity: bool | None = Field(None, description=_SPREAD)
     max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
     pointwise: Pointwise | None = Field(None, description=_POINTWISE)
     scope: Scope | None = Field(None, description=_SCOPE)
     group: Count | None = Field(None, description=_GROUP)
-    share: Share | None = Field(None, description=_SHARE)
+    window_fraction: Share | None = Field(None, description=_SHARE)
     then: Then | None = Field(None, description=_THEN)
     block_size: Count | None = Field(None, description=_BLOCK_SIZE)
 
@@ -178,14 +178,16 @@ class Pruning(Settings):
     resolution: float = Field(
         0.0025, ge=0, lt=1, description="rise of a layer's sparsity worth a new mask, in [0, 1)"
     )
-    spread: bool = Field(False, description=_SPREAD)
+    exact_layer_sparsity: bool = Field(False, description=_SPREAD)
     max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
     pointwise: Pointwise = Field("ck", description=_POINTWISE)
     scope: Scope = Field("channel", description=_SCOPE)
     group: Count = Field(1, description=_GROUP)
-    share: Share = Field(0.5, description=_SHARE)
-    split: float = Field(0.5, gt=0, lt=1, description="part of the era for ck, in (0, 1) (inter)")
-    free: bool = Field(
+    window_fraction: Share = Field(0.5, description=_SHARE)
+    ck_fraction_of_era: float = Field(
+        0.5, gt=0, lt=1, description="part of the era for ck, in (0, 1) (inter)"
+    )
+    prune_dead_inputs: bool = Field(
         False, description="true: what only reads zeros goes too, at the end of the era"
     )
     seed: Seed = Field(0, description="seed of random masks, from 0 to 2**32 - 1 (random)")
@@ -231,7 +233,7 @@ class _Place(NamedTuple):
         if option in _POINTWISE_OPTIONS and self.pointwise == "none":
             methods.discard("window")
         if option == "block_size" and self.then != "block":
-            methods.discard("structure")
+            methods.discard("dead_inputs")
         return bool(methods)
 
 
@@ -255,6 +257,6 @@ def _no_effect(option: str, place: _Place) -> str:
     methods = " or ".join(dict.fromkeys(place.methods))
     if "window" in place.methods and option in _POINTWISE_OPTIONS:
         methods += " and pointwise none"
-    if "structure" in place.methods and option == "block_size":
+    if "dead_inputs" in place.methods and option == "block_size":
         methods += " then fine"
     return f"has no effect with method {methods} (used by {', '.join(OPTION_METHODS[option])})"

@@ -32,7 +32,7 @@ class LayerSparsity:
         total: weights.
         kernels_gone: kernels of nothing but zeros; 0 for a linear layer.
         dead_outputs: output channels or neurons of nothing but zeros.
-        free: zeros that were taken because they only read zeros, beyond the amount asked for.
+        dead_input_zeros: weights pruned because they only read zeros, beyond the amount asked for.
         selected: whether it is among the layers that are pruned.
     """
 
@@ -44,7 +44,7 @@ class LayerSparsity:
     kernels_gone: int
     dead_outputs: int
     selected: bool
-    free: int = 0
+    dead_input_zeros: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -69,9 +69,9 @@ class Sparsity:
         return _share(self.layers)
 
     @property
-    def free(self) -> int:
+    def dead_input_zeros(self) -> int:
         """Zeros that were taken because they only read zeros, beyond the amounts asked for."""
-        return sum(layer.free for layer in self.layers)
+        return sum(layer.dead_input_zeros for layer in self.layers)
 
     def __getitem__(self, name: str) -> LayerSparsity:
         """The layer of that name."""
@@ -84,14 +84,14 @@ class Sparsity:
 def measure_sparsity(
     model: nn.Module,
     selected: Iterable[str] | None = None,
-    free: Mapping[str, int] | None = None,
+    dead_input_zeros: Mapping[str, int] | None = None,
 ) -> Sparsity:
     """Count the zeros of a model's convolutions and linear layers.
 
     Args:
         model: pruned by hooks, permanently, or not at all; DDP and compiled models too.
         selected: names of the layers that are pruned; all by default.
-        free: how many zeros of each layer were taken because they only read zeros.
+        dead_input_zeros: how many weights of each layer were pruned because they only read zeros.
 
     Example:
         >>> measure_sparsity(nn.Sequential(nn.Linear(4, 2))).network
@@ -101,7 +101,9 @@ def measure_sparsity(
     layers = prunable_layers(model).items()
     return Sparsity(
         tuple(
-            _measured(name, module, names is None or name in names, (free or {}).get(name, 0))
+            _measured(
+                name, module, names is None or name in names, (dead_input_zeros or {}).get(name, 0)
+            )
             for name, module in layers
         )
     )
@@ -138,16 +140,16 @@ def format_table(sparsity: Sparsity) -> str:
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"
     )
-    if sparsity.free:
+    if sparsity.dead_input_zeros:
         zeros = sum(layer.zeros for layer in sparsity.layers)
         lines.append(
-            f"free: {sparsity.free:,} of the {zeros:,} zeros only read zeros and went beyond the "
-            f"amount asked for"
+            f"dead inputs: {sparsity.dead_input_zeros:,} of the {zeros:,} zeros were pruned "
+            f"because they only read zeros, beyond the amount asked for"
         )
     return "\n".join(lines)
 
 
-def _measured(name: str, module: nn.Module, selected: bool, free: int) -> LayerSparsity:
+def _measured(name: str, module: nn.Module, selected: bool, dead_input_zeros: int) -> LayerSparsity:
     kept = effective_weight(module) != 0
     is_conv = kept.ndim > 2
     kernels = kept.flatten(2).any(2) if is_conv else kept
@@ -160,7 +162,7 @@ def _measured(name: str, module: nn.Module, selected: bool, free: int) -> LayerS
         kernels_gone=kernels.numel() - int(kernels.sum()) if is_conv else 0,
         dead_outputs=len(kernels) - int(kernels.any(1).sum()),
         selected=selected,
-        free=free,
+        dead_input_zeros=dead_input_zeros,
     )
 
 

@@ -21,25 +21,30 @@ __all__ = ["ZeroInputs", "prunes_by_structure", "reads_any", "zero_inputs_of"]
 def zero_inputs_of(
     model: nn.Module, pruning: Pruning, example_input: Tensor | tuple[Any, ...] | None
 ) -> ZeroInputs | None:
-    """A `ZeroInputs` where these settings ask for one: `free`, or the method `structure`.
+    """A `ZeroInputs` where `prune_dead_inputs` or the method `dead_inputs` ask for one.
 
     Raises:
         ValueError: if they do without an `example_input`, or the model can't be exported.
     """
     methods = [override.method for override in pruning.overrides]
-    if not pruning.free and not prunes_by_structure(pruning) and "structure" not in methods:
+    if (
+        not pruning.prune_dead_inputs
+        and not prunes_by_structure(pruning)
+        and "dead_inputs" not in methods
+    ):
         return None
     if example_input is None:
         raise ValueError(
-            "`example_input` (=None) is needed by `free: true` and the method structure, which "
-            "look into the model's graph: give a small batch such as torch.zeros(2, 3, 224, 224)"
+            "`example_input` (=None) is needed by `prune_dead_inputs: true` and the method "
+            "dead_inputs, which look into the model's graph: give a small batch such as "
+            "torch.zeros(2, 3, 224, 224)"
         )
     return ZeroInputs(model, example_input)
 
 
 def prunes_by_structure(pruning: Pruning) -> bool:
-    """Whether linear layers, and convolutions that stand for them, are pruned by `structure`."""
-    return pruning.fc != "none" and pruning.fc.method == "structure"
+    """Whether linear layers, and convolutions that stand for them, are pruned by `dead_inputs`."""
+    return pruning.fc != "none" and pruning.fc.method == "dead_inputs"
 
 
 class ZeroInputs:
@@ -68,8 +73,8 @@ class ZeroInputs:
         except Exception as error:  # of many kinds, as the model's code fails or isn't understood
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"`pruning.free` and the method structure need the model's graph, which "
-                f"torch.export can't make with this `example_input`: {first}"
+                f"`pruning.prune_dead_inputs` and the method dead_inputs need the model's graph, "
+                f"which torch.export can't make with this `example_input`: {first}"
             ) from error
 
     @property
@@ -144,9 +149,9 @@ def _take(name: str, mask: Tensor, zeros: Tensor) -> int:
     number = int(torch.count_nonzero(useless))
     if number and number == int(torch.count_nonzero(mask)):
         raise PruningError(
-            f"layer {name} would lose all its weights by `free`, since all of its inputs are zero: "
-            f"leave it out by `exclude`, lower the amounts of the layers before it, or set "
-            f"`free: false`"
+            f"layer {name} would lose all its weights by `prune_dead_inputs`, "
+            f"since all its inputs are zero: leave it out by `exclude`, lower the amounts of the "
+            f"layers before it, or set `prune_dead_inputs: false`"
         )
     if number:
         mask.masked_fill_(useless, 0)

@@ -27,18 +27,19 @@ def window_mask(
     *,
     mask: Tensor | None = None,
     max_nonzero: int | None = None,
-    spread: bool = False,
+    exact_layer_sparsity: bool = False,
 ) -> Tensor:
     """Prune the smallest weights inside each kernel (the paper's Algorithm 3, Figure 2a).
 
     The locale is one kernel `weight[k, c]` and each loses the same count, so that the sparsity
-    moves in steps of 1 / (R·S). With `spread` the layer is the locale: every kernel loses the
-    same count, and then as many kernels lose one more (the smallest next magnitude first) as the
-    layer's total asks for. A kernel that holds a weight keeps its largest under `spread`.
+    moves in steps of 1 / (R·S). With `exact_layer_sparsity` the layer is the locale: every kernel
+    loses the same count, and then as many kernels lose one more (the smallest next magnitude first)
+    as the layer's total asks for. A kernel that holds a weight then keeps its largest.
 
     Args:
         weight: shape `(K, C, *kernel)`, kernel of at least two weights.
-        amount: share in [0, 1] or number of weights of each kernel (of the layer with `spread`).
+        amount: share in [0, 1] or number of weights of each kernel; of the layer with
+            `exact_layer_sparsity`.
         mask: the earlier mask, of `weight`'s shape.
         max_nonzero: at most this many weights of each kernel stay, whatever the amount.
         spread: reach the layer's count exactly.
@@ -62,12 +63,16 @@ def window_mask(
             f"{tuple(weight.shape)} has 1x1 kernels: prune it by ck (whole kernels)"
         )
     least = size - at_most(max_nonzero, size)
-    total = count(amount, weight.numel() if spread else size)
+    total = count(amount, weight.numel() if exact_layer_sparsity else size)
     if not weight.numel():
         return merge(torch.ones_like(weight, dtype=torch.bool), mask)
     windows = _windows(keys)
     check_finite(windows.amax(0), weight)
-    kept = _spread(windows, total, least) if spread else ~smallest(windows, max(total, least))
+    kept = (
+        _spread(windows, total, least)
+        if exact_layer_sparsity
+        else ~smallest(windows, max(total, least))
+    )
     return merge(_unwindows(kept, weight), mask)
 
 
@@ -155,21 +160,23 @@ def ck_locale_size(
     return size
 
 
-def intra_shares(amount: float, share: float) -> tuple[float, float]:
+def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:
     """Split a combined amount: `(s, c)`, the shares that window and CK pruning stand for.
 
-    `s = share * amount` of the weights go by window pruning and `c = (amount - s) / (1 - s)` of
+    `s = window_fraction * amount` of the weights go by window pruning and `c = (amount - s) / (1 - s)` of
     the kernels by CK, so that together `1 - (1 - s)(1 - c) = amount`.
 
     Raises:
-        ValueError: if `share` is not in [0, 1].
+        ValueError: if `window_fraction` is not in [0, 1].
     """
-    value: object = share
+    value: object = window_fraction
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`share` (={value!r}) must be a float in [0, 1]")
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"`share` (={share}) must be in [0, 1]: the window part of the amount")
-    windowed = share * amount
+        raise TypeError(f"`window_fraction` (={value!r}) must be a float in [0, 1]")
+    if not 0.0 <= window_fraction <= 1.0:
+        raise ValueError(
+            f"`window_fraction` (={window_fraction}) must be in [0, 1]: the window part of the amount"
+        )
+    windowed = window_fraction * amount
     return windowed, (1.0 if windowed == 1.0 else (amount - windowed) / (1.0 - windowed))
 
 
@@ -178,16 +185,17 @@ def intra_mask(
     amount: float,
     *,
     mask: Tensor | None = None,
-    share: float = 0.5,
+    window_fraction: float = 0.5,
     groups: int = 1,
     scope: str = "channel",
 ) -> Tensor:
     """Prune kernels, then the smallest weights of those that stay (the paper's Algorithm 4).
 
-    Kernels go by CK up to `intra_shares(amount, share)[1]`; the layer's remaining zeros are spread
-    over the surviving kernels as in `window_mask(..., spread=True)`. CK looks at the largest
-    weight of a kernel and window pruning takes that one last, so the paper's order, window first,
-    picks the same kernels; this one reaches a single total. 1x1 kernels are pruned by CK alone.
+    Kernels go by CK up to `intra_shares(amount, window_fraction)[1]`; the layer's remaining zeros
+    are spread over the surviving kernels as in `window_mask(..., exact_layer_sparsity=True)`. CK
+    looks at the largest weight of a kernel and window pruning takes that one last, so the paper's
+    order, window first, picks the same kernels; this one reaches a single total. 1x1 kernels are
+    pruned by CK alone.
     Falls short of the total only where each surviving kernel is down to one weight. Under an
     amount that rises from call to call it may exceed it a little, by less than numel / K as a
     rule, since a kernel that leaves takes its earlier zeros along.
@@ -214,7 +222,7 @@ def intra_mask(
     if isinstance(value, numbers.Integral):
         raise TypeError(f"`amount` (={value!r}) must be a float in [0, 1] for intra pruning")
     total = count(amount, weight.numel())
-    _, kernel_amount = intra_shares(amount, share)
+    _, kernel_amount = intra_shares(amount, window_fraction)
     if _kernel_size(weight) == 1:
         return ck_mask(weight, amount, mask=mask, groups=groups, scope=scope)
     windows = _windows(magnitude_keys(weight, mask, min_dims=3))

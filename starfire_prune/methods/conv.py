@@ -27,23 +27,27 @@ class WindowStructured(MaskMethod):
     """Prune the smallest weights inside each kernel; see `masks.window_mask`."""
 
     def __init__(
-        self, amount: float, *, max_nonzero: int | None = None, spread: bool = False
+        self, amount: float, *, max_nonzero: int | None = None, exact_layer_sparsity: bool = False
     ) -> None:
         super().__init__(amount)
         self.max_nonzero = max_nonzero
-        self.spread = spread
+        self.exact_layer_sparsity = exact_layer_sparsity
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.window_mask(
-            t, self.amount, mask=default_mask, max_nonzero=self.max_nonzero, spread=self.spread
+            t,
+            self.amount,
+            mask=default_mask,
+            max_nonzero=self.max_nonzero,
+            exact_layer_sparsity=self.exact_layer_sparsity,
         )
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        size = math.prod(shape if self.spread else shape[2:])
+        size = math.prod(shape if self.exact_layer_sparsity else shape[2:])
         return ((masks.count(self.amount, size), size),)
 
     def locales(self, shape: torch.Size) -> int:
-        return 1 if self.spread else math.prod(shape[:2])
+        return 1 if self.exact_layer_sparsity else math.prod(shape[:2])
 
 
 class CKStructured(MaskMethod):
@@ -92,12 +96,12 @@ class IntraStructured(MaskMethod):
         self,
         amount: float,
         *,
-        share: float = 0.5,
+        window_fraction: float = 0.5,
         groups: int = 1,
         scope: Scope = "channel",
     ) -> None:
         super().__init__(amount)
-        self.share = share
+        self.window_fraction = window_fraction
         self.groups = groups
         self.scope = scope
 
@@ -106,7 +110,7 @@ class IntraStructured(MaskMethod):
             t,
             self.amount,
             mask=default_mask,
-            share=self.share,
+            window_fraction=self.window_fraction,
             groups=self.groups,
             scope=self.scope,
         )
@@ -115,7 +119,7 @@ class IntraStructured(MaskMethod):
         size = masks.ck_locale_size(*shape[:2], groups=self.groups, scope=self.scope)
         if math.prod(shape[2:]) == 1:
             return ((masks.count(self.amount, size), size),)
-        _, kernel_amount = masks.intra_shares(self.amount, self.share)
+        _, kernel_amount = masks.intra_shares(self.amount, self.window_fraction)
         total = shape.numel()
         return (masks.count(kernel_amount, size), size), (masks.count(self.amount, total), total)
 
@@ -130,7 +134,7 @@ def window_structured(
     *,
     importance_scores: Tensor | None = None,
     max_nonzero: int | None = None,
-    spread: bool = False,
+    exact_layer_sparsity: bool = False,
 ) -> ModuleT:
     """Prune the smallest weights inside each kernel of a convolution (Algorithm 3, Figure 2a).
 
@@ -140,7 +144,7 @@ def window_structured(
         module: a convolution with kernels of two weights or more.
         name: of the parameter, shape `(K, C / groups, *kernel)`.
         amount: the total share in [0, 1], or number, of weights of each kernel that is zero
-            afterwards; of the layer with `spread`.
+            afterwards; of the layer with `exact_layer_sparsity`.
         importance_scores: ranked by magnitude in the parameter's place, of its shape.
         max_nonzero: at most this many weights of each kernel stay.
         spread: reach the layer's count exactly, instead of in steps of a weight of each kernel.
@@ -159,7 +163,7 @@ def window_structured(
         amount,
         importance_scores=importance_scores,
         max_nonzero=max_nonzero,
-        spread=spread,
+        exact_layer_sparsity=exact_layer_sparsity,
     )
     return module
 
@@ -216,7 +220,7 @@ def intra_structured(
     amount: float | None = None,
     *,
     importance_scores: Tensor | None = None,
-    share: float = 0.5,
+    window_fraction: float = 0.5,
     scope: Scope = "channel",
 ) -> ModuleT:
     """Prune kernels, then the smallest weights of those that stay (Algorithm 4).
@@ -244,7 +248,7 @@ def intra_structured(
         name,
         amount,
         importance_scores=importance_scores,
-        share=share,
+        window_fraction=window_fraction,
         groups=_groups(module),
         scope=scope,
     )

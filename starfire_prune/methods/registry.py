@@ -22,7 +22,7 @@ METHODS: Mapping[str, type[MaskMethod]] = MappingProxyType(
         "intra": IntraStructured,
         "block": FCBlock,
         "fine": FCFine,
-        "structure": FCStructured,
+        "dead_inputs": FCStructured,
         "magnitude": MagnitudeUnstructured,
         "random": RandomUnstructured,
         "filter": FilterStructured,

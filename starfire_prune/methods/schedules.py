@@ -11,7 +11,7 @@ __all__ = ["SCHEDULES", "cosine", "cubic", "linear"]
 
 
 def linear(progress: float) -> float:
-    """The paper's schedule: the threshold rises evenly over the era.
+    """The paper's schedule: the target rises evenly over the era.
 
     Example:
         >>> linear(0.25)

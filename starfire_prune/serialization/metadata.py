@@ -94,7 +94,9 @@ def pruning_metadata(
             "amount": None if layer is None else layer.amount,
             "zeros": int((state[name] == 0).sum()),
             "total": state[name].numel(),
-            "free": 0 if layer is None or sparsity is None else sparsity[layer.name].free,
+            "free": 0
+            if layer is None or sparsity is None
+            else sparsity[layer.name].dead_input_zeros,
         }
 
     run: dict[str, Any] = {"method": None}

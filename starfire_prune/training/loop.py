@@ -72,7 +72,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         **_evaluate_average(run),
         "lr": recipe.optimizer.lr * factor,
         "phase": _phase_of(recipe, epoch),
-        "threshold": pruner.threshold if pruner is not None else 0.0,
+        "target_sparsity": pruner.target_sparsity if pruner is not None else 0.0,
         "sparsity": sparsity.selected,
         "sparsity_network": sparsity.network,
         **trained,
@@ -174,6 +174,6 @@ def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
     status = {"top1": f"{last['top1']:.2%}"} if last else {}
     if run.pruner is not None:
         status["phase"] = run.pruner.phase
-        status["threshold"] = f"{run.pruner.threshold:.2%}"
+        status["target_sparsity"] = f"{run.pruner.target_sparsity:.2%}"
         status["sparsity"] = f"{last.get('sparsity', 0.0):.2%}"
     return status

@@ -14,7 +14,7 @@ __all__ = ["plot_masks", "plot_training", "tiled_kernels"]
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Draw accuracy, threshold and reached sparsity over the epochs, as in Figures 4 and 7 to 9.
+    """Draw accuracy, target and reached sparsity over the epochs, as in Figures 4 and 7 to 9.
 
     Args:
         metrics: the objects of a run's `metrics.jsonl`, an epoch each.
@@ -28,7 +28,10 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str =
     accuracy.set_xlabel("epoch")
     accuracy.set_ylabel("top-1 on held-out images [%]", color="C0")
     sparsity = accuracy.twinx()
-    for key, style, label in (("threshold", "--", "threshold"), ("sparsity", "-", "reached")):
+    for key, style, label in (
+        ("target_sparsity", "--", "target_sparsity"),
+        ("sparsity", "-", "reached"),
+    ):
         values = [100 * row[key] for row in metrics]
         sparsity.plot(epochs, values, style, color="C1", lw=3 if style == "--" else 1, label=label)
     sparsity.set_ylim(-2, 102)

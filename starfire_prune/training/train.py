@@ -210,7 +210,7 @@ def _epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     return (
         f"epoch {metrics['epoch'] + 1}/{epochs}  loss {metrics['train_loss']:.4f}  "
         f"top-1 {metrics['top1']:.2%}  {average}phase {metrics['phase']}  "
-        f"threshold {metrics['threshold']:.2%}  sparsity {metrics['sparsity']:.2%}  "
+        f"target {metrics['target_sparsity']:.2%}  sparsity {metrics['sparsity']:.2%}  "
         f"{metrics['images_per_s']:.0f} images/s"
     )
 

@@ -15,6 +15,7 @@ __all__ = [
     "named_modules_with_duplicates",
     "prunable_layers",
     "unwrap",
+    "weight_key",
 ]
 
 
@@ -66,3 +67,13 @@ def named_modules_with_duplicates(model: nn.Module) -> Iterator[tuple[str, nn.Mo
     """All modules, a shared one under each of its names, as a state dict has them."""
     modules = model.named_modules(remove_duplicate=False)
     return ((clean_name(name), module) for name, module in modules)
+
+
+def weight_key(name: str, parameter: str = "weight") -> str:
+    """The name of a module's parameter in the model's state; the module may be the model itself.
+
+    Example:
+        >>> weight_key("layer1.0"), weight_key("")
+        ('layer1.0.weight', 'weight')
+    """
+    return f"{name}.{parameter}" if name else parameter

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import statistics
 from collections.abc import Container, Iterable, Sequence
 from typing import Final
 
-__all__ = ["ABSENT", "NUMBER", "format_columns", "listed", "mean_of", "number_text", "spread_text"]
+__all__ = [
+    "ABSENT",
+    "NUMBER",
+    "did_you_mean",
+    "first_few",
+    "first_line",
+    "format_columns",
+    "listed",
+    "mean_of",
+    "number_text",
+    "spread_text",
+]
 
 NUMBER: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 """A decimal number as YAML 1.2 writes it."""
@@ -23,6 +35,38 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     names = sorted(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Enumerate names in their order, and only count those after the first few.
+
+    Example:
+        >>> first_few(["c", "b", "a"], most=2)
+        'c, b and 1 more'
+    """
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """The end of an error about a wrong name: the nearest valid one, or nothing if none is near.
+
+    Example:
+        >>> did_you_mean("amuont", ["amount", "era"])
+        '; did you mean amount?'
+    """
+    near = difflib.get_close_matches(str(value).lower(), list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's type where it has no message.
+
+    Example:
+        >>> first_line(ValueError("no\\nyes")), first_line(KeyboardInterrupt())
+        ('no', 'KeyboardInterrupt')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def format_columns(

@@ -340,7 +340,7 @@ def test_what_no_check_foresees_is_a_sentence_too(error, message, tool, tmp_path
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("starfire_prune.inspection.inspect_pruned", fail)
+    monkeypatch.setattr("starfire_prune.serialization.inspect.inspect_pruned", fail)
     path = tmp_path / "file.safetensors"
     ended = tool("--inspect", path)
     assert ended.status == 1

@@ -143,7 +143,7 @@ def train_two_ranks(rank: int, folder: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     join(folder, rank, 2)
     model = SmallNet(seed=rank)  # DDP gives all ranks the weights of rank 0
-    pruner = one_epoch(model, 6, method="window", spread=True, resolution=0.0)
+    pruner = one_epoch(model, 6, method="window", exact_layer_sparsity=True, resolution=0.0)
     ddp = DistributedDataParallel(model)
     optimizer = sgd(ddp)
     lines = []
@@ -219,7 +219,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", [{"method": "window", "spread": True}, {"method": "ck"}])
+@pytest.mark.parametrize(
+    "settings", [{"method": "window", "exact_layer_sparsity": True}, {"method": "ck"}]
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_trap_11_masks_change_without_recompiling(settings):
     model = SmallNet()

@@ -44,7 +44,7 @@ def window_at_most_2(weight: Tensor, progress: float, mask: Tensor | None) -> Te
 
 
 def spread(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
-    return window_mask(weight, 0.6 * progress, mask=mask, spread=True)
+    return window_mask(weight, 0.6 * progress, mask=mask, exact_layer_sparsity=True)
 
 
 def ck(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
@@ -65,7 +65,7 @@ def ck_in_layer(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
 
 
 def intra(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
-    return intra_mask(weight, 0.6 * progress, mask=mask, share=0.4)
+    return intra_mask(weight, 0.6 * progress, mask=mask, window_fraction=0.4)
 
 
 def inter(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
@@ -73,7 +73,9 @@ def inter(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
     if progress <= 0.25:
         return ck_mask(weight, kernels * progress / 0.25, mask=mask)
     total = kernels + (0.6 - kernels) * (progress - 0.25) / 0.75
-    return window_mask(weight, total, mask=ck_mask(weight, kernels, mask=mask), spread=True)
+    return window_mask(
+        weight, total, mask=ck_mask(weight, kernels, mask=mask), exact_layer_sparsity=True
+    )
 
 
 def magnitude(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
@@ -97,13 +99,18 @@ BLOCK = {"method": "block", "block_size": 2, "amount": 0.3}
 RULES: dict[str, tuple[Settings, Rule, Rule, Rule]] = {
     "window": ({"method": "window"}, window, ck, fine),
     "window-max": ({"method": "window", "max_nonzero": 2}, window_at_most_2, ck, fine),
-    "window-spread": ({"method": "window", "spread": True, "fc": BLOCK}, spread, ck, blocks_of_2),
+    "window-exact_layer_sparsity": (
+        {"method": "window", "exact_layer_sparsity": True, "fc": BLOCK},
+        spread,
+        ck,
+        blocks_of_2,
+    ),
     "ck": ({"method": "ck"}, ck, ck, fine),
     "ck-max": ({"method": "ck", "max_nonzero": 2}, ck_at_most_2, ck_at_most_2, fine),
     "ck-group": ({"method": "ck", "group": 2}, ck_in_pairs, ck_in_pairs, fine),
     "ck-layer": ({"method": "ck", "scope": "layer"}, ck_in_layer, ck_in_layer, fine),
-    "intra": ({"method": "intra", "share": 0.4}, intra, ck, fine),
-    "inter": ({"method": "inter", "split": 0.25}, inter, ck, fine),
+    "intra": ({"method": "intra", "window_fraction": 0.4}, intra, ck, fine),
+    "inter": ({"method": "inter", "ck_fraction_of_era": 0.25}, inter, ck, fine),
     "magnitude": ({"method": "magnitude"}, magnitude, magnitude, fine),
     "filter": ({"method": "filter"}, filters, filters, fine),
 }
@@ -172,7 +179,9 @@ def test_the_resolution_spares_masks(monkeypatch):
 
     monkeypatch.setattr(WindowStructured, "compute_mask", counted)
     model = nn.Sequential(nn.Conv2d(10, 10, (10, 1)))
-    pruner = one_epoch(model, 500, method="window", spread=True, amount=0.5, resolution=0.05)
+    pruner = one_epoch(
+        model, 500, method="window", exact_layer_sparsity=True, amount=0.5, resolution=0.05
+    )
     for _ in range(500):
         pruner.step()
     assert len(calls) == 11
@@ -200,8 +209,8 @@ COUNTS: list[tuple[Settings, str, str, int]] = [
     ({"method": "window", "max_nonzero": 3}, "body", "weights of a kernel", 6),
     ({"method": "window", "max_nonzero": 5}, "body", "weights of a kernel", 5),
     ({"method": "window", "max_nonzero": 3}, "point", "kernels of a channel", 5),
-    ({"method": "window", "spread": True}, "stem", "weights", 130),
-    ({"method": "window", "spread": True}, "body", "weights", 518),
+    ({"method": "window", "exact_layer_sparsity": True}, "stem", "weights", 130),
+    ({"method": "window", "exact_layer_sparsity": True}, "body", "weights", 518),
     ({"method": "window", "scope": "layer"}, "point", "kernels", 58),
     ({"method": "ck"}, "stem", "kernels of a channel", 5),
     ({"method": "ck"}, "body", "kernels of a channel", 7),
@@ -303,7 +312,7 @@ def test_inter_prunes_kernels_in_the_first_part_of_the_era_and_weights_in_the_re
     conv = SmallNet().body
     pruner = Pruner(
         nn.Sequential(conv),
-        {"method": "inter", "amount": 0.6, "split": 0.5, "era": [0, 1]},
+        {"method": "inter", "amount": 0.6, "ck_fraction_of_era": 0.5, "era": [0, 1]},
         updates_per_epoch=n_updates,
     )
     kernels = (0.6 - 0.3) / (1 - 0.3)

@@ -146,7 +146,7 @@ def test_trap_07_training_goes_on_as_if_pruned_weights_did_not_exist(build, max_
     optimizer = build(model)
     pruner = Pruner(
         model,
-        {"method": "window", "spread": True, "amount": 0.6, "era": [0, 1]},
+        {"method": "window", "exact_layer_sparsity": True, "amount": 0.6, "era": [0, 1]},
         updates_per_epoch=ERA,
         optimizer=optimizer,
     )

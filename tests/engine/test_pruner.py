@@ -1,4 +1,4 @@
-"""The pruner's phases, thresholds and masks. What follows the era is in test_engine_fixed.py."""
+"""The pruner's phases, targets and masks. What follows the era is in test_engine_fixed.py."""
 
 import copy
 import gc
@@ -76,14 +76,14 @@ def test_dense_phase_trains_as_without_a_pruner():
 )
 def test_threshold_follows_the_schedule(schedule, shares):
     pruner = Pruner(SmallNet(), {**CK, "schedule": schedule, "era": [0, 2]}, updates_per_epoch=2)
-    thresholds = []
+    targets = []
     for epoch in range(2):
         for _ in range(2):
             pruner.step()
-            thresholds.append(pruner.threshold)
+            targets.append(pruner.target_sparsity)
         pruner.end_epoch(epoch)
-    assert thresholds == pytest.approx([0.6 * share for share in shares])
-    assert thresholds[-1] == 0.6
+    assert targets == pytest.approx([0.6 * share for share in shares])
+    assert targets[-1] == 0.6
 
 
 def test_era_runs_from_its_first_epochs_first_update_to_its_last_epochs_last():
@@ -92,7 +92,7 @@ def test_era_runs_from_its_first_epochs_first_update_to_its_last_epochs_last():
     for epoch in range(4):
         for _ in range(2):
             pruner.step()
-            seen.append((epoch, pruner.phase, round(pruner.threshold, 9)))
+            seen.append((epoch, pruner.phase, round(pruner.target_sparsity, 9)))
         pruner.end_epoch(epoch)
     assert seen == [
         (0, "dense", 0.0),
@@ -129,7 +129,7 @@ def test_trap_12_skipped_updates_do_not_count():
     for updated in (False, True, False, False, True):
         pruner.step(updated=updated)
     assert pruner.phase == "era"
-    assert pruner.threshold == pytest.approx(0.3)
+    assert pruner.target_sparsity == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("method", ["window", "ck", "intra", "inter"])
@@ -145,7 +145,7 @@ def test_end_epoch_reaches_the_target_where_updates_were_skipped(method, n_steps
     short.end_epoch(0)
     for _ in range(4):
         whole.step()
-    assert (short.phase, short.threshold) == ("fixed", 0.6)
+    assert (short.phase, short.target_sparsity) == ("fixed", 0.6)
     assert short.mask_hash() == whole.mask_hash()  # the weights have not moved meanwhile
     short.check()
 
@@ -155,7 +155,7 @@ def test_only_the_eras_last_epoch_forces_the_target():
     pruner.step()
     pruner.end_epoch(0)
     assert pruner.phase == "era"
-    assert pruner.threshold == pytest.approx(0.15)
+    assert pruner.target_sparsity == pytest.approx(0.15)
 
 
 def test_too_many_updates_in_an_epoch_are_refused():
@@ -228,7 +228,7 @@ def test_trap_02_masks_follow_the_raw_weight_and_not_the_stale_one():
 
 def test_trap_03_hooks_hold_no_masks_and_do_not_grow():
     model = SmallNet()
-    pruner = one_epoch(model, 2000, method="window", spread=True, resolution=0.0)
+    pruner = one_epoch(model, 2000, method="window", exact_layer_sparsity=True, resolution=0.0)
 
     def held() -> tuple[int, list[list[str]]]:
         gc.collect()
@@ -272,7 +272,7 @@ def test_trap_05_channels_last_weights_get_the_same_masks():
 def test_trap_06_masks_change_between_backward_and_the_next_forward():
     model = SmallNet()
     optimizer = sgd(model)
-    pruner = one_epoch(model, 8, method="window", spread=True, resolution=0.0)
+    pruner = one_epoch(model, 8, method="window", exact_layer_sparsity=True, resolution=0.0)
     for update in range(4):  # two batches an update
         optimizer.zero_grad()
         backward(model, 2 * update)
@@ -281,7 +281,7 @@ def test_trap_06_masks_change_between_backward_and_the_next_forward():
         optimizer.step()
         pruner.step()
     assert pruner.phase == "era"
-    assert pruner.threshold == pytest.approx(0.3)
+    assert pruner.target_sparsity == pytest.approx(0.3)
 
 
 def test_trap_08_sparsity_reads_the_masked_weight_and_not_the_stale_one():
@@ -446,7 +446,7 @@ def test_settings_are_a_plain_mapping_in_the_users_own_loop():
         pruner.end_epoch(epoch)
     pruner.check()
     assert (pruner.phase, pruner.sparsity().network) == ("fixed", 0.6)
-    assert repr(pruner) == "Pruner(ck, 2 layers, phase='fixed', threshold=0.6000)"
+    assert repr(pruner) == "Pruner(ck, 2 layers, phase='fixed', target_sparsity=0.6000)"
 
 
 def test_a_layer_can_be_the_model_itself():
@@ -468,7 +468,7 @@ def test_unknown_keys_are_refused():
 def test_importing_the_package_loads_no_optional_library():
     program = (
         "import sys, starfire_prune;"
-        "names = ('pydantic', 'timm', 'accelerate', 'matplotlib', 'yaml');"
+        "names = ('timm', 'accelerate', 'torchvision', 'matplotlib');"
         "sys.exit(' '.join(name for name in names if name in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -273,7 +273,7 @@ def test_amount_follows_the_schedule(schedule, half):
 
 
 def test_inter_rises_to_the_kernel_amount_and_then_to_the_whole():
-    layer = select(method="inter", amount=0.6, split=0.25, share=0.5)["stem"]
+    layer = select(method="inter", amount=0.6, ck_fraction_of_era=0.25, window_fraction=0.5)["stem"]
     kernels = (0.6 - 0.3) / (1 - 0.3)
     found = [amount_at(layer, progress) for progress in (0.0, 0.125, 0.25, 0.625, 1.0)]
     assert found == pytest.approx([0.0, kernels / 2, kernels, (kernels + 0.6) / 2, 0.6])
@@ -287,7 +287,7 @@ def test_inter_rises_to_the_kernel_amount_and_then_to_the_whole():
     [(0.1, 0.2, [0.08]), (0.3, 0.7, [0.2, 0.28]), (0.5, 0.7, [0.28]), (0.0, 1.0, [0.2, 0.4])],
 )
 def test_inter_completes_ck_before_it_goes_on(applied, progress, amounts):
-    layer = PrunedLayer("", nn.Conv2d(4, 8, 3), "inter", amount=0.4, share=0.625)
+    layer = PrunedLayer("", nn.Conv2d(4, 8, 3), "inter", amount=0.4, window_fraction=0.625)
     found = [method.amount for method in layer.methods_between(applied, progress)]
     assert found == pytest.approx(amounts)
 
@@ -364,8 +364,8 @@ def test_an_override_of_layers_that_are_not_selected_is_refused(own, pattern):
 @pytest.mark.parametrize(
     ("layer", "kind", "method", "fitting"),
     [
-        ("head", "Linear", "ck", "fine, block, structure, magnitude, random"),
-        ("head", "Linear", "window", "fine, block, structure, magnitude, random"),
+        ("head", "Linear", "ck", "fine, block, dead_inputs, magnitude, random"),
+        ("head", "Linear", "window", "fine, block, dead_inputs, magnitude, random"),
         ("stem", "Conv2d", "fine", "window, ck, intra, inter, magnitude, random, filter"),
         ("line", "Conv1d", "block", "window, ck, intra, inter, magnitude, random, filter"),
     ],
@@ -380,7 +380,7 @@ def test_a_method_of_another_kind_of_layer_is_refused(layer, kind, method, fitti
     [
         ((2, 4, 3, 3), {"method": "ck", "amount": 0.8}),
         ((8, 4, 3, 3), {"method": "window", "amount": 0.95}),
-        ((8, 4, 3, 3), {"method": "window", "amount": 1.0, "spread": True}),
+        ((8, 4, 3, 3), {"method": "window", "amount": 1.0, "exact_layer_sparsity": True}),
         ((4, 4, 3, 3), {"method": "intra", "amount": 0.95}),
         ((4, 4, 3, 3), {"method": "inter", "amount": 0.95}),
         ((8, 4, 3, 3), {"method": "magnitude", "amount": 1.0}),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 UPDATES, LAST = 4, 16  # updates an epoch and in all; the era is the epochs 1 and 2
 PHASES = {"dense": 3, "era": 6, "era, second half": 10, "fixed": 13}  # updates done
 METHODS: dict[str, dict[str, Any]] = {
-    "window": {"method": "window", "spread": True, "max_nonzero": 5},
+    "window": {"method": "window", "exact_layer_sparsity": True, "max_nonzero": 5},
     "intra": {"method": "intra", "resolution": 0.0},
     "inter": {"method": "inter"},
 }
@@ -76,7 +76,7 @@ def assert_same(one: Run, other: Run) -> None:
     assert equal_states(snapshot(one.model), snapshot(other.model))
     assert equal_states(one.pruner.masks(), other.pruner.masks())
     assert one.pruner.phase == other.pruner.phase
-    assert one.pruner.threshold == other.pruner.threshold
+    assert one.pruner.target_sparsity == other.pruner.target_sparsity
     assert hook_count(one.model) == hook_count(other.model)
 
 

@@ -72,13 +72,13 @@ def columns(weight: Tensor) -> Tensor:
     return weight.detach().view(10, 10, 16)
 
 
-# The method structure
+# The method dead_inputs
 
 
 @pytest.mark.parametrize("then", ["fine", "block"])
 def test_columns_behind_dead_channels_go_and_count(then):
     model = Columns()
-    pruner = pruned(model, fc={"method": "structure", "then": then})
+    pruner = pruned(model, fc={"method": "dead_inputs", "then": then})
     assert not model.body.weight[DEAD].any()
     weight = columns(model.head.weight)
     assert not weight[:, DEAD].any()
@@ -96,7 +96,7 @@ def test_by_fine_columns_go_for_their_magnitude_alone():
 
 def test_columns_go_at_the_update_at_which_the_channel_dies():
     model = Columns()
-    pruner = pruner_of(model, updates=8, fc={"method": "structure"}, resolution=0.0)
+    pruner = pruner_of(model, updates=8, fc={"method": "dead_inputs"}, resolution=0.0)
     for _ in range(8):
         pruner.step()
         masks = pruner.masks()
@@ -110,14 +110,14 @@ def test_columns_go_at_the_update_at_which_the_channel_dies():
 def test_columns_of_a_channel_that_is_zero_in_one_mode_alone_stay(bias, mean):
     """In eval mode it is bias - mean, in training the bias."""
     model = Columns(bias, mean)
-    pruned(model, fc={"method": "structure"})
+    pruned(model, fc={"method": "dead_inputs"})
     assert not model.body.weight[DEAD].any()
     assert columns(model.head.weight)[:, DEAD].any()
 
 
 def test_columns_that_have_gone_stay_gone_and_the_outputs_as_they_were():
     model = Columns()
-    pruner = pruned(model, fc={"method": "structure"})
+    pruner = pruned(model, fc={"method": "dead_inputs"})
     optimizer = sgd(model)
     for index in range(3):
         train_step(model, optimizer, index)
@@ -133,12 +133,12 @@ def test_convolutions_that_stand_for_linear_layers_count_as_such():
         model.features[4].weight[:3] *= 1e-3
         model.features[5].bias.fill_(-0.1)
     example = torch.zeros(2, 3, 28, 28)
-    options = {"fc": {"method": "structure"}, "exclude": "features.0", "example_input": example}
+    options = {"fc": {"method": "dead_inputs"}, "exclude": "features.0", "example_input": example}
     pruner = pruned(model, **options)
     methods = {name: layer.method for name, layer in pruner.layers.items()}
     assert methods == {
         "features.4": "ck",
-        **dict.fromkeys(("pre_logits.fc1", "pre_logits.fc2", "head.fc"), "structure"),
+        **dict.fromkeys(("pre_logits.fc1", "pre_logits.fc2", "head.fc"), "dead_inputs"),
     }
     fc1 = model.pre_logits.fc1.weight.detach()
     dead = ~model.features[4].weight.flatten(1).any(1)
@@ -149,17 +149,17 @@ def test_convolutions_that_stand_for_linear_layers_count_as_such():
 
 
 def test_why_all_columns_stay_is_told():
-    pruner = pruned(Columns(bias=0.1), fc={"method": "structure"})
+    pruner = pruned(Columns(bias=0.1), fc={"method": "dead_inputs"})
     assert pruner.kept_columns() == {
         "head": "none of its constant inputs is zero while training and in eval mode alike"
     }
-    assert pruned(Columns(), fc={"method": "structure"}).kept_columns() == {}
+    assert pruned(Columns(), fc={"method": "dead_inputs"}).kept_columns() == {}
 
 
 def test_the_classifier_of_a_resnet_keeps_its_columns_since_its_input_is_a_sum():
     model = timm.create_model("test_resnet", num_classes=10)
     example = torch.zeros(2, 3, 32, 32)
-    fc = {"method": "structure"}
+    fc = {"method": "dead_inputs"}
     pruner = pruned(model, fc=fc, exclude="conv1*", amount=0.9, example_input=example)
     (reason,) = pruner.kept_columns().values()
     assert reason.startswith("its input comes from an addition in which ")
@@ -170,13 +170,13 @@ def test_columns_go_behind_channels_that_were_dead_before():
     model = Columns()
     with torch.no_grad():
         model.body.weight[DEAD] = 0.0
-    pruned(model, fc={"method": "structure"}, exclude=["stem", "body"])
+    pruned(model, fc={"method": "dead_inputs"}, exclude=["stem", "body"])
     assert not columns(model.head.weight)[:, DEAD].any()
 
 
 def test_an_override_by_structure_counts():
     model = Columns()
-    pruned(model, overrides=[{"layers": "head", "method": "structure", "amount": 0.7}])
+    pruned(model, overrides=[{"layers": "head", "method": "dead_inputs", "amount": 0.7}])
     weight = columns(model.head.weight)
     assert not weight[:, DEAD].any()
     assert int((weight == 0).sum()) == 1120
@@ -187,7 +187,7 @@ def test_an_override_by_structure_counts():
 
 def test_free_takes_what_reads_zeros_beyond_the_amount():
     model = Columns()
-    pruner = pruned(model, free=True)
+    pruner = pruned(model, prune_dead_inputs=True)
     plain = Columns()
     pruned(plain)
     dead = ~plain.body.weight.flatten(1).any(1)
@@ -195,9 +195,9 @@ def test_free_takes_what_reads_zeros_beyond_the_amount():
     lost = (columns(plain.head.weight) != 0)[:, dead]
     weight = columns(model.head.weight)
     assert not weight[:, dead].any()
-    assert pruner.sparsity()["head"].free == int(lost.sum()) > 0
+    assert pruner.sparsity()["head"].dead_input_zeros == int(lost.sum()) > 0
     assert int((weight == 0).sum()) == 960 + int(lost.sum())
-    assert f"free: {int(lost.sum())} of the " in format_table(pruner.sparsity())
+    assert f"dead inputs: {int(lost.sum())} of the " in format_table(pruner.sparsity())
     pruner.check()
 
 
@@ -206,7 +206,7 @@ def test_free_changes_no_output(training):
     outputs = []
     for free in (False, True):
         model = Columns()
-        pruned(model, free=free)
+        pruned(model, prune_dead_inputs=free)
         torch.manual_seed(1)
         outputs.append(model.train(training)(torch.randn(4, 3, 8, 8)))
     torch.testing.assert_close(*outputs)
@@ -228,7 +228,7 @@ def test_free_follows_the_channels_that_die_of_it():
     before = copy.deepcopy(model)
     pruner = Pruner(
         model,
-        {"method": "ck", "amount": 0.5, "era": [0, 1], "free": True},
+        {"method": "ck", "amount": 0.5, "era": [0, 1], "prune_dead_inputs": True},
         updates_per_epoch=1,
         example_input=torch.zeros(1, 3, 4, 4),
     )
@@ -237,7 +237,7 @@ def test_free_follows_the_channels_that_die_of_it():
     assert not model[1].weight[:, :5].any()
     assert not model[1].weight[:4].any()
     assert not model[2].weight[:, :4].any()
-    assert pruner.sparsity()["2"].free > 0
+    assert pruner.sparsity()["2"].dead_input_zeros > 0
 
 
 def all_dead(model: Any) -> Any:
@@ -252,23 +252,25 @@ def all_dead(model: Any) -> Any:
 
 def test_each_output_neuron_keeps_a_weight_all_the_same():
     model = all_dead(Columns())
-    pruned(model, free=True)
+    pruned(model, prune_dead_inputs=True)
     assert (model.head.weight != 0).sum(1).tolist() == [1] * 10
 
 
 def test_a_convolution_that_would_lose_all_weights_by_it_is_named():
     model = nn.Sequential(all_dead(Columns()).bn2, nn.ReLU(), nn.Conv2d(10, 10, 1))
-    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "free": True}
+    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "prune_dead_inputs": True}
     example = torch.zeros(2, 10, 4, 4)
     pruner = Pruner(model, settings, updates_per_epoch=1, example_input=example)
-    with pytest.raises(PruningError, match=r"^layer 2 would lose all its weights by `free`, since"):
+    with pytest.raises(
+        PruningError, match=r"^layer 2 would lose all its weights by `prune_dead_inputs`, since"
+    ):
         pruner.step()
 
 
 def test_without_free_nothing_is_taken():
     pruner = pruned(Columns())
-    assert pruner.sparsity().free == 0
-    assert "free" not in format_table(pruner.sparsity())
+    assert pruner.sparsity().dead_input_zeros == 0
+    assert "dead inputs" not in format_table(pruner.sparsity())
 
 
 # State, mirrors, ranks
@@ -276,7 +278,7 @@ def test_without_free_nothing_is_taken():
 
 @pytest.mark.parametrize("done", [2, 4])
 def test_a_resumed_pruner_goes_on_with_the_same_bits(done):
-    options: dict[str, Any] = {"fc": {"method": "structure"}, "free": True}
+    options: dict[str, Any] = {"fc": {"method": "dead_inputs"}, "prune_dead_inputs": True}
     whole = Columns()
     pruner = pruner_of(whole, **options)
     optimizer = sgd(whole)
@@ -299,7 +301,9 @@ def test_a_resumed_pruner_goes_on_with_the_same_bits(done):
     assert again.sparsity() == pruner.sparsity()
 
 
-@pytest.mark.parametrize("options", [{"fc": {"method": "structure"}}, {"free": True}])
+@pytest.mark.parametrize(
+    "options", [{"fc": {"method": "dead_inputs"}}, {"prune_dead_inputs": True}]
+)
 def test_an_average_follows(options):
     model = Columns()
     average = ModelEmaV3(model, decay=0.9)
@@ -310,7 +314,7 @@ def test_an_average_follows(options):
         train_step(model, optimizer, index)
         pruner.step()
         average.update(model)
-    assert pruner.sparsity().free > 0 or "free" not in options
+    assert pruner.sparsity().dead_input_zeros > 0 or "prune_dead_inputs" not in options
     assert pruner.sparsity(average.module) == pruner.sparsity()
     pruner.check()
 
@@ -319,7 +323,7 @@ def prune_on_a_rank(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     model = Columns(mean=-5.0 * rank)  # on rank 1 the dead channels are no zeros in eval mode
-    pruner = pruned(model, fc={"method": "structure"}, free=True)
+    pruner = pruned(model, fc={"method": "dead_inputs"}, prune_dead_inputs=True)
     (folder / f"rank{rank}").write_text(pruner.mask_hash())
     assert not columns(model.head.weight)[:, DEAD].any()
     distributed.destroy_process_group()
@@ -338,24 +342,26 @@ def test_ranks_take_what_rank_0_finds(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"free": True},
-        {"fc": {"method": "structure"}},
-        {"overrides": [{"layers": "head", "method": "structure"}]},
+        {"prune_dead_inputs": True},
+        {"fc": {"method": "dead_inputs"}},
+        {"overrides": [{"layers": "head", "method": "dead_inputs"}]},
     ],
 )
 def test_a_missing_example_is_refused(options):
-    with pytest.raises(ValueError, match=r"^`example_input` \(=None\) is needed by `free: true` "):
+    with pytest.raises(
+        ValueError, match=r"^`example_input` \(=None\) is needed by `prune_dead_inputs: true` "
+    ):
         pruner_of(Columns(), example_input=None, **options)
 
 
 def test_an_example_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r"^`example_input` must be a tensor such as .* list$"):
-        pruner_of(Columns(), example_input=[IMAGES], free=True)
+        pruner_of(Columns(), example_input=[IMAGES], prune_dead_inputs=True)
 
 
 def test_what_cannot_be_exported_in_training_mode_is_refused_at_once():
     model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
-    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "free": True}
+    settings = {"method": "ck", "amount": 0.5, "era": [0, 1], "prune_dead_inputs": True}
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         Pruner(model, settings, updates_per_epoch=1, example_input=torch.zeros(1, 3, 8, 8))
 
@@ -363,8 +369,8 @@ def test_what_cannot_be_exported_in_training_mode_is_refused_at_once():
 def test_a_layer_that_no_forward_pass_reaches_is_left_alone():
     model = Columns()
     model.unused = nn.Linear(8, 8)
-    pruner = pruned(model, free=True)
-    assert pruner.sparsity()["unused"].free == 0
+    pruner = pruned(model, prune_dead_inputs=True)
+    assert pruner.sparsity()["unused"].dead_input_zeros == 0
 
 
 def test_a_model_that_cannot_be_exported_is_refused():
@@ -373,18 +379,21 @@ def test_a_model_that_cannot_be_exported_is_refused():
             return super().forward(images) if images.sum() > 0 else images
 
     with pytest.raises(ValueError, match=r"need the model's graph, which torch\.export can't make"):
-        pruner_of(Branching(), free=True)
+        pruner_of(Branching(), prune_dead_inputs=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fc": {"then": "block"}}, "fc.then: has no effect with method fine (used by structure)"),
         (
-            {"fc": {"method": "structure", "block_size": 2}},
-            "fc.block_size: has no effect with method structure then fine",
+            {"fc": {"then": "block"}},
+            "fc.then: has no effect with method fine (used by dead_inputs)",
         ),
-        ({"fc": {"method": "structure", "then": "random"}}, "fc.then: must be one of"),
+        (
+            {"fc": {"method": "dead_inputs", "block_size": 2}},
+            "fc.block_size: has no effect with method dead_inputs then fine",
+        ),
+        ({"fc": {"method": "dead_inputs", "then": "random"}}, "fc.then: must be one of"),
     ],
 )
 def test_options_of_other_methods_are_refused(options: dict[str, Any], message: str):
@@ -393,7 +402,7 @@ def test_options_of_other_methods_are_refused(options: dict[str, Any], message: 
 
 
 def test_structure_then_block_takes_a_block_size():
-    fc = {"method": "structure", "then": "block", "block_size": 2}
+    fc = {"method": "dead_inputs", "then": "block", "block_size": 2}
     parsed = parse_pruning(settings(fc=fc)).fc
     assert parsed != "none"
     assert parsed.block_size == 2

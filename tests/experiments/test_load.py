@@ -239,7 +239,7 @@ def test_names_tell_method_start_era_and_sparsity(name):
 def test_window_spreads_and_linear_layers_are_pruned_too(path):
     for run in load_table(path, keep_unset=True).runs:
         if isinstance(pruning := run.recipe.pruning, Pruning):
-            assert pruning.spread == (pruning.method == "window")
+            assert pruning.exact_layer_sparsity == (pruning.method == "window")
             assert pruning.fc != "none"
 
 
@@ -796,7 +796,7 @@ def test_settings_are_frozen():
 
 
 def test_importing_tables_loads_no_training_library():
-    code = "import sys, starfire_prune.tables; print(*sys.modules)"
+    code = "import sys, starfire_prune.experiments.load; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"timm", "accelerate", "matplotlib"} & set(run.stdout.split())
 

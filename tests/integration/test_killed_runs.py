@@ -138,13 +138,13 @@ def overflowing(request: pytest.FixtureRequest, runs: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def noted_steps(runs: pytest.MonkeyPatch) -> list[tuple[bool, str, float]]:
-    """Of every step of the pruner, whether it was an update, the phase and the threshold."""
+    """Of every step of the pruner, whether it was an update, the phase and the target_sparsity."""
     noted: list[tuple[bool, str, float]] = []
     step = Pruner.step
 
     def note(pruner: Pruner, updated: bool = True) -> None:
         step(pruner, updated)
-        noted.append((updated, pruner.phase, pruner.threshold))
+        noted.append((updated, pruner.phase, pruner.target_sparsity))
 
     runs.setattr(Pruner, "step", note)
     return noted
@@ -163,11 +163,11 @@ def test_steps_that_a_gradient_scaler_skips_are_no_updates(overflowing, noted_st
     train(recipe, tmp_path / "run")
     updated = [is_update for is_update, _, _ in noted_steps]
     assert 0 < updated.index(True) < 12
-    for steps, (_, _, threshold) in enumerate(noted_steps, start=1):
-        assert threshold == pytest.approx(0.6 * sum(updated[:steps]) / 16)
-    thresholds = [row["threshold"] for row in metrics_of(tmp_path / "run")]
+    for steps, (_, _, target_sparsity) in enumerate(noted_steps, start=1):
+        assert target_sparsity == pytest.approx(0.6 * sum(updated[:steps]) / 16)
+    targets = [row["target_sparsity"] for row in metrics_of(tmp_path / "run")]
     done = [sum(updated[:end]) for end in (4, 8, 12)]
-    assert thresholds == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
+    assert targets == pytest.approx([*(0.6 * updates / 16 for updates in done), 0.6])
 
 
 @scaled_devices
@@ -179,7 +179,7 @@ def test_skipped_steps_leave_the_end_of_the_era_exact(overflowing, noted_steps, 
     assert [phase for _, phase, _ in noted_steps[11:]] == ["era", *["fixed"] * 4]
     assert noted_steps[11][2] < 0.6  # the schedule was short of it
     rows = metrics_of(tmp_path / "run")
-    assert [row["threshold"] for row in rows[2:]] == [0.6, 0.6]
+    assert [row["target_sparsity"] for row in rows[2:]] == [0.6, 0.6]
     for name, weight in exported(tmp_path / "run").items():
         if weight.ndim == 4:
             gone = ~weight.flatten(2).any(2)

@@ -224,14 +224,14 @@ def test_two_processes_train_and_resume_as_one_run(tmp_path):
 
 @pytest.fixture
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
-    """Epoch and threshold after every update of the runs of this process."""
+    """Epoch and target_sparsity after every update of the runs of this process."""
     noted: list[tuple[int, float]] = []
     step = Pruner.step
 
     def noting(pruner: Pruner, updated: bool = True) -> None:
         step(pruner, updated)
         if updated:
-            noted.append((pruner.epoch, pruner.threshold))
+            noted.append((pruner.epoch, pruner.target_sparsity))
 
     monkeypatch.setattr(Pruner, "step", noting)
     return noted
@@ -249,11 +249,11 @@ def test_an_update_is_64_images_in_one_batch_or_in_several(
         epoch for epoch in range(EPOCHS) for _ in range(UPDATES)
     ]
     first, end = ERA[0] * UPDATES, ERA[1] * UPDATES
-    thresholds = [threshold for _, threshold in updates]
-    assert thresholds[first:end] == pytest.approx(thresholds_of_the_era(UPDATES), abs=1e-12)
-    assert set(thresholds[:first]) == {0.0}
-    assert set(thresholds[end:]) == {0.6}
-    assert [row["threshold"] for row in metrics_of(tmp_path / "run")] == [0.0, 0.3, 0.6, 0.6]
+    targets = [target_sparsity for _, target_sparsity in updates]
+    assert targets[first:end] == pytest.approx(thresholds_of_the_era(UPDATES), abs=1e-12)
+    assert set(targets[:first]) == {0.0}
+    assert set(targets[end:]) == {0.6}
+    assert [row["target_sparsity"] for row in metrics_of(tmp_path / "run")] == [0.0, 0.3, 0.6, 0.6]
 
 
 @pytest.mark.slow
@@ -263,10 +263,10 @@ def test_an_update_of_two_processes_is_that_of_one(two_ranks):
         assert [epoch for epoch, *_ in noted] == [
             epoch for epoch in range(EPOCHS) for _ in range(UPDATES)
         ]
-        thresholds = [threshold for _, _, threshold, _ in noted]
+        targets = [target_sparsity for _, _, target_sparsity, _ in noted]
         first, end = ERA[0] * UPDATES, ERA[1] * UPDATES
-        assert thresholds[first:end] == pytest.approx(thresholds_of_the_era(UPDATES), abs=1e-12)
-    assert [row["threshold"] for row in metrics_of(two_ranks / "run")] == [0.0, 0.3, 0.6, 0.6]
+        assert targets[first:end] == pytest.approx(thresholds_of_the_era(UPDATES), abs=1e-12)
+    assert [row["target_sparsity"] for row in metrics_of(two_ranks / "run")] == [0.0, 0.3, 0.6, 0.6]
 
 
 # Shards

@@ -126,7 +126,7 @@ FILTERS_2 = [[[0, 0]], [[1, 1]], [[0, 0]]]
 FILTERS_HOLE = [[[1, 1]], [[0, 1]], [[1, 1]]]
 FILTERS_HOLE_1 = [[[1, 1]], [[0, 0]], [[1, 1]]]
 
-spread_mask = partial(window_mask, spread=True)
+spread_mask = partial(window_mask, exact_layer_sparsity=True)
 pairs_mask = partial(fc_block_mask, block_size=2)
 
 
@@ -172,8 +172,8 @@ GOLDEN = [
     golden("intra: rest", intra_mask, INTRA, 0.6, INTRA_06),
     golden("intra: all", intra_mask, INTRA, 1.0, INTRA_10),
     golden("intra: depthwise", intra_mask, INTRA, 0.5, INTRA_05, groups=4, scope="layer"),
-    golden("intra: windows alone", intra_mask, INTRA, 0.5, INTRA_WINDOWS, share=1.0),
-    golden("intra: kernels alone", intra_mask, INTRA, 0.5, INTRA_KERNELS, share=0.0),
+    golden("intra: windows alone", intra_mask, INTRA, 0.5, INTRA_WINDOWS, window_fraction=1.0),
+    golden("intra: kernels alone", intra_mask, INTRA, 0.5, INTRA_KERNELS, window_fraction=0.0),
     golden("intra: pointwise", intra_mask, POINTWISE, 0.5, POINTWISE_2),
     golden("block", pairs_mask, BLOCKS, 1, BLOCKS_1),
     golden("block: protection", pairs_mask, BLOCKS, 0.5, BLOCKS_3),
@@ -347,7 +347,9 @@ def test_spread_equals_the_oracle(data, out_channels, in_channels, window):
     most = data.draw(st.none() | st.integers(1, n + 1))
     shape = (out_channels, in_channels, *window)
     units = math.prod(shape)
-    compare(data, window_mask, oracle.window, shape, units, max_nonzero=most, spread=True)
+    compare(
+        data, window_mask, oracle.window, shape, units, max_nonzero=most, exact_layer_sparsity=True
+    )
 
 
 @more_examples
@@ -395,7 +397,7 @@ def test_ck_over_the_layer_equals_the_oracle(data, group_sizes, units, in_channe
 def test_intra_equals_the_oracle(data, groups, units, in_channels, window, scope):
     share = data.draw(st.sampled_from([0.5, 0.0, 1.0, 0.25]) | shares)
     shape = (groups * units, in_channels, *window)
-    options = {"share": share, "groups": groups, "scope": scope}
+    options = {"window_fraction": share, "groups": groups, "scope": scope}
     compare(data, intra_mask, oracle.intra, shape, **options)
 
 
@@ -433,7 +435,7 @@ CONV, LINEAR = (64, 48, 3, 3), (100, 70)
 LARGE = {
     "window": (window_mask, oracle.window, CONV, {}),
     "window, max_nonzero": (window_mask, oracle.window, CONV, {"max_nonzero": 4}),
-    "spread": (window_mask, oracle.window, CONV, {"spread": True}),
+    "exact_layer_sparsity": (window_mask, oracle.window, CONV, {"exact_layer_sparsity": True}),
     "ck": (ck_mask, oracle.ck, CONV, {}),
     "ck, groups, group": (ck_mask, oracle.ck, CONV, {"groups": 4, "group": 2}),
     "ck, layer": (ck_mask, oracle.ck, CONV, {"scope": "layer"}),
@@ -517,7 +519,7 @@ class Method:
 CONV2D = (6, 4, 3, 2)
 METHODS = {
     "window": Method(window_mask, CONV2D, each_kernel),
-    "spread": Method(spread_mask, CONV2D, whole_layer, protected=24),
+    "exact_layer_sparsity": Method(spread_mask, CONV2D, whole_layer, protected=24),
     "ck": Method(ck_mask, CONV2D, kernels_of()),
     "ck, group": Method(partial(ck_mask, group=3), CONV2D, kernels_of(group=3)),
     "ck, groups": Method(partial(ck_mask, groups=2), CONV2D, kernels_of(groups=2)),
@@ -713,15 +715,20 @@ def test_spread_kernels_differ_by_one_weight_at_most(data, amount):
 @given(st.data(), shares)
 def test_max_nonzero_bounds_what_each_kernel_keeps(data, amount):
     most = data.draw(st.integers(1, 6))
-    spread = data.draw(st.booleans())
-    mask = window_mask(data.draw(weights(CONV2D)), amount, max_nonzero=most, spread=spread)
+    exact_layer_sparsity = data.draw(st.booleans())
+    mask = window_mask(
+        data.draw(weights(CONV2D)),
+        amount,
+        max_nonzero=most,
+        exact_layer_sparsity=exact_layer_sparsity,
+    )
     assert mask.sum(dim=(2, 3)).max() <= most
 
 
 @examples
 @given(st.data(), shares, shares)
-def test_intra_hits_its_total_within_a_kernel_a_channel(data, amount, share):
-    mask = intra_mask(data.draw(weights(CONV2D)), amount, share=share)
+def test_intra_hits_its_total_within_a_kernel_a_channel(data, amount, window_fraction):
+    mask = intra_mask(data.draw(weights(CONV2D)), amount, window_fraction=window_fraction)
     total = oracle.share_count(amount, mask.numel())
     zeros = mask.numel() - int(mask.sum())
     assert zeros < total + mask.numel() / mask.shape[0]
@@ -933,9 +940,36 @@ REFUSED = [
     refused("intra: depthwise", ValueError, ["scope", "layer"], intra_mask, 4, 1, 3, groups=4),
     refused("intra: number", TypeError, ["amount", 3], intra_mask, 4, 2, 3, amount=3),
     refused("intra: number, pointwise", TypeError, ["amount", 3], intra_mask, 4, 2, 1, amount=3),
-    refused("intra: share above", ValueError, ["share", 1.5], intra_mask, 4, 2, 3, share=1.5),
-    refused("intra: share below", ValueError, ["share", -0.5], intra_mask, 4, 2, 3, share=-0.5),
-    refused("intra: share nan", ValueError, ["share", NAN], intra_mask, 4, 2, 3, share=NAN),
+    refused(
+        "intra: share above",
+        ValueError,
+        ["window_fraction", 1.5],
+        intra_mask,
+        4,
+        2,
+        3,
+        window_fraction=1.5,
+    ),
+    refused(
+        "intra: share below",
+        ValueError,
+        ["window_fraction", -0.5],
+        intra_mask,
+        4,
+        2,
+        3,
+        window_fraction=-0.5,
+    ),
+    refused(
+        "intra: share nan",
+        ValueError,
+        ["window_fraction", NAN],
+        intra_mask,
+        4,
+        2,
+        3,
+        window_fraction=NAN,
+    ),
     refused("intra: scope", ValueError, ["scope", "row"], intra_mask, 6, 2, 3, scope="row"),
     refused("block: size", ValueError, ["block_size", 0], fc_block_mask, 4, 4, block_size=0),
 ]

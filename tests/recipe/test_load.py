@@ -448,7 +448,7 @@ def test_all_errors_are_reported_together(file):
     file.write_text(
         RECIPE.replace("epochs: 10", "epochs: 5\nsead: 1")
         .replace("resnet18", "18")
-        .replace("amount: 0.6", "amount: 60, share: 0.5"),
+        .replace("amount: 0.6", "amount: 60, window_fraction: 0.5"),
         encoding="utf-8",
     )
     lines = refusal_of(load_recipe, file, ["optimizer.lr=-1", "epoch"])
@@ -461,7 +461,7 @@ def test_all_errors_are_reported_together(file):
         f"{file}: pruning.era: ends after the run",
         f"{file}: lr_schedule.milestones.0: must be below epochs = 5",
         f"{file}: lr_schedule.milestones.1: must be below epochs = 5",
-        f"{file}: pruning.share: has no effect with method ck",
+        f"{file}: pruning.window_fraction: has no effect with method ck",
     ]
 
 
@@ -477,12 +477,18 @@ def test_messages_are_free_of_pydantics_words(file):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"share": 0.5}, "share: has no effect with method ck (used by intra, inter)"),
-        ({"spread": True}, "spread: has no effect with method ck (used by window)"),
+        (
+            {"window_fraction": 0.5},
+            "window_fraction: has no effect with method ck (used by intra, inter)",
+        ),
+        (
+            {"exact_layer_sparsity": True},
+            "exact_layer_sparsity: has no effect with method ck (used by window)",
+        ),
         ({"seed": 3}, "seed: has no effect with method ck (used by random)"),
         (
-            {"method": "intra", "split": 0.5},
-            "split: has no effect with method intra (used by inter)",
+            {"method": "intra", "ck_fraction_of_era": 0.5},
+            "ck_fraction_of_era: has no effect with method intra (used by inter)",
         ),
         (
             {"method": "filter", "max_nonzero": 1},
@@ -494,11 +500,12 @@ def test_messages_are_free_of_pydantics_words(file):
         ),
         (
             {"fc": {"block_size": 2}},
-            "fc.block_size: has no effect with method fine (used by block, structure)",
+            "fc.block_size: has no effect with method fine (used by block, dead_inputs)",
         ),
         (
-            {"overrides": [{"layers": "a", "share": 0.5}]},
-            "overrides.0.share: has no effect with method ck or fine (used by intra, inter)",
+            {"overrides": [{"layers": "a", "window_fraction": 0.5}]},
+            "overrides.0.window_fraction: has no effect with method ck or fine "
+            "(used by intra, inter)",
         ),
         (
             {"overrides": [{"layers": "a", "method": "intra", "group": 2}]},
@@ -517,9 +524,15 @@ def test_option_without_effect(settings, fault):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": "window", "spread": True, "scope": "layer", "group": 2, "max_nonzero": 4},
-        {"method": "inter", "share": 0.25, "split": 0.75},
-        {"share": 0.25, "overrides": [{"layers": "a", "method": "intra"}]},
+        {
+            "method": "window",
+            "exact_layer_sparsity": True,
+            "scope": "layer",
+            "group": 2,
+            "max_nonzero": 4,
+        },
+        {"method": "inter", "window_fraction": 0.25, "ck_fraction_of_era": 0.75},
+        {"window_fraction": 0.25, "overrides": [{"layers": "a", "method": "intra"}]},
         {"seed": 3, "fc": {"method": "random"}},
         {"fc": {"block_size": 2}, "overrides": [{"layers": "head", "method": "block"}]},
         {"fc": {"method": "block"}, "overrides": [{"layers": "head", "block_size": 2}]},
@@ -544,7 +557,7 @@ def test_override_needs_layers():
 
 def test_models_made_in_python_are_checked_too():
     with pytest.raises(ValidationError, match="has no effect with method ck"):
-        Pruning(method="ck", amount=0.6, era=(3, 6), share=0.5)
+        Pruning(method="ck", amount=0.6, era=(3, 6), window_fraction=0.5)
 
 
 # Pruning settings from Python
@@ -621,9 +634,12 @@ SETTINGS: list[list[str]] = [
         "model.pretrained=true",
     ],
     ["pruning={method: window, amount: 0.5, era: [0, 1], pointwise: none, fc: none}"],
-    ["pruning={method: window, amount: 0.5, era: [0, 1], spread: true, group: 2}"],
+    ["pruning={method: window, amount: 0.5, era: [0, 1], exact_layer_sparsity: true, group: 2}"],
     ["pruning={method: inter, amount: 1.0, era: [0, 1], fc: {method: random}, seed: 3}"],
-    ["pruning.overrides=[{layers: a, method: intra, share: 1}, {layers: [b, c], amount: 0.1}]"],
+    [
+        "pruning.overrides=[{layers: a, method: intra, window_fraction: 1}, "
+        "{layers: [b, c], amount: 0.1}]"
+    ],
     ["pruning.fc={method: block, amount: 0.1, block_size: 2}", "pruning.exclude=[a, 'b*']"],
 ]
 
@@ -649,7 +665,7 @@ def test_dumped_recipe_holds_the_defaults_that_matter(file):
     assert tree["seed"] == 0
     assert tree["pruning"]["scope"] == "channel"
     assert tree["pruning"]["fc"] == {"method": "fine"}
-    assert "share" not in tree["pruning"]
+    assert "window_fraction" not in tree["pruning"]
 
 
 def test_equal_recipes_differ_nowhere(file):

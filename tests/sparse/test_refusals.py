@@ -134,7 +134,7 @@ def test_max_pooling_passes_nans_on(place):
 
 
 def test_images_that_would_be_counted_beyond_32_bits_are_torchs(monkeypatch):
-    monkeypatch.setattr("starfire_prune.sparse.reading.MOST_FLOATS", 100)
+    monkeypatch.setattr("starfire_prune.sparse.supported.MOST_FLOATS", 100)
     assert sparse.compile(Net(), IMAGES).segments == []
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune import sparse
-from starfire_prune.sparse import compiler as compiled
+from starfire_prune.sparse import module as compiled
 from starfire_prune.sparse import ops as operator
 from starfire_prune.sparse import workspace as arenas
 from starfire_prune.sparse.workspace import Arenas

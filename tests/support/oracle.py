@@ -33,10 +33,10 @@ def window(
     kept: Mask,
     *,
     max_nonzero: int | None = None,
-    spread: bool = False,
+    exact_layer_sparsity: bool = False,
 ) -> Mask:
     """Algorithm 3: in each kernel the smallest magnitudes go."""
-    if spread:
+    if exact_layer_sparsity:
         return spread_out(weight, kept, share_count(amount, weight.size), max_nonzero)
     n = math.prod(weight.shape[2:])
     wanted = share_count(amount, n)
@@ -142,14 +142,14 @@ def intra(
     amount: float,
     kept: Mask,
     *,
-    share: float = 0.5,
+    window_fraction: float = 0.5,
     groups: int = 1,
     scope: str = "channel",
 ) -> Mask:
     """Algorithm 4: kernels go up to a part of the amount, then windows up to the total."""
     if math.prod(weight.shape[2:]) == 1:
         return ck(weight, amount, kept, groups=groups, scope=scope)
-    s = share * amount
+    s = window_fraction * amount
     c = 1.0 if s == 1 else (amount - s) / (1 - s)
     survivors = ck(weight, c, kept, groups=groups, scope=scope)
     return spread_out(weight, survivors, share_count(amount, weight.size))

@@ -150,7 +150,7 @@ def notes_of(folder: Path, rank: int, kind: str) -> list[Any]:
 def train_noting() -> None:
     """`tools/train.py` for a rank of a launcher, that notes what happens in `$NOTES`, by kinds.
 
-    - `update`: epoch, phase, threshold and mask hash after an update of the optimizer.
+    - `update`: epoch, phase, target_sparsity and mask hash after an update of the optimizer.
     - `broadcast`: phase, and the elements that DDP sends at once.
     - `train`, `val`: the labels of a batch, of the rank and of all ranks.
     - `error`: the message of an error that every rank raises.
@@ -183,7 +183,7 @@ def _note_updates(
         if not updated:
             return
         phase[0] = pruner.phase
-        note("update", [pruner.epoch, pruner.phase, pruner.threshold, pruner.mask_hash()])
+        note("update", [pruner.epoch, pruner.phase, pruner.target_sparsity, pruner.mask_hash()])
         updates[0] += 1
         if updates[0] == tampered_update:
             mask = pruner.masks()["conv1.weight"]

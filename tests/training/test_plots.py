@@ -14,10 +14,10 @@ from starfire_prune.training.plots import plot_masks, plot_training
 PNG = b"\x89PNG\r\n\x1a\n"
 
 METRICS: list[dict[str, Any]] = [
-    {"epoch": 0, "top1": 0.2, "phase": "dense", "threshold": 0.0, "sparsity": 0.0},
-    {"epoch": 1, "top1": 0.5, "phase": "era", "threshold": 0.3, "sparsity": 0.25},
-    {"epoch": 2, "top1": 0.4, "phase": "era", "threshold": 0.6, "sparsity": 0.5},
-    {"epoch": 3, "top1": 0.6, "phase": "fixed", "threshold": 0.6, "sparsity": 0.625},
+    {"epoch": 0, "top1": 0.2, "phase": "dense", "target_sparsity": 0.0, "sparsity": 0.0},
+    {"epoch": 1, "top1": 0.5, "phase": "era", "target_sparsity": 0.3, "sparsity": 0.25},
+    {"epoch": 2, "top1": 0.4, "phase": "era", "target_sparsity": 0.6, "sparsity": 0.5},
+    {"epoch": 3, "top1": 0.6, "phase": "fixed", "target_sparsity": 0.6, "sparsity": 0.625},
 ]
 
 
@@ -49,7 +49,11 @@ def test_the_picture_of_a_run_shows_accuracy_threshold_and_sparsity_in_percent(f
     plot_training(METRICS, tmp_path / "training.png", title="quickstart")
     accuracy, sparsity = figures[0].axes
     lines = {line.get_label(): line for axes in (accuracy, sparsity) for line in axes.lines}
-    for label, key in (("top-1", "top1"), ("threshold", "threshold"), ("reached", "sparsity")):
+    for label, key in (
+        ("top-1", "top1"),
+        ("target_sparsity", "target_sparsity"),
+        ("reached", "sparsity"),
+    ):
         assert list(lines[label].get_xdata()) == [1, 2, 3, 4]  # epochs that are done
         assert list(lines[label].get_ydata()) == [100 * row[key] for row in METRICS]
     assert accuracy.get_title() == "quickstart"

@@ -48,7 +48,7 @@ METRICS = [
     "val_loss",
     "lr",
     "phase",
-    "threshold",
+    "target_sparsity",
     "sparsity",
     "sparsity_network",
     "images_per_s",
@@ -153,7 +153,7 @@ def test_the_metrics_hold_an_object_an_epoch(finished):
 def test_the_metrics_follow_the_phases(finished):
     rows = metrics_of(finished)
     assert [row["phase"] for row in rows] == ["dense", "era", "era", "fixed"]
-    assert [row["threshold"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6])
+    assert [row["target_sparsity"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6])
     assert [row["sparsity"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6], abs=0.03)
 
 
@@ -247,7 +247,7 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["pruning.method=window", "pruning.spread=true"],
+        ["pruning.method=window", "pruning.exact_layer_sparsity=true"],
         ["pruning.method=intra", "pruning.fc={method: block, block_size: 2}"],
         ["pruning.method=inter"],
         ["pruning.era=[0, 4]", "pruning.schedule=cubic", "pruning.fc=none"],
@@ -277,7 +277,7 @@ def test_dense_training_prunes_nothing(runs, tmp_path):
     train(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
     rows = metrics_of(tmp_path / "run")
     assert [row["phase"] for row in rows] == ["dense"] * EPOCHS
-    assert {row["threshold"] for row in rows} == {0.0}
+    assert {row["target_sparsity"] for row in rows} == {0.0}
     assert {row["sparsity"] for row in rows} == {0.0}
     metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
     assert (metadata["method"], metadata["weights"]) == (None, {})
@@ -424,19 +424,24 @@ def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys
 
 
 def test_the_last_lines_say_why_the_classifier_keeps_its_columns(runs, tmp_path, capsys):
-    fc = "pruning.fc={method: structure}"
+    fc = "pruning.fc={method: dead_inputs}"
     train(small_recipe(tmp_path, "epochs=3", fc), tmp_path / "run")
     line = "fc keeps all its columns: its input comes from an addition in which "
     assert sum(row.startswith(line) for row in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_what_went_free_is_told_and_in_the_metadata(runs, tmp_path, capsys):
-    settings = ("epochs=3", "pruning.amount=0.9", "pruning.free=true", "optimizer.lr=0.2")
+    settings = (
+        "epochs=3",
+        "pruning.amount=0.9",
+        "pruning.prune_dead_inputs=true",
+        "optimizer.lr=0.2",
+    )
     train(small_recipe(tmp_path, *settings), tmp_path / "run")
     metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
     free = sum(weight["free"] for weight in metadata["weights"].values())
     assert free > 0
-    assert f"\nfree: {free:,} of the " in capsys.readouterr().out
+    assert f"\ndead inputs: {free:,} of the " in capsys.readouterr().out
 
 
 # What goes wrong
@@ -615,7 +620,11 @@ def test_only_updates_that_happen_are_averaged(runs, tmp_path):
         ["training.ema={decay: 0.7, warmup: true}"],
         ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
         pytest.param(
-            ["pruning.amount=0.9", "pruning.fc={method: structure}", "pruning.free=true"],
+            [
+                "pruning.amount=0.9",
+                "pruning.fc={method: dead_inputs}",
+                "pruning.prune_dead_inputs=true",
+            ],
             marks=pytest.mark.slow,
         ),
     ],
