@@ -163,8 +163,8 @@ def ck_locale_size(
 def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:
     """Split a combined amount: `(s, c)`, the shares that window and CK pruning stand for.
 
-    `s = window_fraction * amount` of the weights go by window pruning and `c = (amount - s) / (1 - s)` of
-    the kernels by CK, so that together `1 - (1 - s)(1 - c) = amount`.
+    `s = window_fraction * amount` of the weights are pruned by window pruning and
+    `c = (amount - s) / (1 - s)` of the kernels by CK, so that together `1 - (1 - s)(1 - c) = amount`.
 
     Raises:
         ValueError: if `window_fraction` is not in [0, 1].
@@ -174,7 +174,8 @@ def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:
         raise TypeError(f"`window_fraction` (={value!r}) must be a float in [0, 1]")
     if not 0.0 <= window_fraction <= 1.0:
         raise ValueError(
-            f"`window_fraction` (={window_fraction}) must be in [0, 1]: the window part of the amount"
+            f"`window_fraction` (={window_fraction}) must be in [0, 1], the part of the amount "
+            f"that window pruning stands for"
         )
     windowed = window_fraction * amount
     return windowed, (1.0 if windowed == 1.0 else (amount - windowed) / (1.0 - windowed))
