@@ -164,7 +164,8 @@ def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:
     """Split a combined amount: `(s, c)`, the shares that window and CK pruning stand for.
 
     `s = window_fraction * amount` of the weights are pruned by window pruning and
-    `c = (amount - s) / (1 - s)` of the kernels by CK, so that together `1 - (1 - s)(1 - c) = amount`.
+    `c = (amount - s) / (1 - s)` of the kernels by CK, so that together
+    `1 - (1 - s)(1 - c) = amount`.
 
     Raises:
         ValueError: if `window_fraction` is not in [0, 1].
