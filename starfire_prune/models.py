@@ -7,12 +7,14 @@ timm's ``resnet50`` is version 1.5: the first block of a stage strides in its 3Ã
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from starfire_prune.utils.errors import PretrainedError
+from starfire_prune.utils.errors import ModelError, PretrainedError
+from starfire_prune.utils.text import first_line
 
 __all__ = ["create_model", "resnet50_v1"]
 
@@ -52,14 +54,15 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
         name: The name, with or without the tag of its pretrained weights.
-        num_classes: Outputs of the classifier; the model gives ``(N, num_classes)``.
+        num_classes: Number of outputs of the classifier; the model returns ``(N, num_classes)``.
         **options: Passed to the model, such as ``drop_path_rate`` or ``pretrained``.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        ValueError: If there is no model, or no tag, of this name.
+        ModelError: If timm has no model, or no tag, of this name, or can't build the model.
+        PretrainedError: If the pretrained weights don't exist or can't be downloaded.
 
     Example:
         >>> model = create_model("resnet18", num_classes=10)
@@ -70,8 +73,20 @@ def create_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     if name not in names:
         near = difflib.get_close_matches(name, names)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() gives all"
-        raise ValueError(f"unknown model {name!r}: {hint}")
-    model: nn.Module = timm.create_model(name, num_classes=num_classes, **options)
+        raise ModelError(f"unknown model {name!r}: {hint}")
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=num_classes, **options)
+    except PretrainedError:
+        raise
+    except Exception as error:  # timm's constructors raise errors of every kind
+        if options.get("pretrained") and isinstance(error, (OSError, RuntimeError)):
+            raise PretrainedError(
+                f"timm's weights of {name} can't be had "
+                f"({textwrap.shorten(str(error), 200, placeholder=' â€¦')}): give a safetensors file"
+            ) from error
+        raise ModelError(
+            f"{name} can't be built with the options {options}: {first_line(error)}"
+        ) from error
     return model
 
 

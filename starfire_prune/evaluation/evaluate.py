@@ -330,12 +330,7 @@ def _datasets(subject: Subject) -> Datasets:
 def _model(subject: Subject, device: torch.device) -> nn.Module:
     """The model in evaluation, with the subject's weights and none of its own."""
     settings = subject.recipe.model
-    try:
-        model = create_model(settings.name, settings.num_classes, **settings.options)
-    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
-        raise EvaluationError(
-            f"model.options: {settings.name} refuses them: {str(error) or type(error).__name__}"
-        ) from error
+    model = create_model(settings.name, settings.num_classes, **settings.options)
     try:
         fresh = load_weights(model, subject.weights)
     except PretrainedError as error:

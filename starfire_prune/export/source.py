@@ -221,11 +221,7 @@ def _shape_of(path: Path, tensor: str) -> tuple[int, ...] | None:
 def _created(architecture: Mapping[str, Any]) -> nn.Module:
     from starfire_prune.models import create_model  # not before: it loads timm
 
-    try:
-        return create_model(**architecture)
-    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
-        told = str(error) or type(error).__name__
-        raise ExportError(f"model.options: {architecture['name']} refuses them: {told}") from error
+    return create_model(**architecture)
 
 
 def _load_unchecked(model: nn.Module, source: Source) -> None:

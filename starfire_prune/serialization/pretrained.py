@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def create_pretrained(
 
     Raises:
         PretrainedError: If the weights can't be had, or don't fit but for the classifier.
-        ValueError: If there is no model, or no tag, of this name.
+        ModelError: If there is no model, or no tag, of this name, or it can't be built.
 
     Example:
         >>> model, fresh = create_pretrained("resnet18", 10)  # doctest: +SKIP
@@ -48,13 +47,7 @@ def create_pretrained(
     if file is not None:
         model = create_model(name, num_classes, **options)
         return model, load_weights(model, file)
-    try:
-        model = create_model(name, num_classes, pretrained=True, **options)
-    except (OSError, RuntimeError) as error:  # without a network, or without weights
-        raise PretrainedError(
-            f"timm's weights of {name} can't be had "
-            f"({textwrap.shorten(str(error), 200, placeholder=' …')}): give a safetensors file"
-        ) from error
+    model = create_model(name, num_classes, pretrained=True, **options)
     trained_classes = model.pretrained_cfg["num_classes"]  # type: ignore[index]
     return model, () if trained_classes == num_classes else _classifier_keys(model)
 

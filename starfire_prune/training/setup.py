@@ -136,7 +136,7 @@ def prepare_run(
         fresh: load pretrained weights; not where a checkpoint follows.
 
     Raises:
-        RunError: for settings that the data, the model or the optimizer refuse.
+        RunError: for settings that the data or the optimizer refuse.
         DataError, ValueError: for data, layers and models that don't fit.
     """
     set_seed(recipe.seed)
@@ -204,15 +204,13 @@ def _loaders(
 
 def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[str, ...]]:
     """The model, and the keys that pretrained weights have left as they were."""
+    if pretrained is False:
+        return create_model(settings.name, settings.num_classes, **settings.options), ()
+    file = None if pretrained is True else Path(pretrained)
     try:
-        if pretrained is False:
-            return create_model(settings.name, settings.num_classes, **settings.options), ()
-        file = None if pretrained is True else Path(pretrained)
         return create_pretrained(settings.name, settings.num_classes, file, **settings.options)
     except PretrainedError as error:
         raise RunError(f"model.pretrained: {error}") from error
-    except (AssertionError, LookupError, RuntimeError, TypeError) as error:
-        raise RunError(f"model.options: {settings.name} refuses them: {error}") from error
 
 
 def create_optimizer(

@@ -8,6 +8,7 @@ __all__ = [
     "DamageError",
     "EvaluationError",
     "ExportError",
+    "ModelError",
     "PretrainedError",
     "PruningError",
     "RanksError",
@@ -36,6 +37,10 @@ class ExportError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint or file of weights that can't be read or written, or does not fit."""
+
+
+class ModelError(ValueError):
+    """A timm model that doesn't exist, or can't be built with the options given."""
 
 
 class PretrainedError(ValueError):

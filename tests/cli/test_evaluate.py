@@ -602,7 +602,7 @@ def test_a_source_that_sees_other_images_is_refused(run, photographs):
 
 def test_options_that_the_model_refuses_are_told(tool, run):
     told = refusal(tool(run, "--set", "model.options={nonsense: 1}"))
-    assert told.startswith("model.options: resnet18 refuses them: ")
+    assert told.startswith("resnet18 can't be built with the options {'nonsense': 1}: ")
 
 
 def test_a_damaged_evaluation_is_refused_before_anything_is_measured(tool, run, monkeypatch):

@@ -556,7 +556,7 @@ def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
     command = (sys.executable, TOOL, table, "--output", table.parent / "runs", *options)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # holds accelerate
     printed = output_of(start(*command, PATH=path), 1)
-    assert "\ntrain.py: model.options: resnet18 refuses them: " in printed
+    assert "\ntrain.py: resnet18 can't be built with the options {'nonsense': 1}: " in printed
     assert "Traceback" not in printed
 
 

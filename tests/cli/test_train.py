@@ -219,8 +219,8 @@ def without_free_space(printed: str) -> str:
         (
             ["model.options={depth: 1}"],
             [
-                "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
-                "argument 'depth'"
+                "resnet18 can't be built with the options {'depth': 1}: ResNet.__init__() got an "
+                "unexpected keyword argument 'depth'"
             ],
         ),
         (

@@ -11,7 +11,7 @@ from starfire_prune.export.source import Source, find_source, load_source, write
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.serialization.pruned import load_pruned, read_pruned_file, save_pruned
-from starfire_prune.utils.errors import CheckpointError, EvaluationError, ExportError
+from starfire_prune.utils.errors import CheckpointError, EvaluationError, ExportError, ModelError
 from starfire_prune.utils.settings import RecipeError
 from tests.support.networks import equal_states
 from tests.support.processes import exported
@@ -245,7 +245,7 @@ def test_a_recipe_of_other_classes_is_refused(foreign, tmp_path):
 def test_options_that_the_model_refuses_are_told(foreign, tmp_path):
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("layers: [1, 1, 1, 1]", "layers: 3"))
-    with pytest.raises(ExportError, match=r"^model.options: resnet18 refuses them: "):
+    with pytest.raises(ModelError, match=r"^resnet18 can't be built with the options "):
         load_source(find_source(foreign, recipe=recipe))
 
 

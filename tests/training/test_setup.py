@@ -84,8 +84,8 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         ("model.name=resnet19", "unknown model 'resnet19': did you mean resnet18"),
         (
             "model.options={depth: 3}",
-            "model.options: resnet18 refuses them: ResNet.__init__() got an unexpected keyword "
-            "argument 'depth'",
+            "resnet18 can't be built with the options {'depth': 3}: ResNet.__init__() got an "
+            "unexpected keyword argument 'depth'",
         ),
         (
             "optimizer.name=sdg",
