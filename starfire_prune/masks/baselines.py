@@ -1,9 +1,9 @@
-"""Masks that the methods of the paper are compared with."""
+"""Masks of baselines, with which the methods of the paper are compared."""
 
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.counts import count, merge
+from starfire_prune.masks.counts import Units, merge, weight_units
 from starfire_prune.masks.ranking import (
     check_finite,
     float_bits,
@@ -13,22 +13,22 @@ from starfire_prune.masks.ranking import (
     smallest,
 )
 
-__all__ = ["filter_mask", "magnitude_mask", "random_mask"]
+__all__ = ["filter_mask", "filter_units", "magnitude_mask", "random_mask"]
 
 
 def magnitude_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
     """Prune the smallest weights of the layer, in no structure: the usual baseline.
 
     Args:
-        weight: any shape.
-        amount: share in [0, 1] or number of weights.
-        mask: the earlier mask, of `weight`'s shape.
+        weight: Weight of any shape.
+        amount: Share in [0, 1] or number of the weights to prune.
+        mask: Earlier mask, of `weight`'s shape.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, dtype or non-finite weights.
     """
     keys = magnitude_keys(weight, mask, min_dims=0)
     check_finite(keys, weight)
@@ -41,45 +41,55 @@ def random_mask(
     """Prune weights of the layer in a random order that `seed` and the size fix: a baseline.
 
     Args:
-        weight: any shape; its values don't matter.
-        amount: share in [0, 1] or number of weights.
-        mask: the earlier mask, of `weight`'s shape.
-        seed: of the order; the same seed prunes the same weights first on every device.
+        weight: Weight of any shape; its values don't matter.
+        amount: Share in [0, 1] or number of the weights to prune.
+        mask: Earlier mask, of `weight`'s shape.
+        seed: Seed of the order; the same one prunes the same weights first on every device.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount or dtype.
+        TypeError, ValueError: For a bad amount or dtype.
     """
-    gone = magnitude_keys(weight, mask, min_dims=0) < 0
+    pruned = magnitude_keys(weight, mask, min_dims=0) < 0
     order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(seed))
     order = order.to(weight.device).view(weight.shape)
-    return _single_weights(order | sign_bits(gone, order.dtype), amount, mask)
+    return _single_weights(order | sign_bits(pruned, order.dtype), amount, mask)
 
 
 def filter_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
-    """Prune whole output channels by their L1 norm (Li et al., 2016): the coarse baseline.
+    """Prune complete output channels by their L1 norm (Li et al., 2016): the coarse baseline.
 
     Args:
-        weight: shape `(K, ...)`.
-        amount: share in [0, 1] or number of output channels.
-        mask: the earlier mask, of `weight`'s shape.
+        weight: Weight of shape `(K, ...)`.
+        amount: Share in [0, 1] or number of the output channels to prune.
+        mask: Earlier mask, of `weight`'s shape.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, shape, dtype or non-finite weights.
     """
     keys = magnitude_keys(weight, mask, min_dims=2).flatten(1)
     check_finite(keys, weight)
     norms = float_bits(magnitudes(keys).sum(1, dtype=torch.float64))
     norms |= sign_bits((keys < 0).all(1), norms.dtype)
-    gone = smallest(norms[:, None], count(amount, len(norms)))[:, 0]
-    return merge((~gone).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape), mask)
+    pruned = smallest(norms[:, None], filter_units(weight.shape).pruned(amount))[:, 0]
+    return merge((~pruned).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape), mask)
+
+
+def filter_units(shape: tuple[int, ...]) -> Units:
+    """The units of `filter_mask`: output channels.
+
+    Example:
+        >>> filter_units((64, 16, 3, 3))
+        Units(size=64, scopes=1, protected=0)
+    """
+    return Units(shape[0])
 
 
 def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:
-    gone = smallest(keys.reshape(-1, 1), count(amount, keys.numel()))
-    return merge((~gone).view(keys.shape), mask)
+    pruned = smallest(keys.reshape(-1, 1), weight_units(keys.shape).pruned(amount))
+    return merge((~pruned).view(keys.shape), mask)

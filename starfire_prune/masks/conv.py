@@ -1,4 +1,4 @@
-"""Masks of convolutions: the weights inside kernels, whole kernels, and both."""
+"""Masks of convolutions: the weights inside kernels, kernels or blocks of them, and both."""
 
 import math
 import numbers
@@ -6,7 +6,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.counts import at_most, check_positive, count, merge
+from starfire_prune.masks.blocks import check_block_size, from_blocks, n_blocks, to_blocks
+from starfire_prune.masks.counts import Units, at_most, check_positive, merge, weight_units
 from starfire_prune.masks.ranking import (
     check_finite,
     column_sums,
@@ -15,7 +16,15 @@ from starfire_prune.masks.ranking import (
     smallest,
 )
 
-__all__ = ["ck_locale_size", "ck_mask", "intra_mask", "intra_shares", "window_mask"]
+__all__ = [
+    "ck_mask",
+    "ck_units",
+    "effective_block_size",
+    "intra_mask",
+    "intra_shares",
+    "window_mask",
+    "window_units",
+]
 
 
 SCOPES = ("channel", "layer")
@@ -31,24 +40,25 @@ def window_mask(
 ) -> Tensor:
     """Prune the smallest weights inside each kernel (the paper's Algorithm 3, Figure 2a).
 
-    The locale is one kernel `weight[k, c]` and each loses the same count, so that the sparsity
-    moves in steps of 1 / (R·S). With `exact_layer_sparsity` the layer is the locale: every kernel
-    loses the same count, and then as many kernels lose one more (the smallest next magnitude first)
-    as the layer's total asks for. A kernel that holds a weight then keeps its largest.
+    A unit is a weight and the scope is one kernel `weight[k, c]`. The same number is pruned in
+    each, so that the sparsity moves in steps of 1 / (R·S). With `exact_layer_sparsity` the scope is
+    the layer: the same number is pruned in every kernel, and then one more in as many kernels as
+    the layer's total needs, those with the smallest next magnitude first. A kernel that holds a
+    weight then keeps its largest.
 
     Args:
-        weight: shape `(K, C, *kernel)`, kernel of at least two weights.
-        amount: share in [0, 1] or number of weights of each kernel; of the layer with
-            `exact_layer_sparsity`.
-        mask: the earlier mask, of `weight`'s shape.
-        max_nonzero: at most this many weights of each kernel stay, whatever the amount.
-        spread: reach the layer's count exactly.
+        weight: Weight of shape `(K, C, *kernel)`, with kernels of at least two weights.
+        amount: Share in [0, 1] or number of the weights of each kernel to prune; of those of the
+            layer with `exact_layer_sparsity`.
+        mask: Earlier mask, of `weight`'s shape.
+        max_nonzero: Largest number of weights that each kernel keeps, whatever the amount.
+        exact_layer_sparsity: Whether the layer reaches its amount exactly.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, shape, dtype or non-finite weights.
 
     Example:
         >>> window_mask(torch.tensor([[[[4.0, 1.0], [3.0, 2.0]]]]), 0.5)
@@ -56,24 +66,38 @@ def window_mask(
                   [ True, False]]]])
     """
     keys = magnitude_keys(weight, mask, min_dims=3)
-    size = _kernel_size(weight)
-    if size == 1:
-        raise ValueError(
-            f"window pruning needs kernels of at least two weights, and `weight` of shape "
-            f"{tuple(weight.shape)} has 1x1 kernels: prune it by ck (whole kernels)"
-        )
+    total = window_units(weight.shape, exact_layer_sparsity=exact_layer_sparsity).pruned(amount)
+    size = _kernel_size(weight.shape)
     least = size - at_most(max_nonzero, size)
-    total = count(amount, weight.numel() if exact_layer_sparsity else size)
     if not weight.numel():
         return merge(torch.ones_like(weight, dtype=torch.bool), mask)
     windows = _windows(keys)
     check_finite(windows.amax(0), weight)
     kept = (
-        _spread(windows, total, least)
+        _prune_evenly(windows, total, least)
         if exact_layer_sparsity
         else ~smallest(windows, max(total, least))
     )
     return merge(_unwindows(kept, weight), mask)
+
+
+def window_units(shape: tuple[int, ...], *, exact_layer_sparsity: bool = False) -> Units:
+    """The units of `window_mask`: the weights of each kernel, or of the layer.
+
+    Raises:
+        ValueError: If the kernels hold a single weight.
+
+    Example:
+        >>> window_units((64, 16, 3, 3))
+        Units(size=9, scopes=1024, protected=0)
+    """
+    size = _kernel_size(shape)
+    if size == 1:
+        raise ValueError(
+            f"window pruning needs kernels of at least two weights, and `weight` of shape "
+            f"{tuple(shape)} has 1x1 kernels: prune it by ck, which prunes complete kernels"
+        )
+    return weight_units(shape) if exact_layer_sparsity else Units(size, math.prod(shape[:2]))
 
 
 def ck_mask(
@@ -82,31 +106,36 @@ def ck_mask(
     *,
     mask: Tensor | None = None,
     groups: int = 1,
-    group: int = 1,
+    block_size: tuple[int, int] = (1, 1),
     scope: str = "channel",
     max_nonzero: int | None = None,
 ) -> Tensor:
-    """Prune whole kernels by their largest magnitude (the paper's Algorithm 1, Figure 2b).
+    """Prune kernels, or blocks of them, by their largest magnitude (Algorithm 1, Figure 2b).
 
-    The locale is the K / groups kernels that read one input channel. All input kernels of an
-    output channel may go.
+    A unit is a block of neighbouring output and input channels, with all the weights of their
+    kernels. Units compete with those that read the same block of input channels. With the default
+    block size a unit is a kernel, as in the paper, and the K / groups kernels that read one input
+    channel compete. All the units of an output channel may be pruned.
+
+    Blocks never cross the groups of a convolution, and what doesn't fill a block at the edge of a
+    group is a smaller one. A layer that is too small for blocks isn't blocked in that dimension:
+    see `effective_block_size`.
 
     Args:
-        weight: shape `(K, C / groups, *kernel)`.
-        amount: share in [0, 1] or number of units of each locale.
-        mask: the earlier mask, of `weight`'s shape.
-        groups: the convolution's groups.
-        group: this many neighbouring output channels share one kernel mask, so that a unit is
-            `group` kernels; K / groups must be divisible by it.
-        scope: `"channel"` or `"layer"`, the locale; `"layer"` lets all kernels compete.
-        max_nonzero: at most this many units of each locale stay, whatever the amount.
+        weight: Weight of shape `(K, C / groups, *kernel)`.
+        amount: Share in [0, 1] or number of the units of each scope to prune.
+        mask: Earlier mask, of `weight`'s shape.
+        groups: Groups of the convolution.
+        block_size: Output and input channels of a block, `(out, in)`.
+        scope: Which units compete: `"channel"`, or `"layer"` for all of them.
+        max_nonzero: Largest number of units that each scope keeps, whatever the amount.
 
     Returns:
-        A bool mask of `weight`'s shape, constant over each kernel where `mask` is.
+        A bool mask of `weight`'s shape, constant over each unit where `mask` is.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights; for a locale
-            of one unit, as in a depthwise convolution, unless `scope="layer"`.
+        TypeError, ValueError: For a bad amount, shape, dtype or block size or non-finite weights;
+            for a scope of one unit, as in a depthwise convolution, unless `scope="layer"`.
 
     Example:
         >>> ck_mask(torch.tensor([[[[1.0]]], [[[-3.0]]], [[[2.0]]]]), 2).flatten()
@@ -114,69 +143,107 @@ def ck_mask(
     """
     kernels = _largest_of_kernels(magnitude_keys(weight, mask, min_dims=3))
     check_finite(kernels, weight)
-    gone = _kernels_gone(kernels, amount, groups, group, scope, max_nonzero)
-    if _kernel_size(weight) == 1:
-        return merge((~gone).view(weight.shape), mask)
+    units = ck_units(weight.shape, groups=groups, block_size=block_size, scope=scope)
+    number = max(units.pruned(amount), units.size - at_most(max_nonzero, units.size))
+    block_size = effective_block_size(weight.shape, groups, block_size)
+    pruned = _smallest_kernels(kernels, units, number, groups, block_size)
+    if _kernel_size(weight.shape) == 1:
+        return merge((~pruned).view(weight.shape), mask)
     merged = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone().bool()
-    merged[(gone & (kernels >= 0)).nonzero(as_tuple=True)] = False  # of few, where a mask was
+    # Kernels that `mask` has pruned are left out: few are new between two updates.
+    merged[(pruned & (kernels >= 0)).nonzero(as_tuple=True)] = False
     return merged
 
 
-def ck_locale_size(
-    out_channels: int, in_channels: int, *, groups: int = 1, group: int = 1, scope: str = "channel"
-) -> int:
-    """How many units compete in a locale of `ck_mask`.
+def ck_units(
+    shape: tuple[int, ...],
+    *,
+    groups: int = 1,
+    block_size: tuple[int, int] = (1, 1),
+    scope: str = "channel",
+) -> Units:
+    """The units of `ck_mask`: kernels, or blocks of them.
 
     Args:
-        out_channels: K.
-        in_channels: C / groups, as in the weight's shape.
-        groups, group, scope: as in `ck_mask`.
+        shape: Shape `(K, C / groups, *kernel)` of the weight.
+        groups, block_size, scope: As in `ck_mask`.
 
     Raises:
-        ValueError: if they don't fit each other, or the locale would hold a single unit.
+        TypeError, ValueError: If they don't fit each other, or each scope would hold one unit.
 
     Example:
-        >>> ck_locale_size(64, 16, group=4)
-        16
+        >>> ck_units((64, 16, 3, 3), block_size=(4, 1))
+        Units(size=16, scopes=16, protected=0)
     """
     if scope not in SCOPES:
         raise ValueError(f"`scope` (={scope!r}) must be one of {', '.join(map(repr, SCOPES))}")
-    check_positive("groups", groups)
-    check_positive("group", group)
-    if out_channels % groups or (out_channels // groups) % group:
-        raise ValueError(
-            f"the {out_channels} output channels in `groups` (={groups}) must be divisible by "
-            f"`group` (={group}), the neighbouring output channels that share a kernel mask"
-        )
+    out, in_ = effective_block_size(shape, groups, block_size)
+    rows, columns = n_blocks(shape[0] // groups, out), n_blocks(shape[1], in_)
     if scope == "layer":
-        return out_channels // group * in_channels
-    size = out_channels // groups // group
-    if size == 1:
+        return Units(groups * rows * columns)
+    if rows == 1:
         raise ValueError(
-            f"each locale would hold a single unit (out_channels (={out_channels}) / groups "
-            f"(={groups}) / group (={group})): a depthwise convolution, or one output channel; "
-            f'use scope="layer" to let all kernels of the layer compete'
+            f"each scope would hold a single unit, since `out_channels` (={shape[0]}) / `groups` "
+            f'(={groups}) is 1, as in a depthwise convolution: use scope="layer" to let all '
+            f"kernels of the layer compete"
         )
-    return size
+    return Units(rows, groups * columns)
+
+
+def effective_block_size(
+    shape: tuple[int, ...], groups: int, block_size: tuple[int, int]
+) -> tuple[int, int]:
+    """The block size of `ck_mask` in a layer, which may be too small for the one that is wanted.
+
+    A dimension in which a group of the convolution holds fewer than two whole blocks isn't
+    blocked: there the size is 1. So a first layer that reads three input channels keeps single
+    ones.
+
+    Args:
+        shape: Shape `(K, C / groups, *kernel)` of the weight.
+        groups: Groups of the convolution.
+        block_size: Output and input channels of a block, `(out, in)`.
+
+    Raises:
+        TypeError, ValueError: If they are no counts, or `groups` doesn't divide the output
+            channels.
+
+    Example:
+        >>> effective_block_size((64, 3, 7, 7), 1, (4, 4))
+        (4, 1)
+    """
+    check_positive("groups", groups)
+    wanted = check_block_size(block_size)
+    if shape[0] % groups:
+        raise ValueError(f"`out_channels` (={shape[0]}) must be divisible by `groups` (={groups})")
+    lengths = shape[0] // groups, shape[1]
+    out, in_ = (
+        size if length >= 2 * size else 1 for length, size in zip(lengths, wanted, strict=True)
+    )
+    return out, in_
 
 
 def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:
-    """Split a combined amount: `(s, c)`, the shares that window and CK pruning stand for.
+    """Split a combined amount into those of window and of CK pruning, `(s, c)`.
 
-    `s = window_fraction * amount` of the weights are pruned by window pruning and
-    `c = (amount - s) / (1 - s)` of the kernels by CK, so that together
-    `1 - (1 - s)(1 - c) = amount`.
+    Window pruning removes the share `s = window_fraction * amount` of the weights of a kernel, and
+    CK the share `c = (amount - s) / (1 - s)` of the kernels: together `1 - (1 - s)(1 - c)` is the
+    amount.
 
     Raises:
-        ValueError: if `window_fraction` is not in [0, 1].
+        TypeError, ValueError: If `window_fraction` is not a float in [0, 1].
+
+    Example:
+        >>> intra_shares(0.75, 2 / 3)
+        (0.5, 0.5)
     """
     value: object = window_fraction
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`window_fraction` (={value!r}) must be a float in [0, 1]")
     if not 0.0 <= window_fraction <= 1.0:
         raise ValueError(
-            f"`window_fraction` (={window_fraction}) must be in [0, 1], the part of the amount "
-            f"that window pruning stands for"
+            f"`window_fraction` (={window_fraction}) is the part of the amount that is pruned "
+            f"inside kernels and must be in [0, 1]"
         )
     windowed = window_fraction * amount
     return windowed, (1.0 if windowed == 1.0 else (amount - windowed) / (1.0 - windowed))
@@ -191,30 +258,31 @@ def intra_mask(
     groups: int = 1,
     scope: str = "channel",
 ) -> Tensor:
-    """Prune kernels, then the smallest weights of those that stay (the paper's Algorithm 4).
+    """Prune kernels, then the smallest weights of those that are kept (Algorithm 4).
 
-    Kernels go by CK up to `intra_shares(amount, window_fraction)[1]`; the layer's remaining zeros
-    are spread over the surviving kernels as in `window_mask(..., exact_layer_sparsity=True)`. CK
-    looks at the largest weight of a kernel and window pruning takes that one last, so the paper's
-    order, window first, picks the same kernels; this one reaches a single total. 1x1 kernels are
-    pruned by CK alone.
-    Falls short of the total only where each surviving kernel is down to one weight. Under an
-    amount that rises from call to call it may exceed it a little, by less than numel / K as a
-    rule, since a kernel that leaves takes its earlier zeros along.
+    CK prunes kernels up to `intra_shares(amount, window_fraction)[1]`; the layer's remaining zeros
+    are distributed over the other kernels as in `window_mask(..., exact_layer_sparsity=True)`. CK
+    compares the largest weights of kernels and window pruning removes those last, so the paper's
+    order, window first, selects the same kernels; this one reaches a single total. 1x1 kernels are
+    pruned by CK only.
+
+    The total isn't reached only where each kernel that is kept is down to one weight. Under an
+    amount that rises from call to call the total may be exceeded a little, usually by less than
+    numel / K, since a kernel that is pruned already contains earlier zeros.
 
     Args:
-        weight: shape `(K, C / groups, *kernel)`.
-        amount: share in [0, 1]; floats only.
-        mask: the earlier mask, of `weight`'s shape.
-        share: share in [0, 1] of the amount that goes by window pruning.
-        groups: the convolution's groups.
-        scope: `"channel"` or `"layer"`, the locale of CK.
+        weight: Weight of shape `(K, C / groups, *kernel)`.
+        amount: Share of the layer's weights to prune, a float in [0, 1].
+        mask: Earlier mask, of `weight`'s shape.
+        window_fraction: Part in [0, 1] of the amount that is pruned inside kernels.
+        groups: Groups of the convolution.
+        scope: Which kernels compete in CK: `"channel"`, or `"layer"` for all of them.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: as `ck_mask`; and for an int amount.
+        TypeError, ValueError: As `ck_mask`, and for an int amount.
 
     Example:
         >>> intra_mask(torch.rand(4, 2, 3, 3), 0.5).logical_not().sum()
@@ -223,25 +291,27 @@ def intra_mask(
     value: object = amount
     if isinstance(value, numbers.Integral):
         raise TypeError(f"`amount` (={value!r}) must be a float in [0, 1] for intra pruning")
-    total = count(amount, weight.numel())
+    total = weight_units(weight.shape).pruned(amount)
     _, kernel_amount = intra_shares(amount, window_fraction)
-    if _kernel_size(weight) == 1:
+    if _kernel_size(weight.shape) == 1:
         return ck_mask(weight, amount, mask=mask, groups=groups, scope=scope)
     windows = _windows(magnitude_keys(weight, mask, min_dims=3))
     kernels = windows.amax(0) if weight.numel() else windows.new_empty(windows.shape[1:])
     check_finite(kernels, weight)
-    gone = _kernels_gone(kernels.view(weight.shape[:2]), kernel_amount, groups, 1, scope, None)
-    windows |= sign_bits(gone.flatten(), windows.dtype)
-    return merge(_unwindows(_spread(windows, total, 0), weight), mask)
+    units = ck_units(weight.shape, groups=groups, scope=scope)
+    number = units.pruned(kernel_amount)
+    pruned = _smallest_kernels(kernels.view(weight.shape[:2]), units, number, groups, (1, 1))
+    windows |= sign_bits(pruned.flatten(), windows.dtype)
+    return merge(_unwindows(_prune_evenly(windows, total, 0), weight), mask)
 
 
-def _kernel_size(weight: Tensor) -> int:
-    return math.prod(weight.shape[2:])
+def _kernel_size(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[2:])
 
 
 def _largest_of_kernels(keys: Tensor) -> Tensor:
     """The largest key of each kernel, shape `(K, C)`."""
-    if _kernel_size(keys) == 1:
+    if _kernel_size(keys.shape) == 1:
         return keys.flatten(2).squeeze(2)
     if not keys.numel():
         return keys.new_zeros(keys.shape[:2])
@@ -258,48 +328,52 @@ def _unwindows(kept: Tensor, weight: Tensor) -> Tensor:
     return torch.stack(kept.unbind(), 1).view(weight.shape)
 
 
-def _kernels_gone(
-    kernels: Tensor,
-    amount: float,
-    groups: int,
-    group: int,
-    scope: str,
-    max_nonzero: int | None,
+def _smallest_kernels(
+    kernels: Tensor, units: Units, number: int, groups: int, block_size: tuple[int, int]
 ) -> Tensor:
-    """Which kernels CK takes, bool `(K, C)`, given their keys of that shape."""
+    """Which kernels are in the `number` smallest units of each scope, bool `(K, C)`.
+
+    Args:
+        kernels: Keys of the kernels, shape `(K, C)`.
+        units: Units of the layer, as `ck_units` counts them.
+        number: Number of units.
+        groups: Groups of the convolution.
+        block_size: Block size of this layer, as `effective_block_size` gives it.
+    """
     n_out, n_in = kernels.shape
-    size = ck_locale_size(n_out, n_in, groups=groups, group=group, scope=scope)
-    # A column of `locales` is a locale; a unit is ranked by the best of its `group` kernels.
-    units = kernels.view(n_out // group, group, n_in).amax(1) if group > 1 else kernels
-    if scope == "layer":
-        locales = units.reshape(-1, 1)
-    else:
-        locales = units.reshape(groups, size, n_in).transpose(0, 1).reshape(size, -1)
-    gone = smallest(locales, max(count(amount, size), size - at_most(max_nonzero, size)))
-    if scope != "layer":
-        gone = gone.view(size, groups, n_in).transpose(0, 1)
-    gone = gone.reshape(units.shape)
-    return gone.repeat_interleave(group, 0) if group > 1 else gone
+    grouped = kernels.reshape(groups, n_out // groups, n_in)
+    if block_size != (1, 1):
+        lowest = torch.iinfo(kernels.dtype).min
+        grouped = to_blocks(grouped, block_size, lowest).amax((2, 4))
+    rows, columns = grouped.shape[1:]
+    if units.scopes == 1:
+        pruned = smallest(grouped.reshape(-1, 1), number).view(grouped.shape)
+    else:  # a column of what is selected from is a scope
+        columnwise = grouped.transpose(0, 1).reshape(units.size, units.scopes)
+        pruned = smallest(columnwise, number).view(rows, groups, columns).transpose(0, 1)
+    if block_size != (1, 1):
+        pruned = from_blocks(pruned, block_size, n_out // groups, n_in)
+    return pruned.reshape(n_out, n_in)
 
 
-def _spread(windows: Tensor, total: int, least: int) -> Tensor:
+def _prune_evenly(windows: Tensor, total: int, least: int) -> Tensor:
     """Kept weights `(n, kernels)` such that the layer has `total` zeros, evenly over its kernels.
 
-    `windows` are keys; each kernel that still holds a weight loses at least `least`.
+    `windows` are keys. In each kernel that still holds a weight, at least `least` are pruned.
     """
     n, n_kernels = windows.shape
-    taken = column_sums(windows < 0)
-    alive = taken < n
-    n_alive = int(alive.sum())
-    if not n_alive:
+    n_pruned = column_sums(windows < 0)
+    nonempty = n_pruned < n
+    n_nonempty = int(nonempty.sum())
+    if not n_nonempty:
         return torch.zeros_like(windows, dtype=torch.bool)
-    need = max(0, total - n * (n_kernels - n_alive))
-    base = max(min(need // n_alive, n - 1), least)
-    gone = smallest(windows, base) | (windows < 0)
-    rest = need - int((taken.clamp(min=base) * alive).sum())
+    need = max(0, total - n * (n_kernels - n_nonempty))
+    base = max(min(need // n_nonempty, n - 1), least)
+    pruned = smallest(windows, base) | (windows < 0)
+    rest = need - int((n_pruned.clamp(min=base) * nonempty).sum())
     if rest > 0 and base + 1 < n:
-        following = smallest(windows, base + 1) & ~gone
+        following = smallest(windows, base + 1) & ~pruned
         candidates = (following.to(windows.dtype).neg_() & windows).amax(0)  # its key, else 0
-        candidates.masked_fill_((taken > base) | ~alive, torch.iinfo(windows.dtype).max)
-        gone |= following & smallest(candidates[:, None], rest)[:, 0]
-    return ~gone
+        candidates.masked_fill_((n_pruned > base) | ~nonempty, torch.iinfo(windows.dtype).max)
+        pruned |= following & smallest(candidates[:, None], rest)[:, 0]
+    return ~pruned

@@ -1,24 +1,65 @@
 """How many units an amount stands for, and checks that all mask functions share."""
 
+import dataclasses
 import math
 import numbers
 
 from torch import Tensor
 
-__all__ = ["at_most", "check_positive", "count", "merge"]
+__all__ = ["Units", "at_most", "check_positive", "count", "merge", "weight_units"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The units of a weight, and the scopes in which they compete with each other.
+
+    Each mask function counts its units by a function of its own, such as `ck_units`, which needs
+    the shape of the weight only.
+
+    Attributes:
+        size: Number of units in each scope.
+        scopes: Number of scopes.
+        protected: Number of units of a scope that are never pruned.
+
+    Example:
+        >>> Units(size=8, scopes=3, protected=2).pruned(0.5)
+        4
+    """
+
+    size: int
+    scopes: int = 1
+    protected: int = 0
+
+    def pruned(self, amount: float) -> int:
+        """How many units of each scope are pruned at this amount, in `[0, size - protected]`.
+
+        Raises:
+            TypeError, ValueError: For a bad amount; see `count`.
+        """
+        return min(count(amount, self.size), self.size - self.protected)
+
+
+def weight_units(shape: tuple[int, ...]) -> Units:
+    """The units of methods that prune single weights of the layer: its weights.
+
+    Example:
+        >>> weight_units((64, 16, 3, 3))
+        Units(size=9216, scopes=1, protected=0)
+    """
+    return Units(math.prod(shape))
 
 
 def count(amount: float, units: int, *, name: str = "amount") -> int:
-    """How many of `units` an `amount` stands for: `floor(amount * units + 0.5)`, or the int itself.
+    """How many of `units` an amount stands for: `floor(amount * units + 0.5)`, or the int itself.
 
     Args:
-        amount: a float in [0, 1], the share of the units; or an int in [0, units].
-        units: the size of the locale.
-        name: what the argument is called in errors.
+        amount: Share of the units, a float in [0, 1], or their number, an int in [0, units].
+        units: Number of units in a scope.
+        name: What the argument is called in errors.
 
     Raises:
-        TypeError: if `amount` is not a real number (a bool is not one).
-        ValueError: if it is out of its range or NaN.
+        TypeError: If `amount` is not a real number; a bool is not one.
+        ValueError: If it is NaN or out of its range.
 
     Example:
         >>> count(0.6, 9)
@@ -27,14 +68,14 @@ def count(amount: float, units: int, *, name: str = "amount") -> int:
     value: object = amount
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"`{name}` (={value!r}) must be a float in [0, 1], the share of each locale to prune, "
-            f"or an int, the number of units; received {type(value).__name__}"
+            f"`{name}` (={value!r}) must be a float in [0, 1], the share of each scope's units to "
+            f"prune, or an int, their number; received {type(value).__name__}"
         )
     if isinstance(value, numbers.Integral):
         if not 0 <= amount <= units:
             raise ValueError(
-                f"`{name}` (={amount}) is an int, so it counts units and must be in [0, {units}], "
-                f"the units of a locale; a share is a float such as 0.6"
+                f"`{name}` (={amount}) is an int, so it is a number of units and must be in "
+                f"[0, {units}], the units of a scope; a share is a float such as 0.6"
             )
         return int(amount)
     if not 0.0 <= amount <= 1.0:  # NaN fails this too
@@ -43,6 +84,7 @@ def count(amount: float, units: int, *, name: str = "amount") -> int:
 
 
 def at_most(max_nonzero: int | None, size: int) -> int:
+    """How many of `size` units may be kept: `max_nonzero` after a check, or all of them."""
     if max_nonzero is None:
         return size
     check_positive("max_nonzero", max_nonzero)
@@ -50,6 +92,7 @@ def at_most(max_nonzero: int | None, size: int) -> int:
 
 
 def check_positive(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless the argument `name` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
@@ -59,6 +102,6 @@ def check_positive(name: str, value: object) -> None:
 
 
 def merge(kept: Tensor, mask: Tensor | None) -> Tensor:
-    """`kept` without what `mask` had already taken, in memory of its own."""
+    """`kept` without what `mask` had already pruned, in new memory."""
     kept = kept.contiguous()
     return kept if mask is None else kept & mask.bool()

@@ -1,9 +1,13 @@
 """Masks of linear layers: blocks, single weights, and columns that read zeros."""
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.counts import check_positive, count, merge
+from starfire_prune.masks.blocks import check_block_size, from_blocks, n_blocks, to_blocks
+from starfire_prune.masks.counts import Units, count, merge
 from starfire_prune.masks.ranking import (
     check_finite,
     float_bits,
@@ -13,61 +17,82 @@ from starfire_prune.masks.ranking import (
     smallest,
 )
 
-__all__ = ["fc_block_mask", "fc_fine_mask", "fc_structure_mask"]
+__all__ = ["fc_block_mask", "fc_block_units", "fc_fine_mask", "fc_fine_units", "fc_structure_mask"]
 
 
 THEN = ("fine", "block")
 
 
 def fc_block_mask(
-    weight: Tensor, amount: float, *, mask: Tensor | None = None, block_size: int = 4
+    weight: Tensor,
+    amount: float,
+    *,
+    mask: Tensor | None = None,
+    block_size: tuple[int, int] = (4, 4),
 ) -> Tensor:
-    """Prune square blocks of a linear weight by their sum of magnitudes (the paper's Figure 2d).
+    """Prune blocks of a linear weight by their sum of magnitudes (the paper's Figure 2d).
 
-    The locale is the layer. In each row of blocks the one with the highest sum is protected, so
-    that every output neuron keeps a weight: `min(count, blocks - protected)` blocks go. What is
-    left over at the right and lower edges forms smaller blocks of their own.
+    A unit is a block of neighbouring output and input features; the scope is the layer. In each
+    row of blocks the one with the highest sum is protected, so that every output neuron keeps a
+    weight: `min(count, blocks - protected)` blocks are pruned. What doesn't fill a block at the
+    right and lower edges is a smaller one, also in a layer smaller than a block.
 
     Args:
-        weight: shape `(out_features, in_features)`.
-        amount: share in [0, 1] or number of blocks.
-        mask: the earlier mask, of `weight`'s shape.
-        block_size: the side of a block, in weights; 2 to 4 in the paper.
+        weight: Weight of shape `(out_features, in_features)`.
+        amount: Share in [0, 1] or number of the blocks to prune.
+        mask: Earlier mask, of `weight`'s shape.
+        block_size: Output and input features of a block, `(out, in)`; squares of 2 to 4 in the
+            paper.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, shape, dtype or block size or non-finite weights.
 
     Example:
-        >>> fc_block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), 0.5, block_size=2)
+        >>> fc_block_mask(torch.tensor([[1.0, 1.0, 5.0, 5.0]]), 0.5, block_size=(2, 2))
         tensor([[False, False,  True,  True]])
     """
-    check_positive("block_size", block_size)
+    block_size = check_block_size(block_size)
     keys = _linear_keys(weight, mask)
     check_finite(keys, weight)
-    gone = _smallest_but_protected(_block_keys(keys, block_size), amount)
-    gone = gone.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-    return merge(~gone[: weight.shape[0], : weight.shape[1]], mask)
+    units = fc_block_units(weight.shape, block_size=block_size)
+    pruned = _smallest_unprotected(_block_keys(keys, block_size), units, amount)
+    return merge(~from_blocks(pruned, block_size, *weight.shape), mask)
+
+
+def fc_block_units(shape: tuple[int, ...], *, block_size: tuple[int, int] = (4, 4)) -> Units:
+    """The units of `fc_block_mask`: blocks, of which one in each row of blocks is protected.
+
+    Raises:
+        TypeError, ValueError: For a bad block size.
+
+    Example:
+        >>> fc_block_units((10, 64), block_size=(4, 2))
+        Units(size=96, scopes=1, protected=3)
+    """
+    out, in_ = check_block_size(block_size)
+    rows, columns = n_blocks(shape[0], out), n_blocks(shape[1], in_)
+    return Units(rows * columns, protected=rows)
 
 
 def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
     """Prune single weights of a linear weight (the paper's Figure 2c).
 
-    The locale is the layer. The largest kept weight of each output neuron is protected:
-    `min(count, weights - protected)` weights go.
+    The scope is the layer. The largest kept weight of each output neuron is protected:
+    `min(count, weights - protected)` weights are pruned.
 
     Args:
-        weight: shape `(out_features, in_features)`.
-        amount: share in [0, 1] or number of weights.
-        mask: the earlier mask, of `weight`'s shape.
+        weight: Weight of shape `(out_features, in_features)`.
+        amount: Share in [0, 1] or number of the weights to prune.
+        mask: Earlier mask, of `weight`'s shape.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, shape, dtype or non-finite weights.
 
     Example:
         >>> fc_fine_mask(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), 1.0)
@@ -76,7 +101,17 @@ def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -
     """
     keys = _linear_keys(weight, mask)
     check_finite(keys, weight)
-    return merge(~_smallest_but_protected(keys, amount), mask)
+    return merge(~_smallest_unprotected(keys, fc_fine_units(weight.shape), amount), mask)
+
+
+def fc_fine_units(shape: tuple[int, ...]) -> Units:
+    """The units of `fc_fine_mask`: weights, of which one of each output neuron is protected.
+
+    Example:
+        >>> fc_fine_units((10, 64))
+        Units(size=640, scopes=1, protected=10)
+    """
+    return Units(math.prod(shape), protected=shape[0])
 
 
 def fc_structure_mask(
@@ -86,27 +121,29 @@ def fc_structure_mask(
     *,
     mask: Tensor | None = None,
     then: str = "fine",
-    block_size: int = 4,
+    block_size: tuple[int, int] = (4, 4),
 ) -> Tensor:
     """Prune the input columns that always read zero, then fine or in blocks (Figure 3).
 
-    The columns go at no cost, whatever the amount, and count towards it; weights elsewhere make
-    up the rest. By blocks, the smallest go until the layer's total is as near to the amount as
-    whole blocks allow. Every output neuron that holds a weight keeps one, its largest.
+    These columns are pruned at no cost, whatever the amount, and count towards it; weights
+    elsewhere make up the rest. With blocks, the smallest ones are pruned until the layer's total
+    is as near to the amount as complete blocks allow. Every output neuron that holds a weight
+    keeps one, its largest.
 
     Args:
-        weight: shape `(out_features, in_features)`.
-        amount: share in [0, 1], or number, of the layer's weights.
-        columns: the columns to go, bool of shape `(in_features,)`; none by default.
-        mask: the earlier mask, of `weight`'s shape.
-        then: `"fine"` or `"block"`, how the rest goes, as in `fc_fine_mask` and `fc_block_mask`.
-        block_size: the side of a block, in weights.
+        weight: Weight of shape `(out_features, in_features)`.
+        amount: Share in [0, 1] or number of the layer's weights to prune.
+        columns: Columns that always read zero, bool of shape `(in_features,)`; none by default.
+        mask: Earlier mask, of `weight`'s shape.
+        then: How the rest is pruned: `"fine"` as by `fc_fine_mask` or `"block"` as by
+            `fc_block_mask`.
+        block_size: Output and input features of a block, `(out, in)`.
 
     Returns:
         A bool mask of `weight`'s shape.
 
     Raises:
-        TypeError, ValueError: for a bad amount, shape, dtype or non-finite weights.
+        TypeError, ValueError: For a bad amount, shape, dtype or option or non-finite weights.
 
     Example:
         >>> weight = torch.tensor([[1.0, 2.0, 9.0], [4.0, 3.0, 9.0]])
@@ -122,14 +159,14 @@ def fc_structure_mask(
     kept = _without_columns(keys, _columns(columns, weight))
     if then == "fine":
         return fc_fine_mask(weight, number, mask=kept)
-    check_positive("block_size", block_size)
+    block_size = check_block_size(block_size)
     keys = magnitude_keys(weight, kept, min_dims=2)
     blocks = _block_keys(keys, block_size)
-    held = _block_sums(keys >= 0, block_size)
-    missing = number - int((~kept).sum())
-    gone = _smallest_but_protected(blocks, _blocks_for(blocks, held, missing))
-    gone = gone.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
-    blocked = ~gone[: weight.shape[0], : weight.shape[1]] & kept
+    n_kept = to_blocks((keys >= 0).long(), block_size, 0).sum((1, 3))
+    number = _n_blocks_for(blocks, n_kept, number - int((~kept).sum()))
+    units = fc_block_units(weight.shape, block_size=block_size)
+    pruned = _smallest_unprotected(blocks, units, number)
+    blocked = ~from_blocks(pruned, block_size, *weight.shape) & kept
     return merge(_with_a_weight(blocked, keys), kept)
 
 
@@ -142,22 +179,22 @@ def _linear_keys(weight: Tensor, mask: Tensor | None) -> Tensor:
     return magnitude_keys(weight, mask, min_dims=2)
 
 
-def _smallest_but_protected(keys: Tensor, amount: float) -> Tensor:
-    """The smallest units of `(rows, columns)`, but for the largest living one of each row.
+def _smallest_unprotected(keys: Tensor, units: Units, amount: float) -> Tensor:
+    """The smallest units `(rows, columns)` of the layer, but not the largest one of each row.
 
-    Of equal largest ones the last is protected, since of equals the lower index goes first. `keys`
-    are overwritten.
+    A row whose units are all pruned already has none to protect. Of equal largest units the last
+    is protected, since of equals the lower index is pruned first. `keys` are overwritten.
     """
-    number = count(amount, keys.numel())
     if not keys.numel():
+        units.pruned(amount)  # checks the amount
         return torch.zeros_like(keys, dtype=torch.bool)
     guarded, protected = _guarded(keys)
-    number = min(number, keys.numel() - protected)
+    number = dataclasses.replace(units, protected=protected).pruned(amount)
     return smallest(guarded.view(-1, 1), number).view(keys.shape)
 
 
 def _guarded(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys with the largest living unit of each row above all others, and how many these are."""
+    """Keys with the largest kept unit of each row above all others, and the number of these."""
     largest, index = keys.flip(1).max(1)
     rows = (largest >= 0).nonzero().squeeze(1)
     guarded = keys.contiguous()
@@ -178,12 +215,12 @@ def _columns(columns: Tensor | None, weight: Tensor) -> Tensor:
 
 
 def _without_columns(keys: Tensor, columns: Tensor) -> Tensor:
-    """What is kept of `(rows, columns)` keys when columns go, at least a weight of each row."""
+    """What `(rows, columns)` keys keep when columns are pruned, at least a weight of each row."""
     return _with_a_weight((keys >= 0) & ~columns, keys)
 
 
 def _with_a_weight(kept: Tensor, keys: Tensor) -> Tensor:
-    """`kept` with the largest weight of each row that has lost all it held."""
+    """`kept` with the largest weight of each row in which it has none, if `keys` hold one."""
     if not keys.numel():
         return kept
     largest, index = keys.max(1)
@@ -192,47 +229,38 @@ def _with_a_weight(kept: Tensor, keys: Tensor) -> Tensor:
     return kept
 
 
-def _block_sums(values: Tensor, size: int) -> Tensor:
-    """The sum of `(rows, columns)` values in each block."""
-    rows, columns = (-(-length // size) for length in values.shape)
-    padded = torch.zeros(rows * size, columns * size, dtype=torch.int64, device=values.device)
-    padded[: values.shape[0], : values.shape[1]] = values
-    return padded.view(rows, size, columns, size).sum((1, 3))
-
-
-def _blocks_for(keys: Tensor, held: Tensor, missing: int) -> int:
-    """How many blocks are to be gone so that `missing` more weights are, or nearest to it.
+def _n_blocks_for(keys: Tensor, n_kept: Tensor, missing: int) -> int:
+    """How many blocks must be pruned so that `missing` more weights are, or nearest to it.
 
     Args:
-        keys: of the blocks, negative where one is gone.
-        held: the weights that each still holds.
-        missing: weights that are to go.
+        keys: Keys of the blocks, negative where one is pruned.
+        n_kept: Number of weights that each block still holds.
+        missing: Number of weights to prune.
     """
     already = int((keys < 0).sum())
     if missing <= 0 or not keys.numel():
         return already
     guarded = _guarded(keys.clone())[0].flatten()
     order = guarded.sort(stable=True).indices[already:]
-    totals = held.flatten()[order].cumsum(0)
+    totals = n_kept.flatten()[order].cumsum(0)
     fewer = int((totals <= missing).sum())
     short = missing - (int(totals[fewer - 1]) if fewer else 0)
     one_more = fewer < len(totals) and int(totals[fewer]) - missing <= short and short > 0
     return already + fewer + int(one_more)
 
 
-def _block_keys(keys: Tensor, size: int) -> Tensor:
-    """The keys of the blocks' sums of magnitudes in float64; a block is gone if all of it is.
+def _block_keys(keys: Tensor, block_size: tuple[int, int]) -> Tensor:
+    """The keys of the blocks' sums of magnitudes in float64; negative if all weights are pruned.
 
     Added weight by weight in row-major order, so that every device rounds alike.
     """
-    rows, columns = (-(-length // size) for length in keys.shape)
-    padded = keys.new_full((rows * size, columns * size), torch.iinfo(keys.dtype).min)
-    padded[: keys.shape[0], : keys.shape[1]] = keys
+    blocks = to_blocks(keys, block_size, torch.iinfo(keys.dtype).min)
+    rows, columns = blocks.shape[0], blocks.shape[2]
     sums = torch.zeros(rows, columns, dtype=torch.float64, device=keys.device)
-    gone = torch.ones(rows, columns, dtype=torch.bool, device=keys.device)
-    for i in range(size):
-        for j in range(size):
-            part = padded[i::size, j::size].contiguous()
+    pruned = torch.ones(rows, columns, dtype=torch.bool, device=keys.device)
+    for i in range(block_size[0]):
+        for j in range(block_size[1]):
+            part = blocks[:, i, :, j].contiguous()
             sums += magnitudes(part)
-            gone &= part < 0
-    return float_bits(sums) | sign_bits(gone, torch.int64)
+            pruned &= part < 0
+    return float_bits(sums) | sign_bits(pruned, torch.int64)

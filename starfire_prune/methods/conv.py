@@ -74,16 +74,16 @@ class CKStructured(MaskMethod):
             self.amount,
             mask=default_mask,
             groups=self.groups,
-            group=self.group,
+            block_size=(self.group, 1),
             scope=self.scope,
             max_nonzero=self.max_nonzero,
         )
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        size = masks.ck_locale_size(
-            *shape[:2], groups=self.groups, group=self.group, scope=self.scope
+        units = masks.ck_units(
+            shape, groups=self.groups, block_size=(self.group, 1), scope=self.scope
         )
-        return ((masks.count(self.amount, size), size),)
+        return ((units.pruned(self.amount), units.size),)
 
     def locales(self, shape: torch.Size) -> int:
         return 1 if self.scope == "layer" else shape[1] * self.groups
@@ -116,7 +116,7 @@ class IntraStructured(MaskMethod):
         )
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        size = masks.ck_locale_size(*shape[:2], groups=self.groups, scope=self.scope)
+        size = masks.ck_units(shape, groups=self.groups, scope=self.scope).size
         if math.prod(shape[2:]) == 1:
             return ((masks.count(self.amount, size), size),)
         _, kernel_amount = masks.intra_shares(self.amount, self.window_fraction)

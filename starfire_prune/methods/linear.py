@@ -23,7 +23,9 @@ class FCBlock(MaskMethod):
         self.block_size = block_size
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        return masks.fc_block_mask(t, self.amount, mask=default_mask, block_size=self.block_size)
+        return masks.fc_block_mask(
+            t, self.amount, mask=default_mask, block_size=(self.block_size, self.block_size)
+        )
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
         rows, columns = (-(-length // self.block_size) for length in shape)
@@ -79,7 +81,7 @@ class FCStructured(MaskMethod):
             columns,
             mask=mask,
             then=self.then,
-            block_size=self.block_size,
+            block_size=(self.block_size, self.block_size),
         )
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:

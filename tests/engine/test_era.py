@@ -57,7 +57,7 @@ def ck_at_most_2(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor
 
 
 def ck_in_pairs(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
-    return ck_mask(weight, 0.6 * progress, mask=mask, group=2)
+    return ck_mask(weight, 0.6 * progress, mask=mask, block_size=(2, 1))
 
 
 def ck_in_layer(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
@@ -91,7 +91,7 @@ def fine(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
 
 
 def blocks_of_2(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
-    return fc_block_mask(weight, 0.3 * progress, mask=mask, block_size=2)
+    return fc_block_mask(weight, 0.3 * progress, mask=mask, block_size=(2, 2))
 
 
 BLOCK = {"method": "block", "block_size": 2, "amount": 0.3}

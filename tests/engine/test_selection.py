@@ -418,12 +418,6 @@ def test_a_convolution_of_one_output_channel_is_refused_with_the_way_out():
     assert layer.method_at(1.0).counts(torch.Size([1, 8, 3, 3])) == ((4, 8),)
 
 
-def test_a_group_that_does_not_divide_the_channels_is_refused_with_the_layer():
-    message = r"^layer line of shape \(6, 12, 5\) can't be pruned by ck: the 6 output channels"
-    with pytest.raises(ValueError, match=message):
-        select(group=4, exclude="grouped")
-
-
 def test_shared_weights_are_refused():
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model[2].weight = model[0].weight

@@ -11,12 +11,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from numpy.typing import NDArray
 from torch import Tensor
 
 from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
-from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
+from starfire_prune.masks.conv import ck_mask, ck_units, intra_mask, window_mask
 from starfire_prune.masks.counts import count
 from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask, fc_structure_mask
 from tests.support import oracle
@@ -127,7 +127,7 @@ FILTERS_HOLE = [[[1, 1]], [[0, 1]], [[1, 1]]]
 FILTERS_HOLE_1 = [[[1, 1]], [[0, 0]], [[1, 1]]]
 
 spread_mask = partial(window_mask, exact_layer_sparsity=True)
-pairs_mask = partial(fc_block_mask, block_size=2)
+pairs_mask = partial(fc_block_mask, block_size=(2, 2))
 
 
 def golden(
@@ -159,11 +159,13 @@ GOLDEN = [
     golden("ck: ties", ck_mask, CK, 1, CK_1),
     golden("ck: max_nonzero", ck_mask, CK, 0.25, CK_3, max_nonzero=1),
     golden("ck: slack max_nonzero", ck_mask, CK, 0.25, CK_1, max_nonzero=3),
-    golden("ck: group", ck_mask, CK, 0.5, CK_PAIRS, group=2),
+    golden("ck: group", ck_mask, CK, 0.5, CK_PAIRS, block_size=(2, 1)),
     golden("ck: layer", ck_mask, CK, 0.5, CK_LAYER_4, scope="layer"),
     golden("ck: layer, max_nonzero", ck_mask, CK, 0, CK_LAYER_7, scope="layer", max_nonzero=1),
-    golden("ck: layer, group", ck_mask, CK, 1, CK_LAYER_PAIR, scope="layer", group=2),
-    golden("ck: layer, group, ties", ck_mask, CK, 3, CK_LAYER_PAIRS_3, scope="layer", group=2),
+    golden("ck: layer, group", ck_mask, CK, 1, CK_LAYER_PAIR, scope="layer", block_size=(2, 1)),
+    golden(
+        "ck: layer, group, ties", ck_mask, CK, 3, CK_LAYER_PAIRS_3, scope="layer", block_size=(2, 1)
+    ),
     golden("ck: masked weights", ck_mask, CK, 0.25, CK_HOLES_1, mask=CK_HOLES),
     golden("ck: ungrouped", ck_mask, CK_GROUPED, 0.5, CK_UNGROUPED_2),
     golden("ck: grouped", ck_mask, CK_GROUPED, 0.5, CK_GROUPED_1, groups=2),
@@ -214,7 +216,7 @@ def test_blocks_hold_four_by_four_weights_unless_told():
 def test_block_sums_do_not_overflow_half_precision():
     weight = torch.full((2, 6), 60000.0, dtype=torch.float16)
     weight[:, 2:4] = 50000.0
-    mask = fc_block_mask(weight, 1, block_size=2)
+    mask = fc_block_mask(weight, 1, block_size=(2, 2))
     assert mask[0].tolist() == [True, True, False, False, True, True]
 
 
@@ -352,37 +354,27 @@ def test_spread_equals_the_oracle(data, out_channels, in_channels, window):
     )
 
 
-@more_examples
-@given(
-    st.data(),
-    st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 2)]),
-    st.integers(2, 5),
-    st.integers(1, 6),
-    windows | pointwise,
-)
-def test_ck_equals_the_oracle(data, group_sizes, units, in_channels, window):
-    groups, group = group_sizes
-    most = data.draw(st.none() | st.integers(1, units + 1))
-    shape = (groups * group * units, in_channels, *window)
-    options = {"groups": groups, "group": group, "max_nonzero": most}
-    compare(data, ck_mask, oracle.ck, shape, units, **options)
+def length(size: int) -> st.SearchStrategy[int]:
+    """Channels of a group: fewer than a block, two whole ones, or three with a smaller one."""
+    return st.integers(1, 3 * size + 1)
 
 
 @more_examples
 @given(
     st.data(),
-    st.sampled_from([(1, 1), (1, 3), (2, 2), (4, 1)]),
     st.integers(1, 3),
-    st.integers(2, 4),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
     windows | pointwise,
+    st.sampled_from(["channel", "layer"]),
 )
-def test_ck_over_the_layer_equals_the_oracle(data, group_sizes, units, in_channels, window):
-    groups, group = group_sizes
-    shape = (groups * group * units, in_channels, *window)
-    kernels = groups * units * in_channels
-    most = data.draw(st.none() | st.integers(1, kernels + 1))
-    options = {"groups": groups, "group": group, "max_nonzero": most, "scope": "layer"}
-    compare(data, ck_mask, oracle.ck, shape, kernels, **options)
+def test_ck_equals_the_oracle(data, groups, block_size, window, scope):
+    out_channels, in_channels = (data.draw(length(size)) for size in block_size)
+    assume(out_channels > 1 or scope == "layer")
+    shape = (groups * out_channels, in_channels, *window)
+    options = {"groups": groups, "block_size": block_size, "scope": scope}
+    units = ck_units(shape, **options).size
+    most = data.draw(st.none() | st.integers(1, units + 1))
+    compare(data, ck_mask, oracle.ck, shape, units, **options, max_nonzero=most)
 
 
 @more_examples
@@ -402,10 +394,15 @@ def test_intra_equals_the_oracle(data, groups, units, in_channels, window, scope
 
 
 @more_examples
-@given(st.data(), st.integers(1, 13), st.integers(1, 13), st.integers(1, 5))
+@given(
+    st.data(),
+    st.integers(1, 13),
+    st.integers(1, 13),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
 def test_fc_block_equals_the_oracle(data, out_features, in_features, block_size):
-    units = math.ceil(out_features / block_size) * math.ceil(in_features / block_size)
     shape = (out_features, in_features)
+    units = math.ceil(out_features / block_size[0]) * math.ceil(in_features / block_size[1])
     compare(data, fc_block_mask, oracle.fc_block, shape, units, block_size=block_size)
 
 
@@ -437,7 +434,7 @@ LARGE = {
     "window, max_nonzero": (window_mask, oracle.window, CONV, {"max_nonzero": 4}),
     "exact_layer_sparsity": (window_mask, oracle.window, CONV, {"exact_layer_sparsity": True}),
     "ck": (ck_mask, oracle.ck, CONV, {}),
-    "ck, groups, group": (ck_mask, oracle.ck, CONV, {"groups": 4, "group": 2}),
+    "ck, groups, group": (ck_mask, oracle.ck, CONV, {"groups": 4, "block_size": (2, 1)}),
     "ck, layer": (ck_mask, oracle.ck, CONV, {"scope": "layer"}),
     "intra": (intra_mask, oracle.intra, CONV, {}),
     "fc_block": (fc_block_mask, oracle.fc_block, LINEAR, {}),
@@ -473,7 +470,7 @@ def whole_layer(kept: oracle.Mask) -> oracle.Mask:
 
 def kernels_of(**options: Any) -> Callable[[oracle.Mask], oracle.Mask]:
     def locales(kept: oracle.Mask) -> oracle.Mask:
-        every = oracle.ck_locales(kept.shape, **options)
+        every = oracle.ck_scopes(kept.shape, **options)
         return np.array(
             [[any(kept[k, c].any() for k, c in unit) for unit in units] for units in every]
         )
@@ -521,15 +518,17 @@ METHODS = {
     "window": Method(window_mask, CONV2D, each_kernel),
     "exact_layer_sparsity": Method(spread_mask, CONV2D, whole_layer, protected=24),
     "ck": Method(ck_mask, CONV2D, kernels_of()),
-    "ck, group": Method(partial(ck_mask, group=3), CONV2D, kernels_of(group=3)),
+    "ck, group": Method(partial(ck_mask, block_size=(3, 1)), CONV2D, kernels_of(block_size=(3, 1))),
     "ck, groups": Method(partial(ck_mask, groups=2), CONV2D, kernels_of(groups=2)),
     "ck, layer": Method(partial(ck_mask, scope="layer"), CONV2D, kernels_of(scope="layer")),
     "intra": Method(intra_mask, CONV2D, None, numbers=False),
-    "fc_block": Method(partial(fc_block_mask, block_size=3), (7, 10), blocks_of_3, protected=3),
+    "fc_block": Method(
+        partial(fc_block_mask, block_size=(3, 3)), (7, 10), blocks_of_3, protected=3
+    ),
     "fc_fine": Method(fc_fine_mask, (7, 10), whole_layer, protected=7),
     "fc_structure": Method(fc_structure_mask, (7, 10), whole_layer, protected=7),
     "fc_structure, blocks": Method(
-        partial(fc_structure_mask, then="block", block_size=3), (7, 10), None
+        partial(fc_structure_mask, then="block", block_size=(3, 3)), (7, 10), None
     ),
     "magnitude": Method(magnitude_mask, CONV2D, whole_layer),
     "random": Method(random_mask, CONV2D, whole_layer),
@@ -767,7 +766,7 @@ def test_every_output_neuron_keeps_a_weight(prune, data, amount):
 @given(st.data())
 def test_blocks_of_one_weight_are_fine(data):
     weight, amount = data.draw(weights((6, 5))), data.draw(amounts(30))
-    blocks = fc_block_mask(weight, amount, block_size=1)
+    blocks = fc_block_mask(weight, amount, block_size=(1, 1))
     assert torch.equal(blocks, fc_fine_mask(weight, amount))
 
 
@@ -929,14 +928,11 @@ REFUSED = [
     refused("window: below", ValueError, ["nonzero", -1], window_mask, 2, 2, 3, max_nonzero=-1),
     refused("window: half", wrong, ["nonzero", 1.5], window_mask, 2, 2, 3, max_nonzero=1.5),
     refused("ck: below", ValueError, ["nonzero", -1], ck_mask, 2, 2, 3, max_nonzero=-1),
-    refused("ck: group", ValueError, ["group", 6, 4], ck_mask, 6, 2, 3, group=4),
-    refused("ck: both", ValueError, ["groups", 2, 4], ck_mask, 12, 2, 3, groups=2, group=4),
     refused("ck: groups", ValueError, ["groups", 4], ck_mask, 6, 2, 3, groups=4),
-    refused("ck: group 0", ValueError, ["group", 0], ck_mask, 6, 2, 3, group=0),
+    refused("ck: size 0", ValueError, ["block_size", 0], ck_mask, 6, 2, 3, block_size=(0, 1)),
     refused("ck: scope", ValueError, ["scope", "row"], ck_mask, 6, 2, 3, scope="row"),
     refused("ck: depthwise", ValueError, ["scope", "layer"], ck_mask, 4, 1, 3, 3, groups=4),
     refused("ck: one filter", ValueError, ["scope", "layer"], ck_mask, 1, 3, 3),
-    refused("ck: one unit", ValueError, ["scope", "layer"], ck_mask, 4, 3, 3, group=4),
     refused("intra: depthwise", ValueError, ["scope", "layer"], intra_mask, 4, 1, 3, groups=4),
     refused("intra: number", TypeError, ["amount", 3], intra_mask, 4, 2, 3, amount=3),
     refused("intra: number, pointwise", TypeError, ["amount", 3], intra_mask, 4, 2, 1, amount=3),
@@ -971,7 +967,7 @@ REFUSED = [
         window_fraction=NAN,
     ),
     refused("intra: scope", ValueError, ["scope", "row"], intra_mask, 6, 2, 3, scope="row"),
-    refused("block: size", ValueError, ["block_size", 0], fc_block_mask, 4, 4, block_size=0),
+    refused("block: size", ValueError, ["block_size", 0], fc_block_mask, 4, 4, block_size=(0, 4)),
 ]
 
 
@@ -1019,9 +1015,9 @@ def test_fc_structure_leaves_a_neuron_what_an_earlier_mask_left_it():
 def test_fc_structure_without_columns_goes_on_as_fine_or_block(data):
     weight, amount = data.draw(weights((8, 12))), data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
     assert torch.equal(fc_structure_mask(weight, amount), fc_fine_mask(weight, amount))
-    blocks = fc_structure_mask(weight, amount, then="block", block_size=4)
+    blocks = fc_structure_mask(weight, amount, then="block", block_size=(4, 4))
     expected = count(count(amount, 96) / 96, 6)
-    assert torch.equal(blocks, fc_block_mask(weight, expected, block_size=4))
+    assert torch.equal(blocks, fc_block_mask(weight, expected, block_size=(4, 4)))
 
 
 @examples
@@ -1029,7 +1025,7 @@ def test_fc_structure_without_columns_goes_on_as_fine_or_block(data):
 def test_fc_structure_by_blocks_comes_as_near_as_blocks_allow(data):
     weight, amount = data.draw(weights((8, 12))), data.draw(shares)
     columns = torch.from_numpy(np.random.default_rng(data.draw(seeds)).random(12) < 0.3)
-    mask = fc_structure_mask(weight, amount, columns, then="block", block_size=4)
+    mask = fc_structure_mask(weight, amount, columns, then="block", block_size=(4, 4))
     wanted = max(oracle.share_count(amount, 96), 8 * int(columns.sum()))
     blocks_left = mask.view(2, 4, 3, 4).any(3).any(1)
     assert mask.any(1).all()

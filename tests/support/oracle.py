@@ -89,24 +89,31 @@ def spread_out(weight: Weight, kept: Mask, total: int, max_nonzero: int | None =
     return alive.reshape(weight.shape)
 
 
-def ck_locales(
-    shape: tuple[int, ...], *, groups: int = 1, group: int = 1, scope: str = "channel"
-) -> list[list[Unit]]:
-    """The units of each locale: `group` neighbouring output channels share one kernel mask."""
-    out_channels, in_channels = shape[:2]
+def blocks(length: int, size: int, *, at_least: int = 0) -> list[range]:
+    """The channels of each block along one dimension; single ones if few whole blocks fit."""
+    if length // size < at_least:
+        size = 1
+    return [range(start, min(start + size, length)) for start in range(0, length, size)]
 
-    def unit(first: int, c: int) -> Unit:
-        return [(k, c) for k in range(first, first + group)]
+
+def ck_scopes(
+    shape: tuple[int, ...],
+    *,
+    groups: int = 1,
+    block_size: tuple[int, int] = (1, 1),
+    scope: str = "channel",
+) -> list[list[Unit]]:
+    """The units of each scope: blocks of kernels inside one group of the convolution."""
+    each = shape[0] // groups
+    outputs = blocks(each, block_size[0], at_least=2)
+    inputs = blocks(shape[1], block_size[1], at_least=2)
+
+    def unit(group: int, output: range, input: range) -> Unit:
+        return [(group * each + k, c) for k in output for c in input]
 
     if scope == "layer":
-        firsts = range(0, out_channels, group)
-        return [[unit(first, c) for first in firsts for c in range(in_channels)]]
-    locales = []
-    each = out_channels // groups
-    for start in range(0, out_channels, each):
-        for c in range(in_channels):
-            locales.append([unit(first, c) for first in range(start, start + each, group)])
-    return locales
+        return [[unit(g, o, i) for g in range(groups) for o in outputs for i in inputs]]
+    return [[unit(g, o, i) for o in outputs] for g in range(groups) for i in inputs]
 
 
 def ck(
@@ -115,13 +122,13 @@ def ck(
     kept: Mask,
     *,
     groups: int = 1,
-    group: int = 1,
+    block_size: tuple[int, int] = (1, 1),
     scope: str = "channel",
     max_nonzero: int | None = None,
 ) -> Mask:
-    """Algorithm 1: of the kernels that read one input channel, those with the lowest maxima go."""
+    """Algorithm 1: of the units that read the same input channels, the lowest maxima are pruned."""
     result = kept.copy()
-    for units in ck_locales(weight.shape, groups=groups, group=group, scope=scope):
+    for units in ck_scopes(weight.shape, groups=groups, block_size=block_size, scope=scope):
         wanted = share_count(amount, len(units))
         if max_nonzero is not None:
             wanted = max(wanted, len(units) - max_nonzero)
@@ -166,28 +173,23 @@ def protect_best(scores: list[float], columns: int) -> int:
     return lifted
 
 
-def fc_block(weight: Weight, amount: float, kept: Mask, *, block_size: int = 4) -> Mask:
-    """Figure 2d: the blocks with the lowest sums go, the best of each row of blocks never."""
-    rows = math.ceil(weight.shape[0] / block_size)
-    columns = math.ceil(weight.shape[1] / block_size)
+def fc_block(
+    weight: Weight, amount: float, kept: Mask, *, block_size: tuple[int, int] = (4, 4)
+) -> Mask:
+    """Figure 2d: the blocks with the lowest sums are pruned, the best of a row of blocks never."""
+    outputs, inputs = map(blocks, weight.shape, block_size)
+    areas = [np.ix_(output, input) for output in outputs for input in inputs]
     scores = []
-    for row in range(rows):
-        for column in range(columns):
-            area = np.s_[
-                row * block_size : (row + 1) * block_size,
-                column * block_size : (column + 1) * block_size,
-            ]
-            total = 0.0
-            for value, alive in zip(weight[area].ravel(), kept[area].ravel(), strict=True):
-                total += abs(value) if alive else 0.0
-            scores.append(total if kept[area].any() else GONE)
-    most = len(scores)
-    wanted = share_count(amount, most)
-    wanted = min(wanted, most - protect_best(scores, columns))
+    for area in areas:
+        total = 0.0
+        for value, alive in zip(weight[area].ravel(), kept[area].ravel(), strict=True):
+            total += abs(value) if alive else 0.0
+        scores.append(total if kept[area].any() else GONE)
+    wanted = share_count(amount, len(areas))
+    wanted = min(wanted, len(areas) - protect_best(scores, len(inputs)))
     result = kept.copy()
     for index in lowest(scores, wanted):
-        top, left = index // columns * block_size, index % columns * block_size
-        result[top : top + block_size, left : left + block_size] = False
+        result[areas[index]] = False
     return result
 
 
