@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal, cast
@@ -36,6 +34,7 @@ from starfire_prune.evaluation.attacks import (
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256
 from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Recipe
+from starfire_prune.runs.environment import environment
 from starfire_prune.runs.weights import Subject, data_settings
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.utils.errors import EvaluationError, PretrainedError
@@ -146,7 +145,7 @@ def evaluate_subject(
         source_sha256={} if source is None else {source.name: file_sha256(source.weights)},
         data=data_settings(recipe),
         images=total,
-        environment=_environment(device),
+        environment=environment(device),
         results=(clean, *attacked),
     )
 
@@ -383,13 +382,3 @@ def _digits_space() -> Space:
     black, white = float(images.min()), float(images.max())
     std = 1 / (white - black)
     return pixel_space([-black * std], [std])
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    packages = ("starfire-prune", "torch", "torchvision", "timm", "numpy")
-    is_cuda = device.type == "cuda"
-    return {
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
-    }

@@ -18,44 +18,14 @@ from starfire_prune.runs.folder import RunError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["check_environment", "current_environment", "forked_environment", "reproducing"]
+__all__ = ["check_environment", "environment", "forked_environment", "run_environment"]
 
 
-# The environment
-
-
-def check_environment(folder: Path, accelerator: Accelerator) -> None:
-    """Raise RunError where resuming would not repeat the unbroken run's bits."""
-    path = folder / "environment.json"
-    own = reproducing(accelerator)
-    try:
-        environment = json.loads(path.read_text(encoding="utf-8"))
-        saved = {key: environment[key] for key in own}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunError(
-            f"{path} of the run can't be read: restore it, or delete {folder} to train anew"
-        ) from error
-    ways = {"processes": "accelerate launch --num_processes {}", "threads": "OMP_NUM_THREADS={}"}
-    for key, value in own.items():
-        if saved[key] != value:
-            raise RunError(
-                f"{folder} was trained with {key} = {saved[key]}, and now it is {value}: a "
-                f"resumed run would not repeat what the unbroken one had done; start it as then: "
-                f"{ways[key].format(saved[key])}"
-            )
-
-
-def reproducing(accelerator: Accelerator) -> dict[str, int]:
-    """What has to be the same for a resumed run to repeat the unbroken one."""
-    return {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
-
-
-def current_environment(accelerator: Accelerator) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """The versions, the commit and the hardware that results depend on, as plain data."""
     packages = ("starfire-prune", "torch", "torchvision", "timm", "accelerate", "numpy")
-    device = accelerator.device
     is_cuda = device.type == "cuda"
     return {
-        "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "commit": _commit(),
@@ -64,19 +34,60 @@ def current_environment(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
+def run_environment(accelerator: Accelerator, seed: int) -> dict[str, Any]:
+    """The contents of a new run's `environment.json`."""
+    return {
+        "command": sys.argv,
+        **environment(accelerator.device),
+        "seed": seed,
+        **_reproducing(accelerator),
+    }
+
+
 def forked_environment(source: Path, epochs: int) -> dict[str, Any]:
-    """Which epochs of which run were taken over, and with what they were trained."""
+    """The run that epochs were taken over from, and the environment in which it trained them."""
     saved = json.loads((source / "environment.json").read_text(encoding="utf-8"))
     there = {key: saved[key] for key in ("commit", "packages", "device") if key in saved}
     return {"run": source.resolve().name, "epochs": epochs, **there}
 
 
+def check_environment(folder: Path, accelerator: Accelerator) -> None:
+    """Raise RunError if a resumed run would not equal the uninterrupted run bit for bit.
+
+    Args:
+        folder: Folder of the run to resume.
+        accelerator: The accelerator of this process.
+    """
+    path = folder / "environment.json"
+    current = _reproducing(accelerator)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        before = {key: saved[key] for key in current}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(
+            f"{path} of the run can't be read: restore it, or delete {folder} to train again"
+        ) from error
+    ways = {"processes": "accelerate launch --num_processes {}", "threads": "OMP_NUM_THREADS={}"}
+    for key, value in current.items():
+        if before[key] != value:
+            raise RunError(
+                f"{folder} was trained with {key} = {before[key]}, and now it is {value}: a "
+                f"resumed run would not repeat the uninterrupted one; start it as before: "
+                f"{ways[key].format(before[key])}"
+            )
+
+
+def _reproducing(accelerator: Accelerator) -> dict[str, int]:
+    """The settings that must not change for a resumed run to equal the uninterrupted one."""
+    return {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+
+
 def _commit() -> str | None:
-    """The commit of the package's source tree, where it is run from one."""
-    command = ["git", "rev-parse", "HEAD"]
+    """The commit of the source tree that the package runs from; None if it is installed."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():  # installed, perhaps within another project's repository
         return None
+    command = ["git", "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

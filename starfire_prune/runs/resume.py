@@ -10,7 +10,7 @@ from starfire_prune.recipe.compare import beyond_pruning, dense_epochs, training
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import checkpoint_epoch, checkpoints_in, latest_checkpoint
-from starfire_prune.runs.environment import current_environment, forked_environment, reproducing
+from starfire_prune.runs.environment import forked_environment, run_environment
 from starfire_prune.runs.folder import (
     RunError,
     check_recipe,
@@ -125,9 +125,7 @@ def begin_folder(
     if first_epoch == 0 or source is not None:
         if not (folder / "recipe.yaml").is_file():  # else an equal one, perhaps of the user's
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        environment = (
-            current_environment(accelerator) | {"seed": recipe.seed} | reproducing(accelerator)
-        )
+        environment = run_environment(accelerator, recipe.seed)
         if source is not None:
             environment["forked"] = forked_environment(source, first_epoch)
         write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")

@@ -334,7 +334,7 @@ def test_another_number_of_processes_is_refused_with_the_way_to_launch(begun):
         check_environment(begun, two)
     assert str(caught.value) == (
         f"{begun} was trained with processes = 1, and now it is 2: a resumed run would not repeat "
-        f"what the unbroken one had done; start it as then: accelerate launch --num_processes 1"
+        f"the uninterrupted one; start it as before: accelerate launch --num_processes 1"
     )
 
 
@@ -347,5 +347,5 @@ def test_an_environment_that_cannot_be_read_is_refused_by_its_file(content, begu
         check_environment(begun, PROCESS)
     assert str(caught.value) == (
         f"{begun}/environment.json of the run can't be read: restore it, or delete {begun} to "
-        f"train anew"
+        f"train again"
     )
