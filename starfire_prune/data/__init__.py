@@ -8,6 +8,7 @@ horizontal flip for training, a resize and a centre crop for validation, and the
 deviation of ImageNet.
 """
 
+from starfire_prune.data.digits import digits_normalisation
 from starfire_prune.data.errors import DataError, error_sentence
 from starfire_prune.data.images import Datasets, LabelledImages
 from starfire_prune.data.load import DATASETS, load_datasets
@@ -27,6 +28,7 @@ __all__ = [
     "Datasets",
     "LabelledImages",
     "build_loader",
+    "digits_normalisation",
     "error_sentence",
     "is_policy",
     "load_datasets",

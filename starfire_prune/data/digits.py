@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import Datasets, LabelledImages, Source
 from starfire_prune.utils.optional import import_optional
 
-__all__ = ["load_digits"]
+__all__ = ["digits_normalisation", "load_digits"]
 
 
 def load_digits(source: Source) -> Datasets:
@@ -22,11 +23,8 @@ def load_digits(source: Source) -> Datasets:
         raise DataError(
             f"data set 'digits' comes with scikit-learn: leave out root (={source.root})"
         )
-    digits = import_optional("sklearn.datasets").load_digits()
-    train, val = import_optional("sklearn.model_selection").train_test_split(
-        range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
-    )
-    pixels = torch.from_numpy(digits.images).float() / 16
+    digits, train, val = _split_digits()
+    pixels = _pixels(digits)
     pixels = (pixels - pixels[train].mean()) / pixels[train].std()
     preprocessing = source.preprocessing
     read = partial(
@@ -37,6 +35,26 @@ def load_digits(source: Source) -> Datasets:
         return LabelledImages(pixels[indices].unbind(), digits.target[indices].tolist(), read)
 
     return Datasets(part(train), part(val), tuple(str(name) for name in digits.target_names))
+
+
+def digits_normalisation() -> tuple[float, float]:
+    """The mean and the standard deviation by which the digits' pixels in [0, 1] are normalised."""
+    digits, train, _ = _split_digits()
+    pixels = _pixels(digits)[train]
+    return pixels.mean().item(), pixels.std().item()
+
+
+def _split_digits() -> tuple[Any, list[int], list[int]]:
+    """The digits as scikit-learn loads them, and the indices of the two parts."""
+    digits = import_optional("sklearn.datasets").load_digits()
+    train, val = import_optional("sklearn.model_selection").train_test_split(
+        range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
+    )
+    return digits, train, val
+
+
+def _pixels(digits: Any) -> Tensor:
+    return torch.from_numpy(digits.images).float() / 16
 
 
 def _enlarge(pixels: Tensor, image_size: int, interpolation: str) -> Tensor:

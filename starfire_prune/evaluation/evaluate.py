@@ -20,7 +20,7 @@ from starfire_prune.data import (
     DataError,
     Datasets,
     build_loader,
-    load_datasets,
+    digits_normalisation,
 )
 from starfire_prune.evaluation.attacks import (
     NORMALISED,
@@ -34,6 +34,7 @@ from starfire_prune.evaluation.attacks import (
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256
 from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Recipe
+from starfire_prune.runs.data import recipe_datasets
 from starfire_prune.runs.environment import environment
 from starfire_prune.runs.weights import Subject, data_settings
 from starfire_prune.serialization.pretrained import load_weights
@@ -305,25 +306,16 @@ def _validation(
 
 
 def _datasets(subject: Subject) -> Datasets:
-    recipe = subject.recipe
-    loading = {"batch_size", "eval_batch_size", "workers"}
-    options = recipe.data.model_dump(exclude=loading, exclude_none=True)
+    root = subject.recipe.data.root
     try:
-        datasets = load_datasets(**options, num_classes=recipe.model.num_classes)
+        return recipe_datasets(subject.recipe)
     except DataError as error:
-        if recipe.data.root is None:
+        if root is None:
             raise
         raise DataError(
-            f"{subject.name}: {error}; where the data lie elsewhere than data.root "
-            f"(={recipe.data.root}), give --data FOLDER or --set data.root=FOLDER"
+            f"{subject.name}: {error}; where the data lie elsewhere than data.root (={root}), give "
+            f"--data FOLDER or --set data.root=FOLDER"
         ) from error
-    if len(datasets.classes) != recipe.model.num_classes:
-        raise EvaluationError(
-            f"{subject.name} tells {recipe.model.num_classes} classes apart "
-            f"(model.num_classes), and its data are of {len(datasets.classes)}: give the data it "
-            f"was trained on by --data FOLDER"
-        )
-    return datasets
 
 
 def _model(subject: Subject, device: torch.device) -> nn.Module:
@@ -360,25 +352,16 @@ def _source(source: Subject, subject: Subject, device: torch.device) -> nn.Modul
     return _model(source, device)
 
 
-def _normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]] | str:
-    """Mean and standard deviation by which photographs are normalised; digits do it themselves."""
+def _normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which the channels of images are normalised."""
     data = recipe.data
     if data.name == "digits":
-        return "digits"
+        mean, std = digits_normalisation()
+        return (mean,), (std,)
     return data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
 
 
 def _space(recipe: Recipe, name: str) -> Space:
     if name == "normalised":
         return NORMALISED
-    normalisation = _normalisation(recipe)
-    return _digits_space() if isinstance(normalisation, str) else pixel_space(*normalisation)
-
-
-def _digits_space() -> Space:
-    """The space of the digits' pixels, of which 0 and 1 are in the images."""
-    digits = load_datasets("digits", image_size=8)
-    images = torch.stack([image for image, _ in cast("Sequence[tuple[Tensor, int]]", digits.train)])
-    black, white = float(images.min()), float(images.max())
-    std = 1 / (white - black)
-    return pixel_space([-black * std], [std])
+    return pixel_space(*_normalisation(recipe))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from starfire_prune.data import IMAGENET_MEAN, IMAGENET_STD, load_datasets
+from starfire_prune.data import IMAGENET_MEAN, IMAGENET_STD, digits_normalisation
 from starfire_prune.recipe.sections import Data
 
 __all__ = ["ImageSettings", "class_names", "image_settings"]
@@ -53,7 +49,7 @@ def image_settings(data: Data) -> ImageSettings:
     says of photographs.
     """
     if data.name == "digits":
-        mean, std = _digits_normalisation()
+        mean, std = digits_normalisation()
         return ImageSettings(data.image_size, data.interpolation, 1.0, (mean,) * 3, (std,) * 3)
     mean_of, std_of = data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
     return ImageSettings(data.image_size, data.interpolation, data.crop_pct, mean_of, std_of)
@@ -87,13 +83,3 @@ def _folder_names(data: Data) -> tuple[str, ...]:
         return tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
     except (OSError, RuntimeError, ValueError):  # also of a home of nobody, of a character NUL
         return ()
-
-
-def _digits_normalisation() -> tuple[float, float]:
-    """Mean and deviation of the digits' pixels, by what black and white have become."""
-    digits = load_datasets("digits", image_size=8)
-    train = cast("Sequence[tuple[Tensor, int]]", digits.train)
-    images = torch.stack([image for image, _ in train])
-    black, white = images.min().double(), images.max().double()
-    std = 1 / (white - black)
-    return float(-black * std), float(std)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from starfire_prune.data import Datasets, build_loader, load_datasets, prepare_loader
+from starfire_prune.data import Datasets, build_loader, prepare_loader
 from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
 from starfire_prune.engine.distributed import compare_across_ranks
 from starfire_prune.engine.pruner import Pruner
 from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Model, Optimizer, Recipe, Training
+from starfire_prune.runs.data import recipe_datasets
 from starfire_prune.runs.folder import RunError
 from starfire_prune.serialization.pretrained import create_pretrained
 from starfire_prune.utils.errors import PretrainedError
@@ -136,13 +137,13 @@ def prepare_run(
         fresh: load pretrained weights; not where a checkpoint follows.
 
     Raises:
-        RunError: for settings that the data or the optimizer refuse.
+        RunError: for settings that the optimizer refuses.
         DataError, ValueError: for data, layers and models that don't fit.
     """
     set_seed(recipe.seed)
     pretrained = recipe.model.pretrained if fresh else False
     with accelerator.local_main_process_first():  # which downloads
-        datasets = _datasets(recipe)
+        datasets = recipe_datasets(recipe)
         model, fresh_keys = _model(recipe.model, pretrained)
     model = model.to(accelerator.device)
     if recipe.training.channels_last:
@@ -178,18 +179,6 @@ def example_images(recipe: Recipe, device: torch.device) -> Tensor:
     images = torch.zeros(2, 3, size, size, device=device)
     last = recipe.training.channels_last
     return images.to(memory_format=torch.channels_last) if last else images
-
-
-def _datasets(recipe: Recipe) -> Datasets:
-    loading = {"batch_size", "eval_batch_size", "workers"}
-    options = recipe.data.model_dump(exclude=loading, exclude_none=True)
-    datasets = load_datasets(**options, num_classes=recipe.model.num_classes)
-    if len(datasets.classes) != recipe.model.num_classes:
-        raise RunError(
-            f"model.num_classes (={recipe.model.num_classes}) must be the number of classes in the "
-            f"data, {len(datasets.classes)}: --set model.num_classes={len(datasets.classes)}"
-        )
-    return datasets
 
 
 def _loaders(

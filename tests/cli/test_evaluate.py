@@ -26,6 +26,7 @@ from starfire_prune.evaluation.evaluate import Attack, evaluate_subject
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256, read_evaluation
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
+from starfire_prune.runs import data as run_data
 from starfire_prune.runs.weights import Subject, find_subject
 from starfire_prune.serialization.pretrained import load_weights
 from tests.support.paths import ROOT
@@ -57,7 +58,7 @@ Tool = Callable[..., Ended]
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """The digits that the small runs are trained and measured on."""
-    monkeypatch.setattr(robustness, "load_datasets", few_digits)
+    monkeypatch.setattr(run_data, "load_datasets", few_digits)
 
 
 @pytest.fixture
@@ -298,7 +299,7 @@ def test_a_limit_takes_the_first_images_of_what_is_streamed(run, monkeypatch):
         return dataclasses.replace(few_digits(name, **options), val=Stream())
 
     spaced = measured(run, limit=18)
-    monkeypatch.setattr(robustness, "load_datasets", streamed)
+    monkeypatch.setattr(run_data, "load_datasets", streamed)
     first, attacked = measured(run, Attack("fgsm", 0.1), limit=18)
     assert first.images == attacked.images == 18
     assert first.loss != spaced[0].loss
@@ -580,8 +581,8 @@ def test_a_classifier_of_other_classes_is_refused(tool, run):
 
 def test_data_of_other_classes_are_refused(tool, run):
     assert refusal(tool(run, "--set", "model.num_classes=7")) == (
-        "run tells 7 classes apart (model.num_classes), and its data are of 10: give the data it "
-        "was trained on by --data FOLDER"
+        "model.num_classes (=7) must be the number of classes in the data, 10: correct it, or give "
+        "other data"
     )
 
 

@@ -213,7 +213,7 @@ def without_free_space(printed: str) -> str:
             ["model.num_classes=3"],
             [
                 "model.num_classes (=3) must be the number of classes in the data, 10: "
-                "--set model.num_classes=10"
+                "correct it, or give other data"
             ],
         ),
         (

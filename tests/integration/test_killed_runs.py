@@ -21,11 +21,11 @@ from starfire_prune import Pruner
 from starfire_prune.data import load_datasets
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs import checkpoint
+from starfire_prune.runs import data as run_data
 from starfire_prune.runs import folder as run_folder
 from starfire_prune.runs.checkpoint import load_checkpoint
 from starfire_prune.runs.folder import RunError, exported_file
 from starfire_prune.training import launch as accelerator_launch
-from starfire_prune.training import setup as preparation
 from starfire_prune.training import train as training
 from starfire_prune.training.launch import create_accelerator
 from starfire_prune.training.setup import prepare_run
@@ -466,7 +466,7 @@ def test_a_disk_that_is_full_at_the_metrics_or_the_picture_is_named(file, unbrok
 
 @pytest.mark.slow
 def test_the_command_tells_a_full_disk_and_goes_on_once_there_is_room(small_disk, runs, tmp_path):
-    runs.setattr(preparation, "load_datasets", load_datasets)
+    runs.setattr(run_data, "load_datasets", load_datasets)
     overrides = ("epochs=20", "pruning.era=[5, 15]", "data.batch_size=200")
     recipe = small_recipe(tmp_path, *overrides)
     arguments: list[str | Path] = [write_recipe(tmp_path), *setting(*overrides)]

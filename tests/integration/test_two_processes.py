@@ -21,6 +21,7 @@ from starfire_prune import Pruner
 from starfire_prune.data import load_datasets
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
+from starfire_prune.runs import data as run_data
 from starfire_prune.runs.folder import RunError
 from starfire_prune.training import launch as accelerator_launch
 from starfire_prune.training import setup as preparation
@@ -241,7 +242,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float]]:
 def test_an_update_is_64_images_in_one_batch_or_in_several(
     batch_size, accumulation, updates, runs, tmp_path
 ):
-    runs.setattr(preparation, "load_datasets", load_datasets)
+    runs.setattr(run_data, "load_datasets", load_datasets)
     training_settings = f"training={{threads: 1, gradient_accumulation: {accumulation}}}"
     overrides = (*SMALLER, f"data.batch_size={batch_size}", training_settings)
     train(load_recipe(QUICKSTART, overrides), tmp_path / "run")

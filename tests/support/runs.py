@@ -22,7 +22,7 @@ from starfire_prune.data import Datasets, load_datasets
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs import checkpoint
-from starfire_prune.training import setup as preparation
+from starfire_prune.runs import data as run_data
 from starfire_prune.training import train as training
 
 # Four updates an epoch, the last of a smaller batch; a dense epoch, two of the era, a fixed one
@@ -82,7 +82,7 @@ def small_runs(plot: bool = False) -> Iterator[pytest.MonkeyPatch]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")  # resumed runs repeat bit for bit there
-        patch.setattr(preparation, "load_datasets", few_digits)
+        patch.setattr(run_data, "load_datasets", few_digits)
         if not plot:  # half of such a run's time
             patch.setattr(training, "plot_training", lambda *args, **options: None)
         new_process()

@@ -79,7 +79,7 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         (
             "model.num_classes=12",
             "model.num_classes (=12) must be the number of classes in the data, 10: "
-            "--set model.num_classes=10",
+            "correct it, or give other data",
         ),
         ("model.name=resnet19", "unknown model 'resnet19': did you mean resnet18"),
         (

@@ -1,0 +1,26 @@
+"""The data sets that a recipe names."""
+
+from __future__ import annotations
+
+from starfire_prune.data import DataError, Datasets, load_datasets
+from starfire_prune.recipe.sections import Recipe
+
+__all__ = ["recipe_datasets"]
+
+
+def recipe_datasets(recipe: Recipe) -> Datasets:
+    """Load the training and the validation images of a recipe.
+
+    Raises:
+        DataError: If the data can't be read, or have another number of classes than the model.
+    """
+    of_loaders = {"batch_size", "eval_batch_size", "workers"}
+    settings = recipe.data.model_dump(exclude=of_loaders, exclude_none=True)
+    num_classes = recipe.model.num_classes
+    datasets = load_datasets(**settings, num_classes=num_classes)
+    if len(datasets.classes) != num_classes:
+        raise DataError(
+            f"model.num_classes (={num_classes}) must be the number of classes in the data, "
+            f"{len(datasets.classes)}: correct it, or give other data"
+        )
+    return datasets
