@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from starfire_prune.evaluation.evaluate import Attack
     from starfire_prune.evaluation.results import Evaluation
-    from starfire_prune.runs.weights import Subject
+    from starfire_prune.runs.weights import WeightsWithRecipe
 
 STEPS, RESTARTS, SEED = 10, 1, 0
 
@@ -213,17 +213,19 @@ def _pgd_settings(arguments: argparse.Namespace) -> tuple[int, float | None, int
     return steps, arguments.step_size, restarts, None if arguments.no_random_start else seed
 
 
-def _subjects(arguments: argparse.Namespace) -> tuple[list[Subject], Subject | None]:
+def _subjects(
+    arguments: argparse.Namespace,
+) -> tuple[list[WeightsWithRecipe], WeightsWithRecipe | None]:
     from starfire_prune.evaluation.results import check_keeps
-    from starfire_prune.runs.weights import find_subject
+    from starfire_prune.runs.weights import find_weights
 
     recipe, overrides, data = arguments.recipe, arguments.overrides, arguments.data
-    subjects = [find_subject(path, recipe, overrides, data) for path in arguments.runs]
+    subjects = [find_weights(path, recipe, overrides, data) for path in arguments.runs]
     for subject in subjects:
         check_keeps(subject)
     if arguments.source is None:
         return subjects, None
-    return subjects, find_subject(arguments.source, recipe, needs_data=False)
+    return subjects, find_weights(arguments.source, recipe, needs_data=False)
 
 
 def _attacks(arguments: argparse.Namespace) -> list[Attack]:
@@ -240,14 +242,16 @@ def _attacks(arguments: argparse.Namespace) -> list[Attack]:
 
 
 def _evaluate(
-    arguments: argparse.Namespace, subjects: Sequence[Subject], source: Subject | None
+    arguments: argparse.Namespace,
+    subjects: Sequence[WeightsWithRecipe],
+    source: WeightsWithRecipe | None,
 ) -> None:
     from starfire_prune.evaluation.evaluate import chosen_device, evaluate_subject
     from starfire_prune.evaluation.results import format_evaluation, write_evaluation
     from starfire_prune.utils.files import write_text
 
     device, attacks = chosen_device(arguments.device), _attacks(arguments)
-    done: list[tuple[Subject, Evaluation]] = []
+    done: list[tuple[WeightsWithRecipe, Evaluation]] = []
     for number, subject in enumerate(subjects):
         evaluation = evaluate_subject(
             subject,
@@ -273,7 +277,7 @@ def _evaluate(
 # What is printed
 
 
-def _notes(subject: Subject, evaluation: Evaluation) -> Iterator[str]:
+def _notes(subject: WeightsWithRecipe, evaluation: Evaluation) -> Iterator[str]:
     from starfire_prune.evaluation.results import evaluation_file, trained_top1
 
     clean = evaluation.results[0]

@@ -36,7 +36,7 @@ from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.data import recipe_datasets
 from starfire_prune.runs.environment import environment
-from starfire_prune.runs.weights import Subject, data_settings
+from starfire_prune.runs.weights import WeightsWithRecipe, data_settings
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.utils.errors import EvaluationError, PretrainedError
 
@@ -87,11 +87,11 @@ class Attack:
 
 
 def evaluate_subject(
-    subject: Subject,
+    subject: WeightsWithRecipe,
     attacks: Sequence[Attack] = (),
     *,
     space: Literal["pixel", "normalised"] = "pixel",
-    source: Subject | None = None,
+    source: WeightsWithRecipe | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
@@ -118,7 +118,7 @@ def evaluate_subject(
         DataError: if the data can't be read.
 
     Example:
-        >>> subject = find_subject(Path("runs/quickstart"))  # doctest: +SKIP
+        >>> subject = find_weights(Path("runs/quickstart"))  # doctest: +SKIP
         >>> evaluate_subject(subject, [Attack("fgsm", 1 / 255)]).results[1].top1  # doctest: +SKIP
         0.9333
     """
@@ -292,7 +292,7 @@ def _told() -> Iterator[None]:
 
 
 def _validation(
-    subject: Subject, limit: int | None, batch_size: int | None
+    subject: WeightsWithRecipe, limit: int | None, batch_size: int | None
 ) -> tuple[DataLoader[tuple[Tensor, Tensor]], int]:
     """A loader of the validation images, or of an evenly spaced part, and how many there are."""
     data = subject.recipe.data
@@ -305,7 +305,7 @@ def _validation(
     return cast("DataLoader[tuple[Tensor, Tensor]]", loader), total
 
 
-def _datasets(subject: Subject) -> Datasets:
+def _datasets(subject: WeightsWithRecipe) -> Datasets:
     root = subject.recipe.data.root
     try:
         return recipe_datasets(subject.recipe)
@@ -318,7 +318,7 @@ def _datasets(subject: Subject) -> Datasets:
         ) from error
 
 
-def _model(subject: Subject, device: torch.device) -> nn.Module:
+def _model(subject: WeightsWithRecipe, device: torch.device) -> nn.Module:
     """The model in evaluation, with the subject's weights and none of its own."""
     settings = subject.recipe.model
     model = create_model(settings.name, settings.num_classes, **settings.options)
@@ -336,7 +336,9 @@ def _model(subject: Subject, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def _source(source: Subject, subject: Subject, device: torch.device) -> nn.Module:
+def _source(
+    source: WeightsWithRecipe, subject: WeightsWithRecipe, device: torch.device
+) -> nn.Module:
     """The model whose gradients are followed, which must see images as the subject does."""
     own, other = source.recipe, subject.recipe
     pairs = {

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from starfire_prune.runs.folder import read_metrics
-from starfire_prune.runs.weights import Subject
+from starfire_prune.runs.weights import WeightsWithRecipe
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.utils.errors import EvaluationError
 from starfire_prune.utils.files import write_text
@@ -257,7 +257,7 @@ def _reason(error: OSError | ValidationError) -> str:
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def check_keeps(subject: Subject) -> None:
+def check_keeps(subject: WeightsWithRecipe) -> None:
     """Raise EvaluationError if the evaluation of a run could not be kept in its folder."""
     if subject.folder is None or not subject.keeps_evaluation:
         return
@@ -269,7 +269,7 @@ def check_keeps(subject: Subject) -> None:
         )
 
 
-def trained_top1(subject: Subject) -> float | None:
+def trained_top1(subject: WeightsWithRecipe) -> float | None:
     """The top-1 of a run's weights as it measured them itself at its end, in [0, 1]."""
     if subject.folder is None or not subject.keeps_evaluation:
         return None

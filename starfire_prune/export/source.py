@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from starfire_prune.recipe.sections import Data
-from starfire_prune.runs.weights import find_subject
+from starfire_prune.runs.weights import find_weights
 from starfire_prune.serialization.pruned import (
     FileFormat,
     convert_pruned,
@@ -111,7 +111,7 @@ def find_source(path: Path, recipe: Path | None = None, model: str | None = None
         raise ExportError(f"{option} has no effect: {path} is a run, which has its own recipe")
     if recipe is None and path.is_file():
         return _file(path, model)
-    subject = find_subject(path, recipe, needs_data=False)
+    subject = find_weights(path, recipe, needs_data=False)
     settings = subject.recipe.model
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
     checked = is_pruned_file(subject.weights)

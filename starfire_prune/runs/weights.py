@@ -16,7 +16,7 @@ from starfire_prune.runs.folder import exported_file, read_metrics
 from starfire_prune.utils.errors import EvaluationError
 from starfire_prune.utils.settings import RecipeError
 
-__all__ = ["Subject", "data_settings", "find_subject"]
+__all__ = ["WeightsWithRecipe", "data_settings", "find_weights"]
 
 
 _IMAGES: Final = {
@@ -26,7 +26,7 @@ _IMAGES: Final = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class WeightsWithRecipe:
     """Weights, and the recipe that says of which model they are and on which data.
 
     Attributes:
@@ -50,14 +50,14 @@ class Subject:
         return self.folder is not None and not self.other_settings
 
 
-def find_subject(
+def find_weights(
     path: Path,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     root: Path | None = None,
     *,
     needs_data: bool = True,
-) -> Subject:
+) -> WeightsWithRecipe:
     """Find the weights of a run's folder, or of a file, and read their recipe.
 
     Args:
@@ -83,7 +83,7 @@ def find_subject(
             f"{path} needs the recipe of its model and its data: give --recipe FILE, or in place "
             f"of the file the folder of its run"
         )
-    return Subject(path.name, path, _load(recipe, settings, needs_data))
+    return WeightsWithRecipe(path.name, path, _load(recipe, settings, needs_data))
 
 
 def data_settings(recipe: Recipe) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def data_settings(recipe: Recipe) -> dict[str, Any]:
     return recipe.data.model_dump(mode="json", include=_IMAGES)
 
 
-def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> Subject:
+def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> WeightsWithRecipe:
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise EvaluationError(f"{folder} is no run's folder: it holds no {saved.name}")
@@ -104,7 +104,7 @@ def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> Subject:
         )
     own, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
     other = tuple(key for key in own if own[key] != asked[key])
-    return Subject(folder.resolve().name, weights, recipe, folder, other)
+    return WeightsWithRecipe(folder.resolve().name, weights, recipe, folder, other)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

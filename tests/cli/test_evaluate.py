@@ -27,7 +27,7 @@ from starfire_prune.evaluation.results import Evaluation, Result, file_sha256, r
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.runs import data as run_data
-from starfire_prune.runs.weights import Subject, find_subject
+from starfire_prune.runs.weights import WeightsWithRecipe, find_weights
 from starfire_prune.serialization.pretrained import load_weights
 from tests.support.paths import ROOT
 from tests.support.runs import (
@@ -137,7 +137,7 @@ def results_of(run: Path) -> tuple[Result, ...]:
 
 
 def measured(run: Path, *attacks: Attack, **options: Any) -> tuple[Result, ...]:
-    return evaluate_subject(find_subject(run), attacks, device=CPU, **options).results
+    return evaluate_subject(find_weights(run), attacks, device=CPU, **options).results
 
 
 def refusal(ended: Ended) -> str:
@@ -271,15 +271,15 @@ def test_results_do_not_depend_on_the_batches(run):
 def test_a_transfer_attack_follows_the_source(skilled, other):
     attack = Attack("fgsm", 0.1)
     _, own = measured(skilled, attack)
-    _, transferred = measured(skilled, attack, source=find_subject(other))
+    _, transferred = measured(skilled, attack, source=find_weights(other))
     assert transferred.source == "other"
     assert transferred.loss < own.loss  # type: ignore[operator]
-    _, itself = measured(skilled, attack, source=find_subject(skilled))
+    _, itself = measured(skilled, attack, source=find_weights(skilled))
     assert (itself.top1, itself.loss) == (own.top1, own.loss)
 
 
 def test_a_limit_takes_evenly_spaced_images(run):
-    subject = find_subject(run)
+    subject = find_weights(run)
     loader, total = robustness._validation(subject, 5, None)
     assert (len(loader.dataset), total) == (5, 24)  # type: ignore[arg-type]
     assert loader.dataset.indices == [0, 4, 9, 14, 19]  # type: ignore[attr-defined]
@@ -588,7 +588,7 @@ def test_data_of_other_classes_are_refused(tool, run):
 
 def test_a_source_that_sees_other_images_is_refused(run, photographs):
     weights, root = photographs
-    source = find_subject(weights, weights.parent / "photographs.yaml", root=root)
+    source = find_weights(weights, weights.parent / "photographs.yaml", root=root)
     with pytest.raises(
         ValueError,
         match=r"--source weights\.safetensors can't attack run: model\.num_classes is 2 there and "
@@ -598,7 +598,7 @@ def test_a_source_that_sees_other_images_is_refused(run, photographs):
     data = "data={name: folder, root: x, batch_size: 8}"
     recipe = load_recipe(run / "recipe.yaml", [data])
     with pytest.raises(ValueError, match=r"can't attack run: the normalisation is \(\(0\.485, "):
-        measured(run, Attack("fgsm", 0.1), source=Subject("imagenet", weights, recipe))
+        measured(run, Attack("fgsm", 0.1), source=WeightsWithRecipe("imagenet", weights, recipe))
 
 
 def test_options_that_the_model_refuses_are_told(tool, run):
