@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starfire_prune.experiments.load import Table
+    from starfire_prune.experiments.tables import Table
 
 TABLES = Path(__file__).resolve().parent.parent / "recipes" / "tables"
 
@@ -72,7 +72,7 @@ def _path(text: str) -> Path:
 
 def _table(path: Path | None, runs: Sequence[Path]) -> Table | None:
     """The table that is named, or the one after which the folder of all runs is."""
-    from starfire_prune.experiments.load import load_table
+    from starfire_prune.experiments.tables import load_table
 
     if path is None:
         parents = {run.resolve().parent.name for run in runs}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from starfire_prune.experiments.load import Run, Table
+    from starfire_prune.experiments.tables import Run, Table
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 PATIENCE_S = 45.0  # that a run gets to end when asked to; torchrun gives its workers 30
@@ -45,7 +45,7 @@ def _main() -> int:
     arguments = _parser().parse_args()
     shows = arguments.list or arguments.print_commands or arguments.results
     try:
-        from starfire_prune.experiments.load import load_table
+        from starfire_prune.experiments.tables import load_table
 
         table = load_table(arguments.table, arguments.overrides, keep_unset=shows)
         runs = _chosen(table, arguments.only, arguments.index)

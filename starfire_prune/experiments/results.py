@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from starfire_prune.experiments.load import Run, Table
 from starfire_prune.experiments.settings import Column
+from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.recipe.compare import differing_keys, training_differences
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Final
 
-from starfire_prune.experiments.load import Table
+from starfire_prune.experiments.tables import Table
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.reporting.document import Report, Section, csv_text, markdown_text
 from starfire_prune.reporting.html import html_text

@@ -173,7 +173,11 @@ def plain(value: Any) -> Any:
 
 
 def deep_problems(root: type[Settings], tree: Any) -> Iterator[Problem]:
-    """The problems between keys, of a section and of those within it."""
+    """The problems between keys, of a section and of those within it, also in lists."""
+    if isinstance(tree, list):
+        for index, item in enumerate(tree):
+            for path, text in deep_problems(root, item):
+                yield (index, *path), text
     if not isinstance(tree, dict):
         return
     yield from root.problems(tree)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from starfire_prune.experiments.load import load_table
+from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import dump_recipe
 from tests.support.paths import ROOT
 from tests.support.processes import output_of, same_exports, start, wait_for_line

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from starfire_prune.experiments.load import Run, Table, load_table
 from starfire_prune.experiments.results import RunResult, format_results, read_result
 from starfire_prune.experiments.settings import Column
+from starfire_prune.experiments.tables import Run, Table, load_table
 from starfire_prune.recipe.load import dump_recipe
 
 RECIPE = """\

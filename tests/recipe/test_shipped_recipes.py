@@ -13,7 +13,7 @@ import timm
 from PIL import Image
 from torch import Tensor
 
-from starfire_prune.experiments.load import load_table
+from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.serialization.pruned import read_metadata

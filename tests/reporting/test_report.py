@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from starfire_prune.experiments.load import load_table
+from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.reporting import figures as pictures
 from starfire_prune.reporting import mask_figures as mask_pictures

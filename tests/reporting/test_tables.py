@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from starfire_prune.experiments.load import Table, load_table
+from starfire_prune.experiments.tables import Table, load_table
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.reporting.document import Grid
 from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, read_run, variants_of
