@@ -15,8 +15,8 @@ from typing import Final
 from safetensors.torch import load_file
 
 from starfire_prune import ck_mask, fc_block_mask, intra_mask, window_mask
+from starfire_prune.reporting.curves import Curve, curve
 from starfire_prune.reporting.figures import Series, curves
-from starfire_prune.reporting.numbers import Curve, curve
 from starfire_prune.reporting.style import lines_of
 from starfire_prune.training.plots import plot_masks
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import statistics
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from starfire_prune.experiments.numbers import RunNumbers, percent_of, run_numbers
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.recipe.compare import differing_keys, training_differences
@@ -16,7 +16,7 @@ from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import RunError, exported_file, read_metrics
 from starfire_prune.utils.settings import RecipeError
-from starfire_prune.utils.text import ABSENT, format_columns, spread_text
+from starfire_prune.utils.text import first_line, format_columns, mean_of, number_text, spread_text
 
 __all__ = ["RunResult", "format_results", "read_result"]
 
@@ -27,13 +27,13 @@ _KEYS: Final = {"top1": "top1", "top5": "top5", "sparsity": "sparsity_network"}
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What the folder of a run holds.
+    """The contents of a run's folder.
 
     Attributes:
-        run: whose folder it is.
-        metrics: the lines of `metrics.jsonl`, by the number of epochs that were done then.
-        finished: whether the run is through and its weights are exported.
-        problem: why the folder can't be read as this run's, in a sentence; empty if it can.
+        run: The run whose folder it is.
+        metrics: The lines of `metrics.jsonl`, by the number of epochs done at that time.
+        finished: Whether all epochs are done and the weights are exported.
+        problem: Why the folder can't be read as this run's, in a sentence; empty if it can.
     """
 
     run: Run
@@ -41,29 +41,29 @@ class RunResult:
     finished: bool = False
     problem: str = ""
 
-    @property
-    def epochs(self) -> int:
-        """Epochs done."""
-        return max(self.metrics, default=0)
+    @functools.cached_property
+    def numbers(self) -> RunNumbers:
+        """The numbers that its metrics give."""
+        pruning = self.run.recipe.pruning
+        amount = 0.0 if pruning == "none" else pruning.amount
+        return run_numbers(list(self.metrics.values()), amount)
 
     @property
-    def amount(self) -> float:
-        """The sparsity asked for, in [0, 1]."""
-        pruning = self.run.recipe.pruning
-        return 0.0 if pruning == "none" else pruning.amount
+    def epochs(self) -> int:
+        """The number of epochs done."""
+        return self.numbers.epochs
 
     @property
     def sparsity(self) -> float | None:
-        """Share of zeros among all convolution and linear weights, in [0, 1], once it is final."""
+        """Percentage of zeros in all convolution and linear weights, once it is final."""
         last = self.metrics.get(self.epochs, {})
-        if last.get("phase") == "fixed" or self.epochs == self.run.recipe.epochs:
-            return _number(last.get(_KEYS["sparsity"]))
-        return None
+        is_final = last.get("phase") == "fixed" or self.epochs == self.run.recipe.epochs
+        return self.numbers.reached if is_final else None
 
     def value(self, column: Column) -> float | None:
-        """The number that the table gives in `column`; None if the run is not that far.
+        """The number that the table shows in `column`; None if the run has not come that far.
 
-        Accuracies and sparsity are in percent, gains in points of it.
+        Accuracies and sparsity are in percent, gains in percentage points.
         """
         if column.metric == "best_epoch":
             return self._best_epoch()
@@ -78,33 +78,30 @@ class RunResult:
             epoch = self.run.recipe.epochs
         elif epoch == "best":
             epoch = self._best_epoch() or 0
-        share = _number(self.metrics.get(int(epoch), {}).get(_KEYS[name]))
-        return None if share is None else 100 * share
+        return percent_of(self.metrics.get(int(epoch), {}), _KEYS[name])
 
     def _best_epoch(self) -> int | None:
         """The first of the epochs with the best top-1, if all are done."""
-        top1 = {epoch: _number(row.get("top1")) for epoch, row in sorted(self.metrics.items())}
-        known = {epoch: value for epoch, value in top1.items() if value is not None}
-        if self.epochs < self.run.recipe.epochs or not known:
-            return None
-        return max(known, key=lambda epoch: known[epoch])
+        is_done = self.epochs == self.run.recipe.epochs
+        return self.numbers.best_epoch if is_done else None
 
 
 def read_result(run: Run, output: Path) -> RunResult:
-    """Reads the folder of a run.
+    """Read the folder of a run.
 
     Args:
-        run: of a table.
-        output: the folder in which the table's runs have their folders.
+        run: A run of a table.
+        output: The folder that contains the folders of the table's runs.
 
     Returns:
-        The result: without metrics and finished if nothing is there, or if what is there is the
-        run of another recipe or damaged, which `problem` then tells.
+        The result. It has no metrics and is not finished if there is no such folder, or if the
+        folder is damaged or another recipe's run, which `problem` reports.
 
     Example:
+        >>> from starfire_prune.experiments.tables import load_table
         >>> table = load_table("recipes/tables/quickstart.yaml")
-        >>> read_result(table.runs[0], Path("runs/tables/quickstart")).finished
-        True
+        >>> read_result(table.runs[0], Path("no/such/folder")).finished
+        False
     """
     folder = output / run.folder
     if not (folder / "recipe.yaml").is_file():
@@ -113,7 +110,7 @@ def read_result(run: Run, output: Path) -> RunResult:
         differing = _differing(load_recipe(folder / "recipe.yaml"), run.recipe)
         metrics = {row["epoch"] + 1: row for row in read_metrics(folder)}
     except (RecipeError, RunError, OSError) as error:
-        return RunResult(run, problem=str(error).splitlines()[0])
+        return RunResult(run, problem=first_line(error))
     if differing:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in differing)
         return RunResult(run, problem=f"{folder} holds the run of another recipe ({listed})")
@@ -121,28 +118,30 @@ def read_result(run: Run, output: Path) -> RunResult:
 
 
 def format_results(table: Table, results: Sequence[RunResult]) -> str:
-    """The table of results: a line for each name of a run, the mean and deviation over its seeds.
+    """The table of results: a line for each run, with mean and deviation over its seeds.
 
     Args:
-        table: whose columns are shown.
-        results: of runs of the table; those of a name may be any of its seeds.
+        table: The table whose columns are shown.
+        results: Results of runs of the table; those of a name may be any of its seeds.
 
     Returns:
-        Lines: title, heading, the runs, and what is wrong with folders. `-` is where a run is not
-        yet; the paper's numbers stand beside those columns for which it has some.
+        Lines: the title, the header, the runs, and the problems of folders. `-` stands for a
+        number that a run does not have yet; the paper's numbers stand beside the columns for which
+        it has some.
 
     Example:
-        >>> output = Path("runs/tables/quickstart")
-        >>> print(format_results(table, [read_result(run, output) for run in table.runs]))
+        >>> from starfire_prune.experiments.tables import load_table
+        >>> table = load_table("recipes/tables/quickstart.yaml")
+        >>> ck = read_result(table.runs[1], Path("no/such/folder"))
+        >>> print(format_results(table, [ck]).splitlines()[-1])
+        ck     0/10                60.0            -         -
     """
     compared = {name for result in results for name in result.run.paper}
     header = ["run", "epochs", "sparsity asked [%]", "reached [%]"]
     for column in table.columns:
         unit = "" if column.metric == "best_epoch" else " [%]"
-        header += [
-            column.name + unit,
-            *(("paper", "difference") if column.name in compared else ()),
-        ]
+        paper = ("paper", "difference") if column.name in compared else ()
+        header += [column.name + unit, *paper]
     by_name: dict[str, list[RunResult]] = {}
     for result in results:
         by_name.setdefault(result.run.name, []).append(result)
@@ -154,15 +153,10 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
     return "\n".join([table.title, "", format_columns(header, rows), *problems])
 
 
-def _number(value: object) -> float | None:
-    """A metric; None for what was not finite or is not there."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
 def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]]:
-    """Where a folder's recipe is another, or its data lie elsewhere and may be others.
+    """The keys in which a folder's recipe differs, with both values; also where the data lie.
 
-    Data behind a variable that is not set are the same.
+    A `data` key counts as equal where the new value has a variable that is not set.
     """
     trains = training_differences(saved, recipe)
     return [
@@ -174,13 +168,10 @@ def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]
 
 
 def _run_cells(results: Sequence[RunResult]) -> list[str]:
-    done, asked = (
-        f"{sum(result.epochs for result in results)}/"
-        f"{sum(result.run.recipe.epochs for result in results)}",
-        f"{100 * results[0].amount:.1f}",
-    )
-    reached = [100 * s for result in results if (s := result.sparsity) is not None]
-    return [done, asked, f"{statistics.mean(reached):.1f}" if reached else ABSENT]
+    done = sum(result.epochs for result in results)
+    epochs = sum(result.run.recipe.epochs for result in results)
+    reached = mean_of(result.sparsity for result in results)
+    return [f"{done}/{epochs}", number_text(results[0].numbers.asked, 1), number_text(reached, 1)]
 
 
 def _column_cells(
@@ -198,7 +189,6 @@ def _column_cells(
 
 def _paper_cells(values: Sequence[float], paper: float | None, digits: int) -> list[str]:
     """The paper's number, and how far the mean is above it."""
-    if paper is None:
-        return [ABSENT, ABSENT]
-    above = f"{statistics.mean(values) - paper:+.{digits}f}" if values else ABSENT
-    return [f"{paper:.{digits}f}", above]
+    mean = mean_of(values)
+    above = None if mean is None or paper is None else mean - paper
+    return [number_text(paper, digits), number_text(above, digits, sign=True)]

@@ -67,26 +67,26 @@ List = Annotated[
     AfterValidator(_not_empty),
 ]
 Seeds = Annotated[List[Seed], AfterValidator(_distinct)]
-_BASE: Final = "file of the recipe, relative to the table's"
+_BASE: Final = "path of the recipe's file, relative to the table's"
 _SET: Final = "keys of the recipe and their values, as KEY=VALUE of --set: {pruning.amount: 0.7}"
 _FORK: Final = (
     "name of the run whose dense epochs the other runs of its seed reuse: they may differ from it "
     "only in pruning"
 )
-_SEEDS: Final = "a run each with these seeds; default: the recipe's seed"
+_SEEDS: Final = "seeds, each of them trained; default: the recipe's seed"
 
 
 class Column(Settings):
     """A number that is read from each run; accuracies and sparsity are in percent."""
 
-    name: Name = Field(description="its heading, and the key in the runs' paper")
+    name: Name = Field(description="heading of the column, and key in `paper` of the runs")
     metric: Literal["top1", "top5", "sparsity", "best_epoch"] = Field(
-        "top1", description="what is read; best_epoch: after how many epochs top-1 is best"
+        "top1", description="number that is read; best_epoch: the first epoch with the best top-1"
     )
     epoch: ReadEpoch = Field(
-        "last", description="after how many epochs, from 1; best: where top-1 is; last: all"
+        "last", description="epoch, from 1, after which it is read; best: that of the best top-1"
     )
-    since: Count | None = Field(None, description="reads the gain since this many epochs")
+    since: Count | None = Field(None, description="epoch, from 1, since which the gain is read")
 
     @classmethod
     def problems(cls, column: dict[str, Any]) -> Iterator[Problem]:
@@ -95,10 +95,8 @@ class Column(Settings):
         if column.get("metric") == "best_epoch":
             for key in ("epoch", "since"):
                 if column.get(key) is not None:
-                    yield (
-                        (key,),
-                        f"has no effect with metric best_epoch {got(column[key])}; remove it",
-                    )
+                    text = f"has no effect with metric best_epoch {got(column[key])}; remove it"
+                    yield (key,), text
         elif type(since) is int and type(epoch) is int and since >= epoch:
             yield ("since",), f"must be below epoch = {epoch} {got(since)}"
 
@@ -116,15 +114,15 @@ class RunSettings(Settings):
 class TableSettings(Settings):
     """A table: its runs, the columns to read from them, and the paper's numbers."""
 
-    title: Name = Field(description="what the table shows")
+    title: Name = Field(description="title of the table")
     base: Name | None = Field(None, description=_BASE)
     runs_of: Name | None = Field(
-        None, description="file of the table whose runs are read, relative to this one"
+        None, description="path of the table whose runs are read, relative to this one"
     )
     set: Values = Field({}, description=f"for all runs: {_SET}")
     fork: Name | None = Field(None, description=_FORK)
     seeds: Seeds | None = Field(None, description=_SEEDS)
-    columns: List[Column] = Field(description="what is read from the runs")
+    columns: List[Column] = Field(description="numbers that are read from the runs")
     runs: List[RunSettings] = Field(description="the runs, in the table's order")
 
     parts: ClassVar[Mapping[str, type[Settings]]] = {"columns": Column, "runs": RunSettings}

@@ -9,7 +9,7 @@ from typing import Final
 
 from starfire_prune.evaluation.attacks import default_step_size
 from starfire_prune.evaluation.results import Evaluation, Result
-from starfire_prune.reporting.numbers import Curve
+from starfire_prune.reporting.curves import Curve
 
 __all__ = [
     "Attack",

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from starfire_prune.engine.sparsity import LayerSparsity
-from starfire_prune.reporting.numbers import Curve, mean_curve
+from starfire_prune.reporting.curves import Curve, mean_curve
 from starfire_prune.reporting.style import WIDTH_INCHES, Images, Line, Theme, rendered
 
 __all__ = ["Points", "Series", "bars", "curves", "points", "shortened", "spread_positions"]

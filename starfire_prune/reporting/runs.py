@@ -20,10 +20,10 @@ from starfire_prune.evaluation.results import (
     file_sha256,
     read_evaluation,
 )
+from starfire_prune.experiments.numbers import RunNumbers, run_numbers
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Model, Recipe
-from starfire_prune.reporting.numbers import RunNumbers, run_numbers
 from starfire_prune.runs.folder import RunError, exported_file, read_metrics
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.serialization.pruned import read_metadata

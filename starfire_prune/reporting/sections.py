@@ -15,10 +15,10 @@ from starfire_prune.reporting.attacks import (
     is_level,
     results_under,
 )
+from starfire_prune.reporting.curves import Curve, curve, mean_curve
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import Points, Series, curves, points
 from starfire_prune.reporting.labels import listed, numbered, settings_text, titled_picture
-from starfire_prune.reporting.numbers import Curve, curve, mean_curve
 from starfire_prune.reporting.runs import Variant
 from starfire_prune.reporting.style import MOST_CURVES, Images, Line
 from starfire_prune.reporting.tables import mean_top1, robustness_grid

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from starfire_prune.experiments.numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.experiments.results import RunResult, read_result
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.reporting.attacks import accuracy, columns_of
 from starfire_prune.reporting.document import Grid
-from starfire_prune.reporting.numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, settings_key
 from starfire_prune.reporting.style import Line
 from starfire_prune.utils.text import ABSENT, mean_of, number_text, spread_text

@@ -82,8 +82,8 @@ def test_a_finished_run(ck, tmp_path):
     leave(ck, tmp_path)
     result = read_result(ck, tmp_path)
     assert (result.epochs, result.finished, result.problem) == (4, True, "")
-    assert result.amount == 0.6
-    assert result.sparsity == pytest.approx(0.6)
+    assert result.numbers.asked == 60.0
+    assert result.sparsity == pytest.approx(60.0)
 
 
 def test_a_run_that_has_not_begun(ck, tmp_path):
@@ -99,7 +99,7 @@ def test_a_run_that_was_broken_off(ck, tmp_path):
     assert (result.epochs, result.finished) == (2, False)
 
 
-@pytest.mark.parametrize(("epochs", "sparsity"), [(1, None), (3, None), (4, pytest.approx(0.6))])
+@pytest.mark.parametrize(("epochs", "sparsity"), [(1, None), (3, None), (4, pytest.approx(60.0))])
 def test_sparsity_is_there_once_the_masks_are_fixed(epochs, sparsity, ck, tmp_path):
     leave(ck, tmp_path, epochs)
     assert read_result(ck, tmp_path).sparsity == sparsity
@@ -110,14 +110,14 @@ def test_sparsity_is_there_where_the_era_ends_with_the_run(file, tmp_path):
     folder = leave(run, tmp_path)
     rows = (folder / "metrics.jsonl").read_text().replace("fixed", "era")
     (folder / "metrics.jsonl").write_text(rows)
-    assert read_result(run, tmp_path).sparsity == pytest.approx(0.6)
+    assert read_result(run, tmp_path).sparsity == pytest.approx(60.0)
 
 
 def test_a_dense_run_has_no_sparsity(file, tmp_path):
     dense = load_table(file).runs[0]
     leave(dense, tmp_path)
     result = read_result(dense, tmp_path)
-    assert (result.amount, result.sparsity) == (0.0, 0.0)
+    assert (result.numbers.asked, result.sparsity) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -342,8 +342,8 @@ DOUBLED = "runs: [{name: a}, {name: b}, {name: a}]"
         ),
         (
             TABLE.replace("base: base.yaml\n", "") + "runs: [{name: a}]",
-            ["runs.a.base: is required without a base of the table (file of the recipe, relative "
-             "to the table's)"],
+            ["runs.a.base: is required without a base of the table (path of the recipe's file, "
+             "relative to the table's)"],
         ),
         (
             TABLE.replace("epoch: 10", "epoch: frist") + "runs: [{name: a}]",
@@ -433,7 +433,8 @@ def test_an_error_that_several_runs_share_is_reported_once_with_their_names(file
 def test_an_error_between_the_keys_of_a_column_is_reported_beside_one_of_its_name(file):
     file.write_text(TABLE.replace("name: top1, epoch: 10", "epoch: 5, since: 5") + DENSE_AND_CK)
     assert errors_of(file) == [
-        f"{file}: columns.0.name: is required (its heading, and the key in the runs' paper)",
+        f"{file}: columns.0.name: is required (heading of the column, and key in `paper` of the "
+        "runs)",
         f"{file}: columns.0.since: must be below epoch = 5 (got 5)",
     ]
 

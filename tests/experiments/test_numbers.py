@@ -1,13 +1,10 @@
-"""The numbers of a report, from metrics made by hand."""
-
-from typing import Any
+"""The numbers that the metrics of a run give, from metrics made by hand."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starfire_prune.reporting.numbers import curve, mean_curve, run_numbers
-from starfire_prune.utils.text import mean_of, number_text, spread_text
+from starfire_prune.experiments.numbers import run_numbers
 
 # Twelve epochs: the best top-1 is reached in epochs 9 and 11, from 1
 TOP1 = (0.1, 0.2, 0.3, 0.35, 0.4, 0.42, 0.45, 0.5, 0.625, 0.6, 0.625, 0.59375)
@@ -63,38 +60,3 @@ def test_no_epoch_is_better_than_the_best_and_none_before_it_as_good(top1):
     assert numbers.best_epoch is not None
     assert numbers.best_top1 == 100.0 * max(top1)
     assert max(top1[: numbers.best_epoch - 1], default=-1.0) < max(top1)
-
-
-def test_a_curve_leaves_out_epochs_without_a_number():
-    rows: list[dict[str, Any]] = [
-        {"epoch": 0, "top1": 0.5},
-        {"epoch": 1, "top1": None},
-        {"epoch": 2, "top1": 0.25},
-    ]
-    assert curve(rows, "top1") == ((1.0, 3.0), (50.0, 25.0))
-
-
-def test_the_mean_of_curves_is_over_the_points_that_all_have():
-    assert mean_curve([((1, 2), (10.0, 20.0)), ((2, 3), (40.0, 50.0))]) == ((2,), (30.0,))
-    assert mean_curve([]) == ((), ())
-
-
-def test_the_mean_leaves_out_what_is_not_there():
-    assert (mean_of([1.0, None, 2.0]), mean_of([None])) == (1.5, None)
-
-
-def test_numbers_are_written_with_their_digits_and_no_negative_zero():
-    assert number_text(60.005, 1) == "60.0"
-    assert number_text(-0.001) == "0.00"
-    assert number_text(0.8, 2, sign=True) == "+0.80"
-    assert number_text(None) == "-"
-
-
-def test_means_have_a_deviation_where_there_are_several_runs():
-    assert spread_text([50.0, 52.0], 2) == "51.00 ± 1.41"
-    assert spread_text([50.0], 1) == "50.00"
-
-
-def test_a_mean_of_fewer_runs_says_so():
-    assert spread_text([50.0, None], 2) == "50.00 (1 of 2)"
-    assert spread_text([None, None], 2) == "-"
