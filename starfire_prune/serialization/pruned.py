@@ -245,7 +245,9 @@ def convert_pruned(
     with _loading(Path(source)):
         state = {name: entry.decode() for name, entry in file.entries.items()}
         masks = file.masks()
-    metadata = {key: text for key, text in file.metadata.items() if key != TENSORS_KEY}
+    keys = (METADATA_KEY, RECIPE_KEY, MODEL_KEY, *sorted(file.metadata))  # as save_pruned has them
+    metadata = {key: file.metadata[key] for key in keys if key in file.metadata}
+    del metadata[TENSORS_KEY]
     _write(Path(path), state, masks, metadata, compress=format == "compressed", deflate=deflate)
 
 
