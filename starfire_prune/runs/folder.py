@@ -1,19 +1,22 @@
-"""The folder of a run: whether a run may begin or go on there, its environment and its metrics."""
+"""The folder of a run: its paths, its lock and its metrics."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from starfire_prune.recipe.compare import training_differences
 from starfire_prune.recipe.sections import Recipe
+from starfire_prune.utils.files import writing
 
 __all__ = [
     "RunError",
@@ -21,22 +24,20 @@ __all__ = [
     "check_recipe",
     "check_writable",
     "checkpoints_of",
+    "differences_text",
     "existing_part",
     "exported_file",
-    "listed",
     "locked",
     "metrics_file",
     "read_metrics",
-    "writing",
 ]
 
 
-if sys.platform != "win32":
-    import fcntl
-
-
 class RunError(RuntimeError):
-    """A run that can't start or go on; the message says why and what to do."""
+    """A run that can't start or continue; the message says why and what to do."""
+
+
+# Paths
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -45,54 +46,36 @@ def checkpoints_of(folder: Path) -> Path:
 
 
 def exported_file(folder: Path) -> Path:
-    """The weights of a run, whose presence marks it as finished."""
+    """The exported weights of a run; the run is finished if the file exists."""
     return folder / "export" / "model.safetensors"
 
 
+def metrics_file(folder: Path) -> Path:
+    """The metrics of a run, one JSON object per epoch and line."""
+    return folder / "metrics.jsonl"
+
+
+def existing_part(path: Path) -> Path:
+    """The path itself if it exists, or else the nearest of its parents that does."""
+    path = path.absolute()
+    return next(part for part in (path, *path.parents) if part.exists())
+
+
+# Whether a run may use the folder
+
+
 def check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
+    """Raise RunError if the folder's recipe trains differently from the given one."""
     if differing := training_differences(saved, recipe):
         raise RunError(
-            f"{folder} holds the run of another recipe ({listed(differing)}): choose another "
-            f"--output, or delete the folder"
+            f"{folder} holds the run of another recipe ({differences_text(differing)}): choose "
+            f"another --output, or delete the folder"
         )
 
 
-def listed(differing: Mapping[str, tuple[object, object]]) -> str:
+def differences_text(differing: Mapping[str, tuple[object, object]]) -> str:
+    """Enumerate keys of two recipes with their values in the saved and in the current one."""
     return "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder of a run, which must be there, within the block.
-
-    The lock goes with the process, however that ends. Where there are none (Windows, some network
-    disks) nothing is locked.
-
-    Raises:
-        RunError: if another process has it.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    path = folder / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"{folder} is being trained in by process {file.read().strip() or 'unknown'}: wait "
-                f"for it, end it, or choose another --output"
-            ) from None
-        except OSError:  # this disk knows no locks
-            pass
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -104,32 +87,46 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"{place} can't be written to: choose another --output, or its permissions")
 
 
-def existing_part(path: Path) -> Path:
-    """The path itself, or the nearest of its parents that is there."""
-    path = path.absolute()
-    return next(part for part in (path, *path.parents) if part.exists())
-
-
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a write that fails within a run into RunError: a full disk's own error names no file."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of an existing run folder within the block.
+
+    The operating system releases the lock when the process ends, however it ends. On a file system
+    without locks, such as some network disks, nothing is locked.
+
+    Raises:
+        RunError: If another process holds the lock.
+    """
+    lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".lock-owner"
     try:
-        yield
-    except OSError as error:
+        lock.acquire()
+    except Timeout:
+        name = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
         raise RunError(
-            f"{path} can't be written: {error.strerror or error}; what was saved before is whole: "
-            f"make room and run the same command again"
-        ) from error
+            f"{folder} is being trained in by process {name}: wait for it, end it, or choose "
+            f"another --output"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        owner.write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        if os.name != "nt":  # where filelock removes the file, which can't be removed while open
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 # Metrics
 
 
 def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Add the object of an epoch to `metrics.jsonl`; numbers that are not finite become null.
+    """Add an epoch's object to `metrics.jsonl`; numbers that are not finite become null.
 
     Raises:
-        RunError: if the disk is full.
+        CheckpointError: If the file can't be written, for example on a full disk.
     """
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -143,21 +140,18 @@ def append_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of `metrics.jsonl`, an epoch each; none where there is no such file.
+    """The objects of `metrics.jsonl` in the order of their epochs; none if there is no such file.
 
     Raises:
-        RunError: if the file is damaged, but for a last line that was cut short.
+        RunError: If the file is damaged. An incomplete last line, which a kill leaves behind, is
+            skipped.
     """
     path = metrics_file(folder)
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:  # a kill cuts the last line short
+    try:
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return sorted(rows, key=lambda row: int(row["epoch"]))
     except (LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}): mend or delete it") from error
-
-
-def metrics_file(folder: Path) -> Path:
-    return folder / "metrics.jsonl"
+        raise RunError(f"{path} is damaged ({error}): repair or delete it") from error

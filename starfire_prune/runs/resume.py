@@ -1,4 +1,4 @@
-"""Where a run continues: its last checkpoint, or that of the run it forks from."""
+"""Where a run continues: from its last checkpoint, or from that of the run it forks from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from starfire_prune.runs.folder import (
     RunError,
     check_recipe,
     checkpoints_of,
+    differences_text,
     exported_file,
-    listed,
     metrics_file,
     read_metrics,
 )
@@ -29,15 +29,15 @@ __all__ = ["begin_folder", "checkpoint_to_resume", "forked_checkpoint"]
 
 
 def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) -> Path | None:
-    """The checkpoint from which a run goes on, or None where it begins.
+    """The checkpoint from which a run continues, or None if it starts from the beginning.
 
     Args:
-        folder: of the run; it may not be there yet.
-        recipe: to train.
-        resume: refuse to start from nothing.
+        folder: Folder of the run; it need not exist yet.
+        recipe: Recipe to train.
+        resume: Raise an error if there is nothing to resume.
 
     Raises:
-        RunError: if the folder holds another recipe's run or a finished one, or nothing to resume.
+        RunError: If the folder holds another recipe's run or a finished one, or nothing to resume.
     """
     saved = folder / "recipe.yaml"
     checkpoint = latest_checkpoint(checkpoints_of(folder))
@@ -59,40 +59,43 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) 
 
 
 def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
-    """The last checkpoint of another run that the run of `recipe` would have written too.
+    """The last checkpoint of another run that the run of `recipe` would have written as well.
 
-    Until its era a run trains as a dense one: those that differ in their pruning alone share the
-    epochs before the first of their eras, bit for bit.
+    A run trains densely until its era. Runs that differ only in their pruning therefore share, bit
+    for bit, the epochs before the first of their eras.
 
     Args:
-        source: folder of the other run.
-        recipe: to train.
+        source: Folder of the other run.
+        recipe: Recipe to train.
 
     Raises:
-        RunError: if that is no run of the same recipe but for `pruning`, or has kept none of those.
+        RunError: If the other run's recipe differs in more than `pruning`, or if the run has kept
+            no checkpoint of the shared epochs.
     """
     saved = source / "recipe.yaml"
     if not saved.is_file():
         raise RunError(
-            f"--fork {source} is no run's folder, as it holds no {saved.name}: train that run "
+            f"--fork {source} is not a run's folder: it holds no {saved.name}; train that run "
             f"first, or name another"
         )
     other = load_recipe(saved)
     if unlike := beyond_pruning(training_differences(other, recipe)):
         raise RunError(
-            f"--fork {source} trains otherwise than this recipe ({listed(unlike)}): only what is "
-            f"within pruning may differ"
+            f"--fork {source} trains differently from this recipe ({differences_text(unlike)}): "
+            f"only settings within pruning may differ"
         )
     shared = min(dense_epochs(other), dense_epochs(recipe))
+    if not shared:
+        raise RunError(
+            f"--fork {source} has no effect: this recipe or that run prunes from epoch 0 on"
+        )
     found = [
         path for path in checkpoints_in(checkpoints_of(source)) if checkpoint_epoch(path) <= shared
     ]
     if not found:
         raise RunError(
             f"--fork {source} has kept no checkpoint of the {shared} epochs that both train dense: "
-            f"train it with training.keep_checkpoints=[{shared}], or go without --fork"
-            if shared
-            else f"--fork {source} has no use: this recipe or that run prunes from epoch 0 on"
+            f"train it with training.keep_checkpoints=[{shared}], or leave out --fork"
         )
     return found[-1]
 
@@ -104,26 +107,26 @@ def begin_folder(
     first_epoch: int = 0,
     source: Path | None = None,
 ) -> None:
-    """Write what a run begins with, or cut its metrics to the epochs before the one to resume.
+    """Write the files of a new run, or remove the metrics of epochs that will be repeated.
 
     Args:
-        folder: of the run.
-        recipe: that it trains.
-        accelerator: of this process.
-        first_epoch: to train.
-        source: folder of the run whose epochs before that it takes over.
+        folder: Folder of the run.
+        recipe: Recipe that the run trains.
+        accelerator: The accelerator of this process.
+        first_epoch: First epoch to train.
+        source: Folder of the run whose earlier epochs are taken over, if the run forks.
 
     Raises:
-        RunError: if `source` has not kept the metrics of all of them; nothing is written then.
+        RunError: If `source` lacks the metrics of one of those epochs; nothing is written then.
     """
     done = [row for row in read_metrics(source or folder) if row["epoch"] < first_epoch]
     if source is not None and [row["epoch"] for row in done] != list(range(first_epoch)):
         raise RunError(
-            f"{metrics_file(source)} lacks lines of the {first_epoch} epochs that are "
-            f"done: restore it, or train that run anew"
+            f"{metrics_file(source)} lacks lines of the first {first_epoch} epochs: restore it, or "
+            f"train that run again"
         )
     if first_epoch == 0 or source is not None:
-        if not (folder / "recipe.yaml").is_file():  # else an equal one, perhaps of the user's
+        if not (folder / "recipe.yaml").is_file():  # it may be an equal one written by the user
             write_text(folder / "recipe.yaml", dump_recipe(recipe))
         environment = run_environment(accelerator, recipe.seed)
         if source is not None:

@@ -1,4 +1,4 @@
-"""What is evaluated: the weights of a finished run or a safetensors file, and their recipe."""
+"""Weights with their recipe: those of a finished run, or of a safetensors file."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ _IMAGES: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class WeightsWithRecipe:
-    """Weights, and the recipe that says of which model they are and on which data.
+    """Weights, and the recipe that describes their model and their data.
 
     Attributes:
-        name: of the run's folder, or of the file.
-        weights: the safetensors file.
-        recipe: with all overrides.
-        folder: of the run, if it is one.
-        other_settings: the keys in which overrides ask for other images or another model than
-            the run's.
+        name: Name of the run's folder, or of the file.
+        weights: The safetensors file.
+        recipe: The recipe with all overrides.
+        folder: Folder of the run; None for a file.
+        other_settings: Keys whose overrides choose other images or another model than the run's.
     """
 
     name: str
@@ -46,7 +45,7 @@ class WeightsWithRecipe:
 
     @property
     def keeps_evaluation(self) -> bool:
-        """Whether an evaluation belongs into the folder of the run."""
+        """Whether an evaluation is kept in the folder of the run."""
         return self.folder is not None and not self.other_settings
 
 
@@ -58,57 +57,57 @@ def find_weights(
     *,
     needs_data: bool = True,
 ) -> WeightsWithRecipe:
-    """Find the weights of a run's folder, or of a file, and read their recipe.
+    """Find the weights in a run's folder, or a file of weights, and read their recipe.
 
     Args:
-        path: folder of a finished run, or a safetensors file such as its export.
-        recipe: file of the recipe of a safetensors file; a run has its own.
-        overrides: settings that replace the recipe's, each `"KEY=VALUE"`.
-        root: folder of the images, in place of `data.root`.
-        needs_data: refuse a recipe whose data's place is an environment variable that is not set.
+        path: Folder of a finished run, or a safetensors file such as its export.
+        recipe: Recipe file that belongs to a safetensors file; a run has its own.
+        overrides: Settings that replace the recipe's, each `"KEY=VALUE"`.
+        root: Folder of the images, in place of `data.root`.
+        needs_data: Raise an error if `data.root` is an environment variable that is not set.
 
     Raises:
-        EvaluationError: if there is nothing at `path`, no recipe for it, an unfinished run, or an
-            evaluation that can't be added to.
-        RecipeError: if the recipe with the overrides is none.
-        RunError: if the metrics of an unfinished run are damaged.
+        EvaluationError: If there is nothing at `path`, the run is unfinished, or a file comes
+            without a recipe.
+        RecipeError: If the recipe with the overrides is not valid.
+        RunError: If the metrics of an unfinished run are damaged.
     """
     settings = [*overrides, *([] if root is None else [f"data.root={json.dumps(str(root))}"])]
     if path.is_dir():
-        return _run(path, settings, needs_data)
+        return _weights_of_run(path, settings, needs_data)
     if not path.is_file():
-        raise EvaluationError(f"there is no run or file {path}{_near(path)}")
+        raise EvaluationError(f"there is no run or file {path}{_neighbours(path)}")
     if recipe is None:
         raise EvaluationError(
-            f"{path} needs the recipe of its model and its data: give --recipe FILE, or in place "
-            f"of the file the folder of its run"
+            f"{path} needs the recipe of its model and its data: give --recipe FILE, or the folder "
+            f"of its run in place of the file"
         )
     return WeightsWithRecipe(path.name, path, _load(recipe, settings, needs_data))
 
 
 def data_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings of a recipe's data that decide what the images of an evaluation are."""
+    """The data settings of a recipe that decide on which images weights are evaluated."""
     return recipe.data.model_dump(mode="json", include=_IMAGES)
 
 
-def _run(folder: Path, settings: Sequence[str], needs_data: bool) -> WeightsWithRecipe:
+def _weights_of_run(folder: Path, settings: Sequence[str], needs_data: bool) -> WeightsWithRecipe:
     saved = folder / "recipe.yaml"
     if not saved.is_file():
-        raise EvaluationError(f"{folder} is no run's folder: it holds no {saved.name}")
+        raise EvaluationError(f"{folder} is not a run's folder: it holds no {saved.name}")
     recipe = _load(saved, settings, needs_data)
     weights = exported_file(folder)
     if not weights.is_file():
         raise EvaluationError(
             f"{folder} is unfinished, {len(read_metrics(folder))} of {recipe.epochs} epochs are "
-            f"done: go on with accelerate launch tools/train.py {saved} --output {folder}"
+            f"done: continue with accelerate launch tools/train.py {saved} --output {folder}"
         )
-    own, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
-    other = tuple(key for key in own if own[key] != asked[key])
+    trained, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
+    other = tuple(key for key in trained if trained[key] != asked[key])
     return WeightsWithRecipe(folder.resolve().name, weights, recipe, folder, other)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides what is evaluated, by its keys: the images, wherever they lie, and the model."""
+    """The settings, by their keys, that decide which model is evaluated on which images."""
     data = {f"data.{key}": value for key, value in data_settings(recipe).items() if key != "root"}
     model = recipe.model.model_dump(mode="json", exclude={"pretrained"})
     return {**{f"model.{key}": value for key, value in model.items()}, **data}
@@ -124,7 +123,8 @@ def _load(path: Path, settings: Sequence[str], needs_data: bool) -> Recipe:
         raise RecipeError(f"{error}; or give --data FOLDER") from error
 
 
-def _near(path: Path) -> str:
+def _neighbours(path: Path) -> str:
+    """The end of an error about a path that doesn't exist: similar names in its folder."""
     folder = path.parent
     if not folder.is_dir():
         return f": there is no folder {folder}"

@@ -26,7 +26,6 @@ from starfire_prune.runs.folder import (
     exported_file,
     locked,
     read_metrics,
-    writing,
 )
 from starfire_prune.runs.resume import begin_folder, checkpoint_to_resume, forked_checkpoint
 from starfire_prune.serialization.pruned import save_pruned
@@ -42,6 +41,7 @@ from starfire_prune.training.setup import (
     prepare_run,
 )
 from starfire_prune.training.tracking import log_metrics, start_trackers
+from starfire_prune.utils.files import writing
 
 __all__ = ["train"]
 

@@ -528,7 +528,7 @@ def test_an_unfinished_run_is_told_with_how_far_it_is(tool, runs, tmp_path, caps
     capsys.readouterr()
     folder = tmp_path / "run"
     assert refusal(tool(folder)) == (
-        f"{folder} is unfinished, 1 of 4 epochs are done: go on with accelerate launch "
+        f"{folder} is unfinished, 1 of 4 epochs are done: continue with accelerate launch "
         f"tools/train.py {folder}/recipe.yaml --output {folder}"
     )
 
@@ -543,14 +543,14 @@ def test_what_is_not_there_is_told_with_what_is(tool, run):
 
 
 def test_a_folder_that_is_no_runs_is_refused(tool, tmp_path):
-    assert refusal(tool(tmp_path)) == (f"{tmp_path} is no run's folder: it holds no recipe.yaml")
+    assert refusal(tool(tmp_path)) == (f"{tmp_path} is not a run's folder: it holds no recipe.yaml")
 
 
 def test_a_file_needs_a_recipe(tool, run):
     weights = weights_of(run)
     assert refusal(tool(weights)) == (
-        f"{weights} needs the recipe of its model and its data: give --recipe FILE, or in place "
-        f"of the file the folder of its run"
+        f"{weights} needs the recipe of its model and its data: give --recipe FILE, or the "
+        f"folder of its run in place of the file"
     )
 
 

@@ -161,12 +161,12 @@ def test_an_unfinished_run_is_refused_with_how_to_go_on(finished, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("recipe.yaml", "metrics.jsonl"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
-    with pytest.raises(EvaluationError, match=r"run is unfinished, 4 of 4 epochs are done: go on"):
+    with pytest.raises(EvaluationError, match=r"run is unfinished, 4 of 4 epochs are done: cont"):
         find_source(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(EvaluationError, match=r"is no run's folder: it holds no recipe.yaml"):
+    with pytest.raises(EvaluationError, match=r"is not a run's folder: it holds no recipe.yaml"):
         find_source(tmp_path)
 
 

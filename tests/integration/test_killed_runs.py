@@ -295,7 +295,7 @@ def test_an_environment_that_cannot_be_read_is_refused(content, broken):
 @pytest.mark.parametrize("line", ["not JSON", "3", "{}", '{"epoch": null}'])
 def test_damaged_metrics_are_refused_with_their_file(line, broken):
     (broken / "metrics.jsonl").write_text(f"{line}\n")
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): mend or delete it$"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged \(.*\): repair or delete it$"):
         train_on(small_recipe(broken.parent), broken)
 
 
@@ -452,7 +452,7 @@ def test_a_disk_that_is_full_at_the_metrics_or_the_picture_is_named(file, unbrok
 
     with small_runs(plot=True) as patch:
         patch.setattr(training, name, fill_and_write)
-        with pytest.raises(RunError) as caught:
+        with pytest.raises(CheckpointError) as caught:
             train_on(recipe, run)
     assert str(caught.value) == (
         f"{run}/{file} can't be written: No space left on device; what was saved before is whole: "

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,7 +227,7 @@ def test_damaged_metrics_are_refused_by_their_file(line, tmp_path):
     with pytest.raises(RunError) as caught:
         read_metrics(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/metrics.jsonl is damaged (")
-    assert str(caught.value).endswith("): mend or delete it")
+    assert str(caught.value).endswith("): repair or delete it")
 
 
 def test_the_metrics_of_an_epoch_are_on_the_disk_before_its_checkpoint(runs, tmp_path, monkeypatch):
@@ -258,6 +259,24 @@ def test_a_folder_that_is_trained_in_is_refused_with_the_process(finished, tmp_p
     message = rf"^{tmp_path} is being trained in by process {os.getpid()} on .*: wait for"
     with locked(tmp_path), pytest.raises(RunError, match=message), locked(tmp_path):
         pass
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from starfire_prune.runs.folder import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(RunError, match=rf"by process {process.pid} on "), locked(tmp_path):
+            pass
+        process.kill()
     with locked(tmp_path):
         pass
     assert not list(tmp_path.iterdir())

@@ -107,8 +107,11 @@ def test_a_forked_run_that_was_killed_before_its_first_checkpoint_forks_again(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("optimizer.lr=0.1",), r"trains otherwise than this recipe \(optimizer.lr: 0.05 there, "),
-        (("pruning.era=[0, 2]",), "has no use: this recipe or that run prunes from epoch 0 on"),
+        (
+            ("optimizer.lr=0.1",),
+            r"differently from this recipe \(optimizer.lr: 0.05 there, ",
+        ),
+        (("pruning.era=[0, 2]",), "has no effect: this recipe or that run prunes from epoch 0 on"),
     ],
 )
 def test_a_run_that_shares_no_epochs_is_refused(overrides, message, runs, tmp_path):
@@ -124,7 +127,7 @@ def test_a_run_without_a_checkpoint_of_its_dense_epochs_is_refused(dense, runs, 
     shutil.rmtree(checkpoints_of(source) / "epoch-0001")
     message = (
         r"has kept no checkpoint of the 1 epochs that both train dense: train it with "
-        r"training.keep_checkpoints=\[1\], or go without --fork"
+        r"training.keep_checkpoints=\[1\], or leave out --fork"
     )
     with pytest.raises(RunError, match=message):
         train_fork(small_recipe(tmp_path), tmp_path / "run", source)
@@ -132,7 +135,7 @@ def test_a_run_without_a_checkpoint_of_its_dense_epochs_is_refused(dense, runs, 
 
 def test_a_folder_that_is_no_run_is_refused(runs, tmp_path):
     message = (
-        r"--fork .*nothing is no run's folder, as it holds no recipe.yaml: train that run first"
+        r"--fork .*nothing is not a run's folder: it holds no recipe.yaml; train that run first"
     )
     with pytest.raises(RunError, match=message):
         train_fork(small_recipe(tmp_path), tmp_path / "run", tmp_path / "nothing")
@@ -151,9 +154,7 @@ def test_a_run_whose_metrics_are_lost_is_refused_before_anything_is_written(dens
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     (source / "metrics.jsonl").unlink()
-    message = (
-        r"source.metrics.jsonl lacks lines of the 1 epochs that are done: restore it, or train"
-    )
+    message = r"source.metrics.jsonl lacks lines of the first 1 epochs: restore it, or train"
     with pytest.raises(RunError, match=message):
         train_fork(small_recipe(tmp_path), tmp_path / "run", source)
     assert [path.name for path in (tmp_path / "run").iterdir()] == []
