@@ -1,93 +1,29 @@
 """Structured sparse training of convolutional networks in PyTorch.
 
 The methods work like those of `torch.nn.utils.prune`, `Pruner` applies them while a model trains,
-and `load_recipe` reads a whole training run from YAML.
+and `load_recipe` reads a training run from YAML.
+
+The names are those of `starfire_prune.api`. They are loaded at their first use, so that commands
+that need no torch, such as `starfire --help`, start at once.
 """
 
-from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
-from starfire_prune.engine.pruner import Pruner
-from starfire_prune.engine.sparsity import format_table, measure_sparsity
-from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
-from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
-from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask, fc_structure_mask
-from starfire_prune.methods.baselines import (
-    FilterStructured,
-    MagnitudeUnstructured,
-    RandomUnstructured,
-    filter_structured,
-    magnitude_unstructured,
-    random_unstructured,
-)
-from starfire_prune.methods.conv import (
-    CKStructured,
-    IntraStructured,
-    WindowStructured,
-    ck_structured,
-    intra_structured,
-    window_structured,
-)
-from starfire_prune.methods.given import apply_masks
-from starfire_prune.methods.linear import (
-    FCBlock,
-    FCFine,
-    FCStructured,
-    fc_block,
-    fc_fine,
-    fc_structured,
-)
-from starfire_prune.recipe.load import load_recipe
-from starfire_prune.recipe.sections import Recipe
-from starfire_prune.serialization.pruned import (
-    convert_pruned,
-    load_masks,
-    load_pruned,
-    load_pruned_model,
-    save_pruned,
-)
-from starfire_prune.utils.settings import RecipeError
-
-__all__ = [
-    "CKStructured",
-    "FCBlock",
-    "FCFine",
-    "FCStructured",
-    "FilterStructured",
-    "IntraStructured",
-    "MagnitudeUnstructured",
-    "MaskedAllreduceState",
-    "Pruner",
-    "RandomUnstructured",
-    "Recipe",
-    "RecipeError",
-    "WindowStructured",
-    "apply_masks",
-    "ck_mask",
-    "ck_structured",
-    "convert_pruned",
-    "fc_block",
-    "fc_block_mask",
-    "fc_fine",
-    "fc_fine_mask",
-    "fc_structure_mask",
-    "fc_structured",
-    "filter_mask",
-    "filter_structured",
-    "format_table",
-    "intra_mask",
-    "intra_structured",
-    "load_masks",
-    "load_pruned",
-    "load_pruned_model",
-    "load_recipe",
-    "magnitude_mask",
-    "magnitude_unstructured",
-    "masked_allreduce_hook",
-    "measure_sparsity",
-    "random_mask",
-    "random_unstructured",
-    "save_pruned",
-    "window_mask",
-    "window_structured",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from starfire_prune.api import *  # noqa: F403 its names are in its __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        if not name.startswith("__") or name == "__all__":  # no `__wrapped__`, of doctest
+            api = import_module("starfire_prune.api")
+            if name in (*api.__all__, "__all__"):
+                return getattr(api, name)
+            if name in globals():  # a package within this one, which `api` has loaded
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("starfire_prune.api").__all__})

@@ -1,17 +1,15 @@
-"""tools/evaluate.py: what it measures, keeps and prints, and what it refuses."""
+"""`starfire evaluate`: what it measures, keeps and prints, and what it refuses."""
 
 import dataclasses
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ from starfire_prune.recipe.load import load_recipe
 from starfire_prune.runs import data as run_data
 from starfire_prune.runs.weights import WeightsWithRecipe, find_weights
 from starfire_prune.serialization.pretrained import load_weights
-from tests.support.paths import ROOT
+from tests.support.commands import MODULE, Ended, Tool
 from tests.support.runs import (
     few_digits,
     files_of,
@@ -40,19 +38,8 @@ from tests.support.runs import (
     train_on,
 )
 
-TOOL = ROOT / "tools" / "evaluate.py"
+COMMAND = "evaluate"
 CPU = torch.device("cpu")
-
-
-class Ended(NamedTuple):
-    """How the tool ended."""
-
-    status: Any
-    stdout: str
-    stderr: str
-
-
-Tool = Callable[..., Ended]
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +49,11 @@ def few_images(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the script as a command would, within this process, on the CPU."""
+def tool(tool: Tool) -> Tool:
+    """Runs the command on the CPU."""
 
     def run(*arguments: object) -> Ended:
-        device = () if "--device" in arguments else ("--device", "cpu")
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments), *device])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return Ended(caught.value.code, *capsys.readouterr())
+        return tool(*arguments, *(() if "--device" in arguments else ("--device", "cpu")))
 
     return run
 
@@ -144,7 +127,7 @@ def refusal(ended: Ended) -> str:
     """The one sentence of a refusal."""
     assert (ended.status, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
-    return ended.stderr.removeprefix("evaluate.py: ").rstrip("\n")
+    return ended.stderr.removeprefix("starfire evaluate: ").rstrip("\n")
 
 
 # Clean images
@@ -440,7 +423,7 @@ def test_help_ends_quietly_where_nobody_reads_it():
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, TOOL, "--help"],
+        [*MODULE, COMMAND, "--help"],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -638,16 +621,16 @@ def test_settings_out_of_range_and_without_effect_are_refused(arguments, message
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--fgsm 1/0", "argument --fgsm: '1/0' is no number such as 0.03 or 4/255"),
+        ("--fgsm 1/0", "argument --fgsm: '1/0' is not a number such as 0.03 or 4/255"),
         (
             "--pgd runs/ck",
-            "argument --pgd: 'runs/ck' is no number such as 0.03 or 4/255 (runs come",
+            "argument --pgd: 'runs/ck' is not a number such as 0.03 or 4/255 (runs come",
         ),
         ("--limit 0", "argument --limit: '0' must be a whole number from 1"),
         # which a fraction would work out digit by digit
-        ("--fgsm 1e99999999", "argument --fgsm: '1e99999999' is no number such as"),
-        ("--pgd 0.1 --step-size nan", "argument --step-size: 'nan' is no number such as"),
-        (f"--fgsm {'9' * 5000}/1", f"argument --fgsm: '{'9' * 40}…' is no number such as"),
+        ("--fgsm 1e99999999", "argument --fgsm: '1e99999999' is not a number such as"),
+        ("--pgd 0.1 --step-size nan", "argument --step-size: 'nan' is not a number such as"),
+        (f"--fgsm {'9' * 5000}/1", f"argument --fgsm: '{'9' * 40}…' is not a number such as"),
     ],
 )
 def test_what_is_no_number_is_refused(arguments, message, tool, run):

@@ -1,13 +1,10 @@
-"""tools/export.py: what it writes and prints, and what it refuses."""
+"""`starfire export`: what it writes and prints, and what it refuses."""
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import onnx
 import pytest
@@ -21,37 +18,13 @@ from starfire_prune.export.source import find_source, load_source
 from starfire_prune.models import create_model
 from starfire_prune.serialization.pruned import load_pruned, read_pruned_file, save_pruned
 from tests.export.test_onnx import NEEDS_EXPORTER
+from tests.support.commands import MODULE, Ended
 from tests.support.networks import equal_states
-from tests.support.paths import ROOT
 from tests.support.processes import exported
 from tests.support.runs import files_of
 from tests.support.sparse_networks import difference, images
 
-TOOL = ROOT / "tools" / "export.py"
-
-
-class Ended(NamedTuple):
-    """How the tool ended."""
-
-    status: Any
-    stdout: str
-    stderr: str
-
-
-Tool = Callable[..., Ended]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the script as a command would, within this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return Ended(caught.value.code, *capsys.readouterr())
-
-    return run
+COMMAND = "export"
 
 
 @pytest.fixture
@@ -70,9 +43,9 @@ def refused(ended: Ended) -> str:
     """The sentence of a refusal."""
     assert ended.status == 2
     assert ended.stdout == ""
-    assert ended.stderr.startswith("export.py: ")
+    assert ended.stderr.startswith("starfire export: ")
     assert ended.stderr.count("\n") == 1
-    return ended.stderr.removeprefix("export.py: ").rstrip("\n")
+    return ended.stderr.removeprefix("starfire export: ").rstrip("\n")
 
 
 # Formats
@@ -151,7 +124,7 @@ def test_onnx_of_the_compact_model_is_smaller(tool, finished, tmp_path):
 
 @pytest.mark.slow
 def test_the_tool_runs_as_a_command(finished, tmp_path):
-    command = [sys.executable, TOOL, finished, "--format", "compressed"]
+    command = [*MODULE, COMMAND, finished, "--format", "compressed"]
     command += ["--output", tmp_path / "new.safetensors"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "of all weights" in result.stdout
@@ -344,7 +317,7 @@ def test_what_no_check_foresees_is_a_sentence_too(error, message, tool, tmp_path
     path = tmp_path / "file.safetensors"
     ended = tool("--inspect", path)
     assert ended.status == 1
-    assert ended.stderr.startswith(f"export.py: {message.format(path=path)}")
+    assert ended.stderr.startswith(f"starfire export: {message.format(path=path)}")
     assert ended.stderr.count("\n") == 1
 
 

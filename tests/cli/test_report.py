@@ -1,25 +1,24 @@
-"""tools/report.py: what it writes, how the page is in a browser, and what it refuses."""
+"""`starfire report`: what it writes, how the page is in a browser, and what it refuses."""
 
 import csv
 import html
 import json
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from starfire_prune.cli.main import main
 from starfire_prune.reporting import report as write
+from tests.support.commands import Ended
 from tests.support.paths import ROOT
 from tests.support.reported import leave_dense, leave_evaluation, leave_run
 
-TOOL = ROOT / "tools" / "report.py"
+COMMAND = "report"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PHONE = 390  # pixels across
 SCHEMES = {"light": 1, "dark": 0}  # as Chromium numbers them
@@ -53,29 +52,6 @@ addEventListener("load", () => {
 """
 
 
-class Ended(NamedTuple):
-    """How the tool ended."""
-
-    status: Any
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def tool(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
-    """Runs the script as a command would, within this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return Ended(caught.value.code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A run by CK that was attacked and a dense one, of a table with signs in its title."""
@@ -90,15 +66,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a report that the tool has written."""
+    """The folder of a report that the command has written."""
     output = tmp_path_factory.mktemp("report") / "out"
     table = runs[0].parent / "table.yaml"
     arguments = [*runs, "--table", table, "--output", output]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-    assert caught.value.code == 0
+    assert main([COMMAND, *map(str, arguments)]) == 0
     return output
 
 
@@ -136,7 +108,7 @@ def refusal(ended: Ended) -> str:
     """The one sentence of a refusal."""
     assert (ended.status, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
-    return ended.stderr.removeprefix("report.py: ").rstrip("\n")
+    return ended.stderr.removeprefix("starfire report: ").rstrip("\n")
 
 
 # The report
@@ -233,7 +205,7 @@ def test_no_run_and_no_table_is_refused(tool):
 def test_a_table_without_runs_is_refused(tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal(tool("--table", ROOT / "recipes" / "tables" / "table1.yaml")) == (
-        "runs/tables/table1 holds no run of table1: train some by tools/sweep.py, or name folders"
+        "runs/tables/table1 holds no run of table1: train some by starfire sweep, or name folders"
     )
 
 
@@ -277,7 +249,7 @@ def test_an_interruption_is_one_sentence(tool, runs, tmp_path, monkeypatch):
     ended = tool(runs[1], "--output", tmp_path / "out")
     assert (ended.status, ended.stderr) == (
         130,
-        f"report.py: interrupted; {tmp_path}/out may hold parts of two reports\n",
+        f"starfire report: interrupted; {tmp_path}/out may hold parts of two reports\n",
     )
 
 

@@ -1,26 +1,26 @@
-"""tools/sweep.py: which runs of a table it trains, lists and reads, and how it ends."""
+"""`starfire sweep`: which runs of a table it trains, lists and reads, and how it ends."""
 
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
+from starfire_prune.cli import sweep as sweeping
 from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import dump_recipe
+from tests.support.commands import MODULE, Ended, Tool
 from tests.support.paths import ROOT
 from tests.support.processes import output_of, same_exports, start, wait_for_line
 from tests.support.runs import RECIPE, files_of, metrics_of
 
-TOOL = ROOT / "tools" / "sweep.py"
+COMMAND = "sweep"
 TABLES = ROOT / "recipes" / "tables"
 
 # Three runs of two recipes: `twin` is the recipe of `ck`
@@ -53,30 +53,6 @@ if [ -f "$here/endings/$name" ]; then
 fi
 mkdir -p "$folder" && cp -R "$here/left/$name/." "$folder"
 """
-
-
-class Ended(NamedTuple):
-    """How the tool ended."""
-
-    status: Any
-    stdout: str
-    stderr: str
-
-
-Tool = Callable[..., Ended]
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
-    """Runs the script as a command would, within this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return Ended(caught.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -135,7 +111,7 @@ def refusal(ended: Ended) -> str:
     """The one sentence of a refusal."""
     assert (ended.status, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
-    return ended.stderr.removeprefix("sweep.py: ").rstrip("\n")
+    return ended.stderr.removeprefix("starfire sweep: ").rstrip("\n")
 
 
 # Sweeping
@@ -153,8 +129,8 @@ def test_runs_are_trained_one_after_another_and_one_recipe_once(swept, table):
 
 def test_a_run_is_launched_with_its_recipe_its_settings_and_its_folder(swept, table):
     swept()
-    tool, recipe, *rest = launched(table)[0]
-    assert (ROOT / tool).resolve() == ROOT / "tools" / "train.py"
+    option, module, command, recipe, *rest = launched(table)[0]
+    assert (option, module, command) == ("-m", "starfire_prune", "train")
     assert Path(recipe) == table.parent / "small.yaml"
     assert rest == ["--set", "pruning=none", "--output", f"{table.parent}/runs/dense-seed0"]
 
@@ -205,7 +181,7 @@ def test_a_run_that_was_broken_off_is_launched_again(swept, table):
 def test_overrides_reach_every_run(swept, table):
     prepare(table, "optimizer.lr=0.1")
     assert swept("--set", "optimizer.lr=0.1", "--set=pruning.resolution=0.01").status == 0
-    assert [arguments[2:-2] for arguments in launched(table)] == [
+    assert [arguments[4:-2] for arguments in launched(table)] == [
         ["--set", "pruning=none", "--set", "optimizer.lr=0.1"],
         ["--set", "optimizer.lr=0.1", "--set", "pruning.resolution=0.01"],
         [
@@ -237,7 +213,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_training(ending, reason,
     ended = swept()
     assert (ended.status, ended.stderr) == (
         1,
-        f"sweep.py: 1 of 3 runs failed: dense-seed0 ({reason})\n",
+        f"starfire sweep: 1 of 3 runs failed: dense-seed0 ({reason})\n",
     )
     assert folders(table) == FOLDERS
     assert "\ndense     0/4 " in ended.stdout
@@ -247,7 +223,7 @@ def test_all_runs_that_fail_are_named(swept, table):
     for folder, ending in (("dense-seed0", "1"), ("ck-70-seed0", "2")):
         (table.parent / "endings" / folder).write_text(f"{ending}\n")
     assert swept().stderr == (
-        "sweep.py: 2 of 3 runs failed: dense-seed0 (status 1); ck-70-seed0 (status 2)\n"
+        "starfire sweep: 2 of 3 runs failed: dense-seed0 (status 1); ck-70-seed0 (status 2)\n"
     )
 
 
@@ -258,8 +234,8 @@ def test_a_folder_of_another_recipe_fails_without_being_launched(swept, table):
     ended = swept()
     assert ended.status == 1
     assert ended.stderr == (
-        f"sweep.py: 1 of 3 runs failed: ck-seed0 ({table.parent}/runs/ck-seed0 holds the run of "
-        f"another recipe (optimizer.lr: 0.1 there, 0.05 here))\n"
+        f"starfire sweep: 1 of 3 runs failed: ck-seed0 ({table.parent}/runs/ck-seed0 holds the run "
+        f"of another recipe (optimizer.lr: 0.1 there, 0.05 here))\n"
     )
     assert folders(table) == ["ck-seed0", "dense-seed0", "ck-70-seed0"]
 
@@ -349,14 +325,14 @@ def test_the_commands_of_a_shipped_table_are_those_of_its_runs(path, tool, monke
     printed = tool(path, "--print-commands").stdout.splitlines()
     assert len(printed) == len(runs)
     for line in printed:
-        *launcher, script, recipe = shlex.split(line)[:5]
-        *settings, _, folder = shlex.split(line)[5:]
+        *launcher, recipe = shlex.split(line)[:7]
+        *settings, _, folder = shlex.split(line)[7:]
         run = runs[Path(folder).name]
         if run.fork:
             *settings, option, fork = settings
             assert (option, Path(fork).name) == ("--fork", run.fork)
-        assert launcher == ["accelerate", "launch", "--quiet"]
-        assert (Path(script).name, Path(recipe)) == ("train.py", run.recipe_path)
+        assert shlex.join(launcher) == "accelerate launch --quiet -m starfire_prune train"
+        assert Path(recipe) == run.recipe_path
         assert settings == [word for value in run.overrides for word in ("--set", value)]
 
 
@@ -405,7 +381,7 @@ def test_an_index_out_of_range_is_refused_with_the_range(index, swept):
     [
         ("no-such-launcher --gpus 8", "there is no command no-such-launcher; install it, or give"),
         ("", "is empty; such as --launcher 'accelerate launch'"),
-        ("torchrun 'x", '"torchrun \'x" is no command: No closing quotation'),
+        ("torchrun 'x", '"torchrun \'x" is not a command: No closing quotation'),
     ],
 )
 def test_a_launcher_that_cannot_start_is_refused(launcher, fault, tool, table):
@@ -439,12 +415,12 @@ def test_an_output_that_cannot_be_written_to_is_refused_before_any_run(below, sw
 
 def test_a_command_that_is_refused_prints_no_traceback(table):
     done = subprocess.run(
-        [sys.executable, TOOL, table, "--only", "none"], capture_output=True, text=True, check=False
+        [*MODULE, COMMAND, table, "--only", "none"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr
-        == "sweep.py: --only none fits no run of table; nearest: dense, ck, twin, ck-70\n"
+        == "starfire sweep: --only none fits no run of table; nearest: dense, ck, twin, ck-70\n"
     )
 
 
@@ -473,7 +449,7 @@ def test_a_signal_ends_the_sweep_and_what_its_launcher_has_started(number, table
     hang(table, "hangs")
     launcher = shlex.join(["sh", str(table.parent / "launcher.sh")])
     options = ("--launcher", launcher, "--output", table.parent / "runs")
-    sweep = start(sys.executable, TOOL, table, *options)
+    sweep = start(*MODULE, COMMAND, table, *options)
     wait_for_line(sweep, "hangs")
     os.kill(sweep.pid, number)  # and not its group, as a terminal would
     try:
@@ -481,26 +457,26 @@ def test_a_signal_ends_the_sweep_and_what_its_launcher_has_started(number, table
     finally:
         assert not is_running(table)
     assert sweep.communicate()[0] == (
-        f"sweep.py: interrupted by {number.name}; the same command goes on where this one stopped\n"
+        f"starfire sweep: interrupted by {number.name}; the same command goes on where this one "
+        f"stopped\n"
     )
 
 
 def test_a_launcher_that_fails_leaves_nothing_behind(swept, table):
     hang(table, "leaves")
-    assert swept().stderr == "sweep.py: 1 of 3 runs failed: dense-seed0 (status 1)\n"
+    assert swept().stderr == "starfire sweep: 1 of 3 runs failed: dense-seed0 (status 1)\n"
     assert not is_running(table)
 
 
-def test_a_run_that_does_not_end_when_asked_to_is_killed(table):
+def test_a_run_that_does_not_end_when_asked_to_is_killed(table, monkeypatch):
     class OnceItHangs(list[int]):
         def __bool__(self) -> bool:
             return bool((table.parent / "pid").exists())
 
     hang(table, "stays")
-    status_of = runpy.run_path(str(TOOL))["_status_of"]
-    status_of.__globals__["PATIENCE_S"] = 0.2
+    monkeypatch.setattr(sweeping, "PATIENCE_S", 0.2)
     command = ["sh", str(table.parent / "launcher.sh"), "dense-seed0"]
-    assert status_of(command, OnceItHangs([signal.SIGTERM])) == -signal.SIGKILL
+    assert sweeping._status_of(command, OnceItHangs([signal.SIGTERM])) == -signal.SIGKILL
     assert not is_running(table)
 
 
@@ -515,7 +491,7 @@ def test_what_is_shown_ends_quietly_where_nobody_reads_it(option, table):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, TOOL, table, option],
+        [*MODULE, COMMAND, table, option],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -532,7 +508,7 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
 
     def sweep(output: Path, *options: str) -> subprocess.Popen[str]:
         settings = ("--set", "data.batch_size=200", "--launcher", sys.executable)
-        return start(sys.executable, TOOL, table, "--output", output, *settings, *options)
+        return start(*MODULE, COMMAND, table, "--output", output, *settings, *options)
 
     broken = sweep(runs, "--only", "dense", "--only", "ck")
     wait_for_line(broken, "run 2 of 2: ck-seed0")
@@ -553,10 +529,10 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_broken_off(table):
 @pytest.mark.slow
 def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
     options = ("--set", "model.options.nonsense=1", "--only", "dense")
-    command = (sys.executable, TOOL, table, "--output", table.parent / "runs", *options)
+    command = (*MODULE, COMMAND, table, "--output", table.parent / "runs", *options)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # holds accelerate
     printed = output_of(start(*command, PATH=path), 1)
-    assert "\ntrain.py: resnet18 can't be built with the options {'nonsense': 1}: " in printed
+    assert "\nstarfire train: resnet18 can't be built with the options {'nonsense': 1}: " in printed
     assert "Traceback" not in printed
 
 
@@ -564,8 +540,6 @@ def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
 def test_accelerate_launches_the_runs_of_a_table(table):
     launcher = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes=1"
     options = ("--launcher", launcher, "--set", "data.batch_size=200", "--only", "ck-70")
-    printed = output_of(
-        start(sys.executable, TOOL, table, "--output", table.parent / "runs", *options)
-    )
+    printed = output_of(start(*MODULE, COMMAND, table, "--output", table.parent / "runs", *options))
     assert metrics_of(table.parent / "runs" / "ck-70-seed0")[-1]["sparsity"] > 0.65
     assert "\nck-70     4/4 " in printed

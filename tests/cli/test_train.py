@@ -1,19 +1,18 @@
-"""tools/train.py: what it takes, and what it says where a run can't start or go on."""
+"""`starfire train`: what it takes, and what it says where a run can't start or go on."""
 
 import os
 import re
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from starfire_prune.training import loop
-from tests.support.paths import ROOT
+from tests.support.commands import MODULE, Ended, Tool
 from tests.support.runs import (
     files_of,
     make_photographs,
@@ -24,32 +23,14 @@ from tests.support.runs import (
     write_recipe,
 )
 
-TOOL = ROOT / "tools" / "train.py"
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: Any
-    stdout: str
-    stderr: str
-
-
-Tool = Callable[..., Ended]
+COMMAND = "train"
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Tool]:
-    """Runs the script as a command would, within this process."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        return Ended(caught.value.code, *capsys.readouterr())
-
+def tool(tool: Tool) -> Iterator[Tool]:
+    """Runs the command with training runs of a second."""
     with small_runs():
-        yield run
+        yield tool
 
 
 @pytest.fixture
@@ -60,7 +41,7 @@ def recipe(tmp_path: Path) -> Path:
 def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> Ended:
     """Runs the script in a process of its own."""
     done = subprocess.run(
-        [sys.executable, *launcher, TOOL, *arguments],
+        [sys.executable, *launcher, *MODULE[1:], COMMAND, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -98,7 +79,7 @@ def test_without_output_the_folder_is_named_after_the_recipe(tool, recipe, tmp_p
 def test_an_empty_output_is_refused(tool, recipe):
     ended = tool(recipe, "--output", "")
     assert ended.status == 2
-    assert "argument --output: is empty; name a folder, or leave it out" in ended.stderr
+    assert "argument --output: is empty; name a folder or a file" in ended.stderr
 
 
 def test_every_override_counts(tool, recipe, tmp_path):
@@ -121,7 +102,7 @@ def test_an_interrupted_run_goes_on_with_the_same_command(tool, recipe, tmp_path
     ended = tool(*arguments)
     assert (ended.status, ended.stderr) == (
         130,
-        "train.py: interrupted; the same command goes on from the last checkpoint\n",
+        "starfire train: interrupted; the same command goes on from the last checkpoint\n",
     )
     ended = tool(*arguments, "--resume")
     assert ended.status == 0
@@ -167,7 +148,7 @@ def test_a_dry_run_of_a_finished_run_is_refused_and_leaves_it_byte_for_byte(tool
     before = files_of(run)
     ended = tool(recipe, "--output", run, "--dry-run")
     assert (ended.status, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"train.py: {run} holds a finished run of this recipe: ")
+    assert ended.stderr.startswith(f"starfire train: {run} holds a finished run of this recipe: ")
     assert files_of(run) == before
 
 
@@ -250,7 +231,7 @@ def test_settings_that_do_not_fit_are_refused(overrides, lines, tool, recipe, tm
     settings = [f"--set={override}" for override in overrides]
     ended = tool(recipe, "--output", tmp_path / "run", *settings)
     assert (ended.status, ended.stdout) == (2, "")
-    got = ended.stderr.removeprefix("train.py: ").splitlines()
+    got = ended.stderr.removeprefix("starfire train: ").splitlines()
     assert len(got) == len(lines)
     for line, start in zip(got, lines, strict=True):
         assert line.startswith(start)
@@ -262,7 +243,7 @@ def test_a_missing_recipe_is_refused_with_those_that_are_there(tool, recipe, tmp
     assert ended == (
         2,
         "",
-        f"train.py: {tmp_path}/smal.yaml: no such file; in that folder: small.yaml\n",
+        f"starfire train: {tmp_path}/smal.yaml: no such file; in that folder: small.yaml\n",
     )
 
 
@@ -270,7 +251,7 @@ def test_broken_yaml_is_refused_with_its_line(tool, recipe):
     recipe.write_text("model: {name: resnet18\ndata: {}\n")
     ended = tool(recipe)
     assert ended.status == 2
-    assert ended.stderr.startswith(f"train.py: {recipe}: line 2, column 5: not valid YAML: ")
+    assert ended.stderr.startswith(f"starfire train: {recipe}: line 2, column 5: not valid YAML: ")
     assert ended.stderr.count("\n") == 1
 
 
@@ -279,7 +260,8 @@ def test_a_missing_data_root_is_refused_with_its_path(tool, recipe, tmp_path):
     assert ended == (
         2,
         "",
-        f"train.py: root {tmp_path}/nowhere does not exist: give the folder of data set 'folder'\n",
+        f"starfire train: root {tmp_path}/nowhere does not exist: give the folder of data set "
+        f"'folder'\n",
     )
 
 
@@ -291,7 +273,7 @@ def test_a_data_root_without_images_is_refused_with_its_path(left, tool, recipe,
         folder.mkdir(parents=True, exist_ok=True)
     ended = tool(recipe, "--output", tmp_path / "run", *photographs(root, 0))
     assert (ended.status, ended.stdout) == (2, "")
-    assert ended.stderr.startswith(f"train.py: {root}")
+    assert ended.stderr.startswith(f"starfire train: {root}")
     assert ended.stderr.count("\n") == 1
 
 
@@ -303,14 +285,14 @@ def test_a_corrupt_image_ends_the_run_with_its_path(part, tool, recipe, tmp_path
     ended = tool(recipe, "--output", tmp_path / "run", *photographs(root, 0))
     assert ended.status == 2
     assert ended.stderr == (
-        f"train.py: cannot decode {damaged}: the file is truncated or not an image; replace or "
-        f"delete it\n"
+        f"starfire train: cannot decode {damaged}: the file is truncated or not an image; replace "
+        f"or delete it\n"
     )
 
 
 def test_resume_without_a_run_is_refused(tool, recipe, tmp_path):
     ended = tool(recipe, "--output", tmp_path / "run", "--resume")
-    assert ended == (2, "", f"train.py: {tmp_path}/run holds no checkpoint to resume from\n")
+    assert ended == (2, "", f"starfire train: {tmp_path}/run holds no checkpoint to resume from\n")
 
 
 def test_a_finished_run_is_refused(tool, recipe, tmp_path):
@@ -319,8 +301,8 @@ def test_a_finished_run_is_refused(tool, recipe, tmp_path):
     assert tool(*arguments) == (
         2,
         "",
-        f"train.py: {tmp_path}/run holds a finished run of this recipe: choose another --output, "
-        f"or delete it\n",
+        f"starfire train: {tmp_path}/run holds a finished run of this recipe: choose another "
+        f"--output, or delete it\n",
     )
 
 
@@ -340,7 +322,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tool, recipe, tmp_path, monkey
     ended = tool(recipe, "--output", tmp_path / "run")
     assert (ended.status, ended.stderr) == (
         2,
-        f"train.py: {tmp_path}/run/checkpoints/epoch-0001 can't be written: No space left on "
+        f"starfire train: {tmp_path}/run/checkpoints/epoch-0001 can't be written: No space left on "
         f"device; what was saved before is whole: make room and run the same command again\n",
     )
 
@@ -355,7 +337,7 @@ def test_an_output_that_cannot_be_written_is_refused_with_its_path(place, tool, 
         path.mkdir(parents=True)
     ended = tool(recipe, "--output", tmp_path / "run")
     assert ended.status == 2
-    assert ended.stderr.startswith("train.py: ")
+    assert ended.stderr.startswith("starfire train: ")
     assert str(path) in ended.stderr
     assert ended.stderr.count("\n") == 1
 
@@ -384,7 +366,7 @@ def test_a_command_that_is_refused_prints_no_traceback(recipe):
     assert ended == (
         2,
         "",
-        "train.py: --set: pruning.amuont: unknown key (got 0.7); did you mean amount?\n",
+        "starfire train: --set: pruning.amuont: unknown key (got 0.7); did you mean amount?\n",
     )
 
 
@@ -396,8 +378,8 @@ def test_a_corrupt_image_prints_no_traceback_whatever_the_workers(workers, recip
     ended = command(recipe, "--output", tmp_path / "run", *photographs(root, workers))
     assert ended.status == 2
     assert ended.stderr == (
-        f"train.py: cannot decode {damaged}: the file is truncated or not an image; replace or "
-        f"delete it\n"
+        f"starfire train: cannot decode {damaged}: the file is truncated or not an image; replace "
+        f"or delete it\n"
     )
 
 

@@ -1,0 +1,87 @@
+"""The names that `import starfire_prune` offers."""
+
+from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
+from starfire_prune.engine.pruner import Pruner
+from starfire_prune.engine.sparsity import format_table, measure_sparsity
+from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
+from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
+from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask, fc_structure_mask
+from starfire_prune.methods.baselines import (
+    FilterStructured,
+    MagnitudeUnstructured,
+    RandomUnstructured,
+    filter_structured,
+    magnitude_unstructured,
+    random_unstructured,
+)
+from starfire_prune.methods.conv import (
+    CKStructured,
+    IntraStructured,
+    WindowStructured,
+    ck_structured,
+    intra_structured,
+    window_structured,
+)
+from starfire_prune.methods.given import apply_masks
+from starfire_prune.methods.linear import (
+    FCBlock,
+    FCFine,
+    FCStructured,
+    fc_block,
+    fc_fine,
+    fc_structured,
+)
+from starfire_prune.recipe.load import load_recipe
+from starfire_prune.recipe.sections import Recipe
+from starfire_prune.serialization.pruned import (
+    convert_pruned,
+    load_masks,
+    load_pruned,
+    load_pruned_model,
+    save_pruned,
+)
+from starfire_prune.utils.settings import RecipeError
+
+__all__ = [
+    "CKStructured",
+    "FCBlock",
+    "FCFine",
+    "FCStructured",
+    "FilterStructured",
+    "IntraStructured",
+    "MagnitudeUnstructured",
+    "MaskedAllreduceState",
+    "Pruner",
+    "RandomUnstructured",
+    "Recipe",
+    "RecipeError",
+    "WindowStructured",
+    "apply_masks",
+    "ck_mask",
+    "ck_structured",
+    "convert_pruned",
+    "fc_block",
+    "fc_block_mask",
+    "fc_fine",
+    "fc_fine_mask",
+    "fc_structure_mask",
+    "fc_structured",
+    "filter_mask",
+    "filter_structured",
+    "format_table",
+    "intra_mask",
+    "intra_structured",
+    "load_masks",
+    "load_pruned",
+    "load_pruned_model",
+    "load_recipe",
+    "magnitude_mask",
+    "magnitude_unstructured",
+    "masked_allreduce_hook",
+    "measure_sparsity",
+    "random_mask",
+    "random_unstructured",
+    "save_pruned",
+    "window_mask",
+    "window_structured",
+]

@@ -1,0 +1,1 @@
+"""The command `starfire`: options and messages; what it does is in the packages below."""

@@ -1,0 +1,139 @@
+"""What the commands share: their options, and errors of users as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "USAGE_ERROR",
+    "Command",
+    "Failed",
+    "add_overrides",
+    "name_argument",
+    "path_argument",
+    "run_command",
+]
+
+USAGE_ERROR = 2  # as argparse has it
+INTERRUPTED = 128 + signal.SIGINT
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of `starfire`.
+
+    Attributes:
+        summary: What it does, in one line of `starfire --help`.
+        details: What its own help says after that.
+        add_arguments: Adds its options to a parser.
+        run: Does it. Errors of users are raised as ValueError, OSError, a run's errors or `Failed`.
+        interrupted: What Ctrl-C leaves behind; `{name}` stands for the value of an option.
+    """
+
+    summary: str
+    details: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    interrupted: str
+
+
+class Failed(Exception):  # noqa: N818 it says how a command ended, and may follow results
+    """The message and the exit status of a command that could not do all that was asked."""
+
+    def __init__(self, message: str, status: int = USAGE_ERROR) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def run_command(command: Command, words: Sequence[str], prog: str) -> int:
+    """Parse the words of a command line, run the command and give its exit status.
+
+    Errors of users are printed as one sentence after `prog`. A command whose output nobody reads
+    any longer, as in `… | head`, ends quietly.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=f"{command.summary}.\n\n{command.details}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    try:
+        command.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        text = f"interrupted; {command.interrupted.format(**vars(arguments))}"
+        failure = Failed(text, INTERRUPTED)
+    except Failed as error:
+        failure = error
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
+        message = _message(error)
+        if message is None:
+            raise
+        failure = Failed(message)
+    else:
+        return 0
+    print(f"{prog}: {failure}", file=sys.stderr)
+    return failure.status
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has ended; then Python's last flush is quiet too."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    if not stdout.poll(0):  # such as a broken pipe between processes of a run
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _message(error: Exception) -> str | None:
+    """The sentence for an error of a user, None for an error of this package."""
+    if isinstance(error, ModuleNotFoundError):
+        text = str(error)
+        return text if "pip install" in text else f"{text}: pip install 'starfire-prune[train]'"
+    from starfire_prune.data.errors import DataError, error_sentence
+    from starfire_prune.runs.folder import RunError
+    from starfire_prune.utils.errors import PruningError, RanksError
+
+    if isinstance(error, DataError):
+        return error_sentence(error)
+    if isinstance(error, (ValueError, OSError, RunError, PruningError, RanksError)):
+        return str(error)
+    return None
+
+
+# Options
+
+
+def name_argument(text: str) -> str:
+    """The type of an option that names a file, also one that comes with the package."""
+    if not text:  # such as a variable that is not set
+        raise argparse.ArgumentTypeError("is empty; name a folder or a file")
+    return text
+
+
+def path_argument(text: str) -> Path:
+    """The type of an option that names a folder or a file."""
+    return Path(name_argument(text))
+
+
+def add_overrides(parser: argparse.ArgumentParser | argparse._ArgumentGroup, text: str) -> None:
+    """Add `--set KEY=VALUE`, whose values are `arguments.overrides`."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help=f"{text} (repeatable)",
+    )
