@@ -12,47 +12,47 @@ LONG = ranking._LONG + 3
 
 
 def chosen_by_sorting(weight: Tensor, mask: Tensor, number: int) -> Tensor:
-    """What is gone first, then by magnitude, then by index; locale by locale."""
+    """What is pruned already comes first, then by magnitude, then by index; scope by scope."""
     chosen = ~mask
-    for locale in range(weight.shape[1]):
-        magnitudes = np.where(mask[:, locale], weight[:, locale].abs(), -1.0)
+    for scope in range(weight.shape[1]):
+        magnitudes = np.where(mask[:, scope], weight[:, scope].abs(), -1.0)
         first = np.argsort(magnitudes, kind="stable")[:number]
-        chosen[torch.from_numpy(first), locale] = True
+        chosen[torch.from_numpy(first), scope] = True
     return chosen
 
 
-def weights(units: int, locales: int, levels: int | None) -> Tensor:
+def weights(units: int, scopes: int, levels: int | None) -> Tensor:
     """Random weights, of `levels` different magnitudes where given: then most of them tie."""
-    generator = torch.Generator().manual_seed(units * locales)
-    values = torch.randn(units, locales, generator=generator)
+    generator = torch.Generator().manual_seed(units * scopes)
+    values = torch.randn(units, scopes, generator=generator)
     return values if levels is None else (values * levels).round() / levels
 
 
 @pytest.mark.parametrize("levels", [None, 2])
 @pytest.mark.parametrize("more", [1, 4, 5, 40])
 @pytest.mark.parametrize(
-    ("units", "locales"), [(9, 64), (17, 8), (64, 1), (64, 7), (300, 16), (600, 24), (LONG, 1)]
+    ("units", "scopes"), [(9, 64), (17, 8), (64, 1), (64, 7), (300, 16), (600, 24), (LONG, 1)]
 )
-def test_each_way_of_selecting_equals_a_stable_sort(units, locales, more, levels):
-    weight = weights(units, locales, levels)
+def test_each_way_of_selecting_equals_a_stable_sort(units, scopes, more, levels):
+    weight = weights(units, scopes, levels)
     before = units // 3
     mask = ~chosen_by_sorting(weight, torch.ones_like(weight, dtype=torch.bool), before)
-    moved = weight + (0 if levels else 1e-2 * weights(units, locales, None).flip(0))
+    moved = weight + (0 if levels else 1e-2 * weights(units, scopes, None).flip(0))
     number = min(before + more, units - 1)
     chosen = smallest(magnitude_keys(moved, mask, 2), number)
     assert torch.equal(chosen, chosen_by_sorting(moved, mask, number))
 
 
-@pytest.mark.parametrize(("units", "locales"), [(9, 64), (300, 16), (LONG, 1)])
-def test_where_more_are_gone_already_all_of_those_are_chosen(units, locales):
-    weight = weights(units, locales, None)
+@pytest.mark.parametrize(("units", "scopes"), [(9, 64), (300, 16), (LONG, 1)])
+def test_where_more_are_pruned_already_all_of_those_are_chosen(units, scopes):
+    weight = weights(units, scopes, None)
     mask = torch.ones_like(weight, dtype=torch.bool)
-    mask[: units // 2, 0] = False  # of the first locale only
+    mask[: units // 2, 0] = False  # of the first scope only
     chosen = smallest(magnitude_keys(weight, mask, 2), 3)
     assert torch.equal(chosen, chosen_by_sorting(weight, mask, 3))
 
 
-def test_a_misleading_first_locale_changes_nothing():
+def test_a_misleading_first_scope_changes_nothing():
     weight = weights(200, 64, None)
     mask = torch.ones_like(weight, dtype=torch.bool)
     mask[:100, 0] = False

@@ -1,29 +1,30 @@
-"""What the mask functions must give: plain loops, straight from the algorithms.
+"""The masks that the mask functions must compute: plain loops, straight from the algorithms.
 
-Clear rather than fast, and independent of the package. Every function takes the weight's values as
-float64, the amount, and `kept`, the earlier mask (True = kept); it returns the new mask.
+The code is clear rather than fast, and independent of the package. The arguments of every function
+are the weight's values as float64, the amount, and `kept`, the earlier mask (True = kept); it
+returns the new mask.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Weight = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Unit = list[tuple[int, int]]  # the (k, c) of the kernels that go together
+Unit = list[tuple[int, int]]  # the (k, c) of the kernels that are pruned together
 
-GONE = -1.0  # the score of what is pruned already: below every magnitude
+PRUNED = -1.0  # the score of what is pruned already: below every magnitude
 
 
 def share_count(amount: float, units: int) -> int:
-    """How many of `units` go: an int is the number itself, a float the share, rounded half up."""
+    """How many of `units` an amount prunes: an int is that number, a float rounds half up."""
     return amount if isinstance(amount, int) else math.floor(amount * units + 0.5)
 
 
 def lowest(scores: Sequence[float], wanted: int) -> list[int]:
-    """The indices of the `wanted` lowest scores, what is gone first; of equals the lower index."""
+    """The indices of the `wanted` lowest scores; of equals the lower index comes first."""
     return sorted(range(len(scores)), key=lambda index: (scores[index], index))[:wanted]
 
 
@@ -35,9 +36,9 @@ def window(
     max_nonzero: int | None = None,
     exact_layer_sparsity: bool = False,
 ) -> Mask:
-    """Algorithm 3: in each kernel the smallest magnitudes go."""
+    """Algorithm 3: in each kernel the smallest magnitudes are pruned."""
     if exact_layer_sparsity:
-        return spread_out(weight, kept, share_count(amount, weight.size), max_nonzero)
+        return prune_evenly(weight, kept, share_count(amount, weight.size), max_nonzero)
     n = math.prod(weight.shape[2:])
     wanted = share_count(amount, n)
     if max_nonzero is not None:
@@ -46,14 +47,14 @@ def window(
     for k in range(weight.shape[0]):
         for c in range(weight.shape[1]):
             kernel, alive = weight[k, c].ravel(), kept[k, c].ravel()
-            scores = [abs(kernel[i]) if alive[i] else GONE for i in range(n)]
+            scores = [abs(kernel[i]) if alive[i] else PRUNED for i in range(n)]
             for i in lowest(scores, wanted):
                 result[k, c][np.unravel_index(i, weight.shape[2:])] = False
     return result
 
 
-def spread_out(weight: Weight, kept: Mask, total: int, max_nonzero: int | None = None) -> Mask:
-    """Window sparsity that brings the layer to `total` zeros, evenly over its kernels."""
+def prune_evenly(weight: Weight, kept: Mask, total: int, max_nonzero: int | None = None) -> Mask:
+    """The smallest weights of kernels are pruned up to `total` zeros of the layer, evenly."""
     n = math.prod(weight.shape[2:])
     channels = weight.shape[1]
     values = weight.reshape(-1, n)  # kernel (k, c) is row k * channels + c
@@ -134,7 +135,7 @@ def ck(
             wanted = max(wanted, len(units) - max_nonzero)
         scores = []
         for unit in units:
-            score = GONE
+            score = PRUNED
             for k, c in unit:
                 score = max([score, *np.abs(weight[k, c][kept[k, c]])])
             scores.append(score)
@@ -153,24 +154,24 @@ def intra(
     groups: int = 1,
     scope: str = "channel",
 ) -> Mask:
-    """Algorithm 4: kernels go up to a part of the amount, then windows up to the total."""
+    """Algorithm 4: kernels are pruned up to a part of the amount, then weights up to the total."""
     if math.prod(weight.shape[2:]) == 1:
         return ck(weight, amount, kept, groups=groups, scope=scope)
     s = window_fraction * amount
     c = 1.0 if s == 1 else (amount - s) / (1 - s)
     survivors = ck(weight, c, kept, groups=groups, scope=scope)
-    return spread_out(weight, survivors, share_count(amount, weight.size))
+    return prune_evenly(weight, survivors, share_count(amount, weight.size))
 
 
 def protect_best(scores: list[float], columns: int) -> int:
-    """Lift the best of each row of `columns` scores out of reach; returns how many were lifted."""
-    lifted = 0
+    """Make the best of each row of `columns` scores infinite; returns how many there are."""
+    n_protected = 0
     for start in range(0, len(scores), columns):
         best = max(range(start, start + columns), key=lambda index: (scores[index], index))
-        if scores[best] != GONE:
+        if scores[best] != PRUNED:
             scores[best] = math.inf
-            lifted += 1
-    return lifted
+            n_protected += 1
+    return n_protected
 
 
 def fc_block(
@@ -184,7 +185,7 @@ def fc_block(
         total = 0.0
         for value, alive in zip(weight[area].ravel(), kept[area].ravel(), strict=True):
             total += abs(value) if alive else 0.0
-        scores.append(total if kept[area].any() else GONE)
+        scores.append(total if kept[area].any() else PRUNED)
     wanted = share_count(amount, len(areas))
     wanted = min(wanted, len(areas) - protect_best(scores, len(inputs)))
     result = kept.copy()
@@ -194,9 +195,9 @@ def fc_block(
 
 
 def fc_fine(weight: Weight, amount: float, kept: Mask) -> Mask:
-    """Figure 2c: the smallest weights of the layer go, the largest of each output neuron never."""
+    """Figure 2c: the smallest weights of the layer are pruned, the largest of a row never."""
     scores = [
-        abs(value) if alive else GONE
+        abs(value) if alive else PRUNED
         for value, alive in zip(weight.ravel(), kept.ravel(), strict=True)
     ]
     wanted = share_count(amount, len(scores))
@@ -207,10 +208,40 @@ def fc_fine(weight: Weight, amount: float, kept: Mask) -> Mask:
     return result
 
 
+def with_a_weight(weight: Weight, result: Mask, kept: Mask) -> Mask:
+    """`result`, in which each row that would lose all its weights keeps its largest."""
+    for row in range(len(weight)):
+        candidates = np.flatnonzero(kept[row])
+        if len(candidates) and not result[row].any():
+            result[row, max(candidates, key=lambda column: abs(weight[row, column]))] = True
+    return result
+
+
+def fc_structure(
+    weight: Weight,
+    amount: float,
+    kept: Mask,
+    *,
+    columns: Iterable[bool],
+    then: str = "fine",
+    block_size: tuple[int, int] = (4, 4),
+) -> Mask:
+    """Figure 3: the columns that read zeros are pruned, then weights or blocks up to the amount."""
+    dead = np.array([bool(column) for column in columns])
+    start = with_a_weight(weight, kept & ~dead, kept)
+    wanted = share_count(amount, weight.size)
+    if then == "fine":
+        return fc_fine(weight, wanted, start)
+    numbers = range(math.prod(map(math.ceil, np.divide(weight.shape, block_size))) + 1)
+    every = [fc_block(weight, number, start, block_size=block_size) for number in numbers]
+    nearest = min(every, key=lambda mask: (abs((~mask).sum() - wanted), mask.sum()))
+    return with_a_weight(weight, nearest, start)
+
+
 def magnitude(weight: Weight, amount: float, kept: Mask) -> Mask:
-    """The smallest weights of the layer go, whatever is left of a channel."""
+    """The smallest weights of the layer are pruned, whatever a channel keeps."""
     scores = [
-        abs(value) if alive else GONE
+        abs(value) if alive else PRUNED
         for value, alive in zip(weight.ravel(), kept.ravel(), strict=True)
     ]
     result = kept.copy()
@@ -220,11 +251,11 @@ def magnitude(weight: Weight, amount: float, kept: Mask) -> Mask:
 
 
 def filters(weight: Weight, amount: float, kept: Mask) -> Mask:
-    """The output channels with the smallest L1 norms go."""
+    """The output channels with the smallest L1 norms are pruned."""
     scores = []
     for k in range(weight.shape[0]):
         total = sum(abs(value) for value in weight[k][kept[k]])
-        scores.append(total if kept[k].any() else GONE)
+        scores.append(total if kept[k].any() else PRUNED)
     result = kept.copy()
     for k in lowest(scores, share_count(amount, len(scores))):
         result[k] = False
