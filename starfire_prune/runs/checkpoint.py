@@ -1,9 +1,9 @@
-"""Checkpoints of a training run, and exported weights.
+"""Checkpoints of a training run.
 
-A checkpoint is a folder of safetensors and JSON files, and of the optimizer's state as torch saves
-it, loaded with `weights_only`: nothing here executes what a file contains. It appears whole or not
-at all, and damage since then is noticed. Random states are not part of it: a run seeds its
-generators anew each epoch.
+A checkpoint is a folder of safetensors and JSON files, plus the optimizer's state as torch saves
+it, loaded with `weights_only`: loading executes nothing that a file contains. Checkpoints are
+written atomically and verified by checksums. They hold no random states, because a run seeds its
+generators at the start of each epoch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ __all__ = [
 
 KEPT_CHECKPOINTS = 2
 _OWN_SUM = "state_sha256"
-# What json, safetensors, torch and optimizers raise for files that are damaged or of another model
+# What json, safetensors, torch and optimizers raise for damaged files and those of other models
 _DAMAGE = (
     AttributeError,
     EOFError,
@@ -56,6 +56,7 @@ _DAMAGE = (
     UnpicklingError,
     ValueError,
 )
+_Reading = Callable[[Path], AbstractContextManager[Path]]
 
 
 def save_checkpoint(
@@ -68,23 +69,23 @@ def save_checkpoint(
     average: nn.Module | None = None,
     keep: Collection[int] = (),
 ) -> Path:
-    """Write `folder/epoch-NNNN`, and remove all but the last two checkpoints and those to keep.
+    """Write `folder/epoch-NNNN`, and remove all but the last two checkpoints and those in `keep`.
 
     Call it on every rank: the ranks' masks are compared, and rank 0 writes.
 
     Args:
-        folder: of all checkpoints of the run.
-        epoch: number of epochs that are done.
-        model: in any phase; wrappers are taken off.
-        optimizer: built from it.
-        pruner: of the model.
-        extra: plain numbers and strings to keep along.
-        average: of the model's weights, which the pruner mirrors.
-        keep: numbers of epochs whose checkpoints stay.
+        folder: Folder of all checkpoints of the run.
+        epoch: Number of epochs that are done.
+        model: The model, in any phase of pruning; wrappers are removed.
+        optimizer: Optimizer of the model.
+        pruner: Pruner of the model.
+        extra: Plain numbers and strings to save with the checkpoint.
+        average: Moving average of the model's weights, which the pruner mirrors.
+        keep: Numbers of epochs whose checkpoints are kept.
 
     Raises:
-        RuntimeError: from `pruner.check()`: nothing is written then.
-        CheckpointError: if the disk is full; the checkpoints that were there stay whole.
+        RuntimeError: From `pruner.check()`; nothing is written then.
+        CheckpointError: If writing fails; earlier checkpoints stay intact.
     """
     if pruner is not None:
         pruner.check()
@@ -99,12 +100,7 @@ def save_checkpoint(
         with (temporary / "optimizer.pt").open("wb") as file:
             torch.save(optimizer.state_dict(), file)
         if pruner is not None:
-            state["pruner"] = pruner.state_dict()
-            masks = state["pruner"].pop("masks")
-            save_file(
-                {name: mask.contiguous().cpu() for name, mask in masks.items()},
-                str(temporary / "masks.safetensors"),
-            )
+            state["pruner"] = _write_pruner(pruner, temporary)
         state["sha256"] = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         state[_OWN_SUM] = _own_sum(state)
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -121,46 +117,35 @@ def load_checkpoint(
     *,
     forks: bool = False,
 ) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote; the result holds `epoch` and `extra`.
+    """Restore what `save_checkpoint` wrote.
 
     Args:
-        path: of the checkpoint.
-        model: of the saved one's architecture.
-        optimizer: built from it.
-        pruner: of the model.
-        average: of the model's weights, which the pruner mirrors.
-        forks: the checkpoint is of another run's dense phase, whatever that run prunes later.
+        path: Folder of the checkpoint.
+        model: Model of the saved architecture.
+        optimizer: Optimizer of the model.
+        pruner: Pruner of the model.
+        average: Moving average of the model's weights, which the pruner mirrors.
+        forks: The checkpoint comes from another run's dense phase; that run's pruning is ignored.
+
+    Returns:
+        The saved state, with `epoch` and `extra` among its keys.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or belongs to another model or settings.
+        CheckpointError: If a file is missing or damaged, or belongs to another model or settings.
     """
     way_out = (
         "fork another run, or none"
         if forks
-        else f"to go on from the checkpoint before it, delete the folder {path}"
+        else f"to continue from the checkpoint before it, delete the folder {path}"
     )
     reading = functools.partial(_reading, way_out=way_out)
-    with reading(path / "state.json") as file:
-        state = _read_state(file, *(() if average is None else ("average.safetensors",)))
-        saved = state["pruner"]
-        if forks:
-            _check_dense(state, path)
-    for name, saved_sum in state["sha256"].items():
-        with reading(path / name) as file:
-            if _sha256(file) != saved_sum:
-                raise ValueError("its contents are not those that were saved")
+    state = _verified_state(path, reading, forks, () if average is None else ("average",))
     with reading(path / "optimizer.pt") as file:
         optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
-    if forks:
-        if pruner is not None:
-            pruner.skip_dense(state["epoch"])
-    elif (saved is None) != (pruner is None):
-        raise CheckpointError(f"{path}: one of the checkpoint and the recipe prunes, not both")
+    if not forks:
+        _restore_pruner(pruner, state["pruner"], path, reading)
     elif pruner is not None:
-        with reading(path / "masks.safetensors") as file:
-            masks = load_file(file)
-        with reading(path / "state.json"):
-            _restore_pruner(pruner, {**saved, "masks": masks}, path)
+        pruner.skip_dense(state["epoch"])
     with reading(path / "model.safetensors") as file:
         load_model(unwrap(model), file)
     if average is not None:
@@ -171,14 +156,17 @@ def load_checkpoint(
     return state
 
 
+# The checkpoints in a folder
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most epochs in a folder of checkpoints."""
+    """The checkpoint of the most epochs in a folder of checkpoints, which need not exist."""
     checkpoints = checkpoints_in(folder)
     return checkpoints[-1] if checkpoints else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder of checkpoints, which may not be there, by their epochs."""
+    """The checkpoints in a folder of checkpoints, which need not exist, in order of epochs."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{4,}", path.name)]
@@ -186,75 +174,117 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def checkpoint_epoch(path: Path) -> int:
-    """The number of epochs that were done at a checkpoint, by its name."""
+    """The number of epochs that were done at a checkpoint, read from its name."""
     return int(path.name.removeprefix("epoch-"))
 
 
 def _remove_old(folder: Path, keep: Collection[int]) -> None:
-    """Keep the last two checkpoints, and nothing that a kill has left half written or removed."""
+    """Remove all checkpoints but the last two and those in `keep`, and what a kill left behind."""
     for path in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
         if checkpoint_epoch(path) in keep:
             continue
         hidden = path.with_name(f".{path.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
-        path.rename(hidden)  # at once out of sight: a checkpoint is never half there
+        path.rename(hidden)  # atomic: no checkpoint is ever visible in part
     for hidden in folder.glob(".epoch-*"):
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+# state.json and its checksums
+
+
+def _verified_state(
+    path: Path, reading: _Reading, forks: bool, weights: Sequence[str]
+) -> dict[str, Any]:
+    """Read a checkpoint's `state.json` and verify the checksums of all files.
+
+    Args:
+        path: Folder of the checkpoint.
+        reading: Turns errors of a file into a CheckpointError.
+        forks: Require a checkpoint of the dense phase.
+        weights: Names of weights that the checkpoint must hold in addition to the model's.
+    """
+    with reading(path / "state.json") as file:
+        state = _read_state(file, weights)
+        if forks:
+            _check_dense(state, path)
+    for name, saved_sum in state["sha256"].items():
+        with reading(path / name) as file:
+            if _sha256(file) != saved_sum:
+                raise ValueError("its contents are not those that were saved")
+    return state
+
+
+def _read_state(file: Path, weights: Sequence[str]) -> dict[str, Any]:
+    """Read a `state.json` and check that it is complete and belongs to its folder."""
+    state = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(state, dict) and "sha256" in state and _OWN_SUM not in state:
+        raise ValueError("it has no checksum for itself: an earlier version wrote it")
+    if not isinstance(state, dict) or state.get(_OWN_SUM) != _own_sum(state):
+        raise ValueError("its contents are not those that were saved")
+    sums, epoch = state["sha256"], state["epoch"]
+    wanted = {"optimizer.pt", *(f"{name}.safetensors" for name in ("model", *weights))}
+    wanted |= {"masks.safetensors"} if state["pruner"] is not None else set()
+    if not isinstance(sums, dict) or not wanted <= sums.keys() or "extra" not in state:
+        raise ValueError(f"it does not list {', '.join(sorted(wanted))}")
+    named = re.fullmatch(r"epoch-(\d{4,})", file.parent.name)
+    if type(epoch) is not int or (named and epoch != int(named[1])):
+        raise ValueError(f"it belongs to epoch {epoch}, unlike its folder's name")
+    return state
+
+
+def _check_dense(state: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError unless a run with other pruning may continue from a checkpoint."""
+    phase = "dense" if state["pruner"] is None else state["pruner"]["phase"]
+    if phase != "dense":
+        raise CheckpointError(f"{path} belongs to the phase {phase}: fork from a dense one")
+
+
+def _own_sum(state: Mapping[str, Any]) -> str:
+    """The SHA-256 of a state without this sum, independent of the order and layout of its JSON."""
+    rest = {key: value for key, value in state.items() if key != _OWN_SUM}
+    read = json.loads(json.dumps(rest))  # JSON turns all keys into strings
+    text = json.dumps(read, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _own_sum(state: Mapping[str, Any]) -> str:
-    """The SHA-256 of what `state.json` holds beside it, whatever the order and the layout."""
-    rest = {key: value for key, value in state.items() if key != _OWN_SUM}
-    read = json.loads(json.dumps(rest))  # whose keys are strings
-    text = json.dumps(read, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+# The pruner
 
 
-def _read_state(file: Path, *optional: str) -> dict[str, Any]:
-    """The contents of a `state.json` as they were saved, of the checkpoint that it lies in.
-
-    Args:
-        file: the `state.json`.
-        optional: files that the checkpoint has to hold beside the model, the optimizer and,
-            if it prunes, the masks.
-    """
-    state = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(state, dict) and "sha256" in state and _OWN_SUM not in state:
-        raise ValueError("it has no checksum of its own: it is of an earlier version")
-    if not isinstance(state, dict) or state.get(_OWN_SUM) != _own_sum(state):
-        raise ValueError("its contents are not those that were saved")
-    sums, epoch = state["sha256"], state["epoch"]
-    wanted = {"model.safetensors", "optimizer.pt", *optional}
-    wanted |= {"masks.safetensors"} if state["pruner"] is not None else set()
-    if not isinstance(sums, dict) or not wanted <= sums.keys() or "extra" not in state:
-        raise ValueError(f"it does not tell of {', '.join(sorted(wanted))}")
-    named = re.fullmatch(r"epoch-(\d{4,})", file.parent.name)
-    if type(epoch) is not int or (named and epoch != int(named[1])):
-        raise ValueError(f"it is of {epoch} epochs, and its folder's name says otherwise")
+def _write_pruner(pruner: Pruner, folder: Path) -> dict[str, Any]:
+    """Write a pruner's masks into the folder, and return the rest of its state."""
+    state = pruner.state_dict()
+    masks = state.pop("masks")
+    save_file(
+        {name: mask.contiguous().cpu() for name, mask in masks.items()},
+        str(folder / "masks.safetensors"),
+    )
     return state
 
 
-def _restore_pruner(pruner: Pruner, state: Mapping[str, Any], path: Path) -> None:
-    try:
-        pruner.load_state_dict(state)
-    except ValueError as error:  # of other settings or another model: it says what to do
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _check_dense(state: Mapping[str, Any], path: Path) -> None:
-    """Whether a run of other pruning may go on from a checkpoint."""
-    phase = "dense" if state["pruner"] is None else state["pruner"]["phase"]
-    if phase != "dense":
-        raise CheckpointError(f"{path} is of the phase {phase}: fork from a dense one")
+def _restore_pruner(
+    pruner: Pruner | None, saved: Mapping[str, Any] | None, path: Path, reading: _Reading
+) -> None:
+    if (saved is None) != (pruner is None):
+        raise CheckpointError(f"{path}: only one of the checkpoint and the recipe prunes")
+    if pruner is None or saved is None:
+        return
+    with reading(path / "masks.safetensors") as file:
+        masks = load_file(file)
+    with reading(path / "state.json"):
+        try:
+            pruner.load_state_dict({**saved, "masks": masks})
+        except ValueError as error:  # for other settings or another model; it says what to do
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 @contextmanager
 def _reading(file: Path, way_out: str) -> Iterator[Path]:
-    """Turn what goes wrong with a file of a checkpoint into a sentence that names it."""
+    """Turn errors while reading a file of a checkpoint into a CheckpointError that names it."""
     try:
         yield file
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Checkpoints and exported weights: what they restore, refuse and survive."""
+"""Checkpoints: what they restore, refuse and survive."""
 
 import hashlib
 import json
@@ -7,68 +7,25 @@ import pickle
 import re
 import resource
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
-from torch.nn.utils import prune
+from torch import distributed, nn
 
-from starfire_prune import Pruner, ck_structured
 from starfire_prune.runs import checkpoint
 from starfire_prune.runs.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from starfire_prune.serialization.pruned import read_metadata, save_pruned
-from starfire_prune.serialization.state import plain_state_dict
+from starfire_prune.serialization.pruned import save_pruned
 from starfire_prune.utils.errors import CheckpointError
 from tests.support.networks import LAYERS, SmallNet, train_step
+from tests.support.training import PHASES, Training, same, updates_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UPDATES = 3  # an epoch
-PHASES = ["dense", "era", "fixed"]
 FILES = ["masks.safetensors", "model.safetensors", "optimizer.pt", "state.json"]
-
-
-class Training:
-    """A small network, its optimizer and its pruner, as far as some updates have brought them."""
-
-    def __init__(self, updates: int = 0, seed: int = 0, **settings: object) -> None:
-        self.model = SmallNet(seed)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-        self.pruner = Pruner(
-            self.model,
-            {"method": "ck", "amount": 0.6, "era": [1, 2], **settings},
-            updates_per_epoch=UPDATES,
-            optimizer=self.optimizer,
-        )
-        self.go_on(range(updates))
-
-    def go_on(self, updates: range) -> None:
-        for update in updates:
-            train_step(self.model, self.optimizer, update)
-            self.pruner.step()
-            if update % UPDATES == UPDATES - 1:
-                self.pruner.end_epoch(update // UPDATES)
-
-    def save(self, folder: Path, epoch: int = 2) -> Path:
-        return save_checkpoint(folder, epoch, self.model, self.optimizer, self.pruner)
-
-    def load(self, path: Path) -> dict[str, Any]:
-        return load_checkpoint(path, self.model, self.optimizer, self.pruner)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that training goes on from."""
-        states = self.optimizer.state_dict()["state"]
-        return {
-            **self.model.state_dict(),
-            **{f"mask {name}": mask for name, mask in self.pruner.masks().items()},
-            **{f"{key} {index}": states[index][key] for index in states for key in states[index]},
-        }
 
 
 # In the midst of the era, with the optimizer's state of five updates
@@ -81,14 +38,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(saved: Path, tmp_path: Path) -> Path:
     """A checkpoint to damage."""
     return Path(shutil.copytree(saved, tmp_path / saved.name))
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def updates_in(phase: str) -> int:
-    return {"dense": 2, "era": 5, "fixed": 7}[phase]
 
 
 # Saved and restored
@@ -226,7 +175,9 @@ def test_a_damaged_file_is_refused_with_its_name_and_the_way_out(file, damage, c
         Training().load(copied)
     message = str(caught.value)
     assert message.startswith(f"{path} can't be loaded: ")
-    assert message.endswith(f"; to go on from the checkpoint before it, delete the folder {copied}")
+    assert message.endswith(
+        f"; to continue from the checkpoint before it, delete the folder {copied}"
+    )
     assert "\n" not in message
 
 
@@ -267,7 +218,7 @@ def _parsed(content: bytes) -> object:
 
 def test_a_checkpoint_under_the_name_of_another_epoch_is_refused(copied):
     other = copied.rename(copied.with_name("epoch-0005"))
-    with pytest.raises(CheckpointError, match=r"is of 2 epochs, and its folder's name says other"):
+    with pytest.raises(CheckpointError, match=r"belongs to epoch 2, unlike its folder.s name"):
         Training().load(other)
 
 
@@ -280,7 +231,7 @@ def test_a_checkpoint_without_a_checksum_of_its_own_is_told_to_be_older(copied):
     state = json.loads(path.read_text())
     del state["state_sha256"]
     path.write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="it has no checksum of its own: it is of an earlier"):
+    with pytest.raises(CheckpointError, match="it has no checksum for itself: an earlier version"):
         Training().load(copied)
 
 
@@ -331,7 +282,7 @@ def test_a_poisoned_file_is_refused_and_not_executed(kind, copied, tmp_path):
         Training().load(copied)
     assert str(caught.value).startswith(
         f"{path} can't be loaded: it is damaged, or holds more than tensors and "
-        f"plain values; to go on"
+        f"plain values; to continue"
     )
     assert not (tmp_path / "executed").exists()
     if kind == "of torch":
@@ -379,7 +330,7 @@ def test_state_of_another_optimizer_is_refused(saved):
 def test_a_checkpoint_with_pruning_and_a_run_without_do_not_go_together(pruned, saved, tmp_path):
     training = Training()
     dense = save_checkpoint(tmp_path, 2, training.model, training.optimizer)
-    with pytest.raises(CheckpointError, match="one of the checkpoint and the recipe prunes"):
+    with pytest.raises(CheckpointError, match="only one of the checkpoint and the recipe prunes"):
         load_checkpoint(
             saved if pruned else dense,
             training.model,
@@ -519,138 +470,3 @@ def test_every_rank_takes_part_in_the_comparison_of_masks(write, tmp_path, monke
     else:
         save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner)
     assert checked == [True]
-
-
-# Plain weights
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_plain_weights_have_the_names_and_the_order_of_the_dense_model(phase):
-    training = Training(updates_in(phase))
-    assert list(plain_state_dict(training.model)) == list(SmallNet().state_dict())
-
-
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_dense_model_with_the_plain_weights_computes_what_the_pruned_one_does(phase):
-    training, dense = Training(updates_in(phase)), SmallNet(seed=1)
-    dense.load_state_dict(plain_state_dict(training.model), strict=True)
-    images = torch.randn(2, 3, 8, 8)
-    assert torch.equal(dense.eval()(images), training.model.eval()(images))
-
-
-def test_plain_weights_are_never_stale():
-    training = Training(5)
-    with torch.no_grad():
-        training.model.get_parameter("body.weight_orig").fill_(2.0)
-    weight = plain_state_dict(training.model)["body.weight"]
-    assert set(weight.flatten().tolist()) == {0.0, 2.0}
-
-
-def test_plain_pruned_weights_are_positive_zeros():
-    model = nn.Conv2d(2, 4, 3)
-    nn.init.constant_(model.weight, -1.0)
-    ck_structured(model, amount=0.5)
-    weight = plain_state_dict(nn.Sequential(model))["0.weight"]
-    assert int((weight == 0).sum()) == 36
-    assert not torch.signbit(weight[weight == 0]).any()
-
-
-def test_plain_weights_are_copies():
-    training = Training(7)
-    before = training.model.body.weight.detach().clone()
-    for tensor in plain_state_dict(training.model).values():
-        tensor.zero_()
-    assert torch.equal(training.model.body.weight, before)
-
-
-def test_plain_weights_are_contiguous():
-    model = SmallNet().to(memory_format=torch.channels_last)
-    assert all(tensor.is_contiguous() for tensor in plain_state_dict(model).values())
-
-
-def test_plain_weights_of_a_model_pruned_by_torch_are_masked():
-    model = nn.Sequential(nn.Linear(4, 4))
-    prune.l1_unstructured(model[0], "weight", amount=0.5)  # type: ignore[no-untyped-call]
-    state = plain_state_dict(model)
-    assert state.keys() == {"0.weight", "0.bias"}
-    assert int((state["0.weight"] == 0).sum()) == 8
-
-
-@pytest.mark.parametrize("part", ["model", "layer"])
-def test_plain_weights_of_a_compiled_model_have_plain_names(part):
-    model: Any = Training(5).model
-    names = list(plain_state_dict(model))
-    if part == "layer":
-        model.body = torch.compile(model.body)
-    else:
-        model = torch.compile(model)
-    assert list(plain_state_dict(model)) == names
-
-
-def test_plain_weights_keep_their_dtype():
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)).half()
-    ck_structured(model[0], amount=0.5)
-    state = plain_state_dict(model)
-    assert state["0.weight"].dtype == torch.float16
-    assert state["1.num_batches_tracked"].dtype == torch.int64
-
-
-# The export
-
-
-def test_an_export_holds_the_plain_weights(tmp_path):
-    training, path = Training(7), tmp_path / "export" / "model.safetensors"
-    save_pruned(training.model, path, pruner=training.pruner)
-    assert same(load_file(path), plain_state_dict(training.model))
-    assert path.stat().st_mode & stat.S_IRUSR
-
-
-def test_an_export_within_the_era_tells_so(tmp_path):
-    training, path = Training(5), tmp_path / "model.safetensors"
-    save_pruned(training.model, path, pruner=training.pruner)
-    metadata = read_metadata(path)
-    assert metadata["phase"] == "era"
-    assert metadata["weights"]["body.weight"]["zeros"] == int(
-        (load_file(path)["body.weight"] == 0).sum()
-    )
-
-
-def test_the_metadata_tells_the_method_of_each_layer(tmp_path):
-    training, path = Training(7, fc={"method": "block", "amount": 0.3}), tmp_path / "m.safetensors"
-    save_pruned(training.model, path, pruner=training.pruner)
-    weights = read_metadata(path)["weights"]
-    assert {name: (entry["method"], entry["amount"]) for name, entry in weights.items()} == {
-        "stem.weight": ("ck", 0.6),
-        "body.weight": ("ck", 0.6),
-        "point.weight": ("ck", 0.6),
-        "head.weight": ("block", 0.3),
-    }
-
-
-def test_an_export_without_pruning_tells_no_method(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_pruned(SmallNet(), path)
-    assert read_metadata(path) == {"format_version": 1, "method": None, "weights": {}}
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 60_000, '{"a": NaN}'])
-def test_metadata_that_are_no_json_object_are_refused(text, tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(1)}, path, metadata={"starfire_prune": text})
-    with pytest.raises(CheckpointError, match=r"can't be read: what it notes of the pruning is no"):
-        read_metadata(path)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"half of a header", b"\xff" * 100])
-def test_metadata_of_a_damaged_file_is_refused_with_its_path(content, tmp_path):
-    path = tmp_path / "model.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} can't be read: .+; export"):
-        read_metadata(path)
-
-
-def test_a_foreign_file_has_no_metadata(tmp_path):
-    for name, metadata in (("a", None), ("b", {"format": "pt"})):
-        save_file({"weight": torch.zeros(1)}, tmp_path / name, metadata=metadata)
-        assert read_metadata(tmp_path / name) == {}

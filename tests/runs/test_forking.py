@@ -163,8 +163,8 @@ def test_a_run_whose_metrics_are_lost_is_refused_before_anything_is_written(dens
 @pytest.mark.parametrize(
     ("state", "problem", "signed"),
     [
-        ({"pruner": {}}, "does not tell of masks", True),
-        ({"epoch": 4}, "it is of 4 epochs, and its folder's name says otherwise", True),
+        ({"pruner": {}}, "does not list masks", True),
+        ({"epoch": 4}, "it belongs to epoch 4, unlike its folder's name", True),
         ({"epoch": 4}, "its contents are not those that were saved", False),
     ],
 )
