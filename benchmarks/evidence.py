@@ -151,10 +151,10 @@ def _attacked(folder: Path, attack: str, space: str, epsilon: float) -> float:
     found = [
         100 * result.top1
         for result in (evaluation.results if evaluation else ())
-        if (result.attack, result.space, result.source) == (attack, space, None)
-        and math.isclose(result.epsilon, epsilon, abs_tol=1e-6)
-        and (result.images, result.precision) == (_IMAGES, "fp32")
-        and (result.steps, result.restarts, result.seed) == _HOW[attack]
+        if (own := result.attack)
+        and (own.name, own.space, own.source, own.precision) == (attack, space, None, "fp32")
+        and math.isclose(own.epsilon, epsilon, abs_tol=1e-6)
+        and (own.steps, own.restarts, own.seed, result.images) == (*_HOW[attack], _IMAGES)
     ]
     if len(found) != 1:
         raise ValueError(f"{folder.name} has {len(found)} results of {attack}, {space} {epsilon:g}")

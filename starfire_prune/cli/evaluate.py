@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final
 from starfire_prune.cli.common import Command, add_overrides, path_argument
 
 if TYPE_CHECKING:
-    from starfire_prune.evaluation.evaluate import Attack
+    from starfire_prune.evaluation.attacks import Attack
     from starfire_prune.evaluation.results import Evaluation
+    from starfire_prune.evaluation.spaces import SpaceName
     from starfire_prune.runs.weights import WeightsWithRecipe
 
 __all__ = ["COMMAND"]
@@ -129,7 +130,8 @@ def _count(text: str) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for settings out of range or without effect."""
-    from starfire_prune.evaluation.attacks import NORMALISED, PIXELS, check_epsilon, check_pgd
+    from starfire_prune.evaluation.attacks import check_pgd
+    from starfire_prune.evaluation.spaces import NORMALISED, PIXELS, check_epsilon
 
     space = NORMALISED if arguments.space == "normalised" else PIXELS
     for option in ("fgsm", "pgd"):
@@ -188,12 +190,13 @@ def _subjects(
 
 
 def _attacks(arguments: argparse.Namespace) -> list[Attack]:
-    from starfire_prune.evaluation.evaluate import Attack
+    from starfire_prune.evaluation.attacks import Attack
 
+    space: SpaceName = arguments.space or "pixel"
     settings = _pgd_settings(arguments)
     return [
-        *(Attack("fgsm", epsilon) for epsilon in dict.fromkeys(arguments.fgsm)),
-        *(Attack("pgd", epsilon, *settings) for epsilon in dict.fromkeys(arguments.pgd)),
+        *(Attack("fgsm", epsilon, space) for epsilon in dict.fromkeys(arguments.fgsm)),
+        *(Attack("pgd", epsilon, space, *settings) for epsilon in dict.fromkeys(arguments.pgd)),
     ]
 
 
@@ -205,17 +208,16 @@ def _evaluate(
     subjects: Sequence[WeightsWithRecipe],
     source: WeightsWithRecipe | None,
 ) -> None:
-    from starfire_prune.evaluation.evaluate import chosen_device, evaluate_subject
+    from starfire_prune.evaluation.evaluate import chosen_device, evaluate_weights
     from starfire_prune.evaluation.results import format_evaluation, write_evaluation
     from starfire_prune.utils.files import write_text
 
     device, attacks = chosen_device(arguments.device), _attacks(arguments)
     done: list[tuple[WeightsWithRecipe, Evaluation]] = []
     for number, subject in enumerate(subjects):
-        evaluation = evaluate_subject(
+        evaluation = evaluate_weights(
             subject,
             attacks,
-            space=arguments.space or "pixel",
             source=source,
             limit=arguments.limit,
             batch_size=arguments.batch_size,
@@ -247,7 +249,7 @@ def _notes(subject: WeightsWithRecipe, evaluation: Evaluation) -> Iterator[str]:
             f"other versions, or other files in the data"
         )
     asked = subject.recipe.training.mixed_precision
-    if asked != "no" and clean.precision != asked:
+    if asked != "no" and clean.attack.precision != asked:
         yield f"training.mixed_precision (={asked}) is not for this device: clean images in fp32"
     if subject.keeps_evaluation and subject.folder is not None:
         yield f"kept in {evaluation_file(subject.folder)}"

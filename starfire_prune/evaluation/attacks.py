@@ -1,14 +1,14 @@
 """Adversarial images within a distance in every number of an image: FGSM and PGD.
 
-The images are attacked as the model gets them, normalised: a pixel's epsilon is divided by the
-standard deviation of its channel, and so are the bounds of black and white moved. That is the
-attack on pixels, with the normalisation a part of the model, but no image is normalised anew: where
-nothing is changed, the model gets the same bits as without an attack.
+The images are attacked as the model receives them, normalised: epsilon and the valid pixel range
+are converted to normalised units. That is the attack on pixels, with the normalisation as part of
+the model. No image is normalised again: where nothing is changed, the model receives the same bits
+as without an attack.
 
-Attacks follow the model in evaluation, and leave its parameters, their gradients, its buffers and
-its modes as they were. Half precision: images of float16 and bfloat16 are moved in float32 and
-rounded for each pass of the model and at the end, by which they may leave the distance by half a
-unit in the last place; gradients that a half can't hold are zero, and move nothing.
+Attacks follow the model in evaluation mode, and leave its parameters, their gradients, its buffers
+and its modes as they were. Half precision: images of float16 and bfloat16 are moved in float32 and
+rounded for each pass of the model and at the end, so that they may exceed the distance by half a
+unit in the last place; gradients that underflow in half precision are zero and move nothing.
 """
 
 from __future__ import annotations
@@ -17,79 +17,119 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "NORMALISED",
-    "PIXELS",
-    "Space",
-    "check_epsilon",
-    "check_pgd",
-    "default_step_size",
-    "fgsm",
-    "pgd",
-    "pixel_space",
-]
+from starfire_prune.evaluation.spaces import (
+    PIXELS,
+    Space,
+    SpaceName,
+    check_epsilon,
+    epsilon_text,
+)
+
+__all__ = ["Attack", "Precision", "check_pgd", "default_step_size", "fgsm", "pgd"]
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+Precision = Literal["fp32", "bf16", "fp16"]
+_HALVES: Final = (torch.float16, torch.bfloat16)
+_STEPS: Final = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Space:
-    """What epsilon is measured in.
+class Attack:
+    """An attack with its settings, or none: the clean images.
 
     Attributes:
-        name: `"pixel"`, in [0, 1], or `"normalised"`: the numbers that the model gets.
-        unit: of each channel, or of all: what 1 in this space is in the model's numbers.
-        low, high: of each channel, or of all: the bounds of an image in the model's numbers.
-    """
-
-    name: Literal["pixel", "normalised"]
-    unit: tuple[float, ...] = (1.0,)
-    low: tuple[float, ...] = (-math.inf,)
-    high: tuple[float, ...] = (math.inf,)
-
-
-NORMALISED = Space("normalised")
-"""Epsilon is of the numbers that the model gets, and these have no bounds."""
-PIXELS = Space("pixel", low=(0.0,), high=(1.0,))
-"""Epsilon is of pixels in [0, 1], which the model gets as they are."""
-
-
-def pixel_space(mean: Sequence[float], std: Sequence[float]) -> Space:
-    """The space of pixels in [0, 1], of which a model gets `(pixel - mean) / std`.
-
-    Args:
-        mean: of each channel, or of all.
-        std: of each channel, or of all; above 0.
+        name: `"none"` for clean images, `"fgsm"` or `"pgd"`.
+        epsilon: The most by which each number of an image may change; 0 for clean images.
+        space: The space of epsilon, see `Space.name`; without meaning for clean images.
+        steps: Number of PGD's steps; None stands for 10.
+        step_size: Size of PGD's steps, in the unit of epsilon; None stands for
+            `default_step_size`.
+        restarts: Number of PGD's starts; None stands for 1.
+        seed: Seed of PGD's random starts; None where it starts from the images themselves.
+        source: Name of the run whose gradients the attack follows; None for the model's own.
+        precision: Precision of the passes, both of the attack and of the measurement.
 
     Raises:
-        ValueError: if they are not of as many channels, or `std` is not above 0.
-
-    Example:
-        >>> pixel_space([0.5], [0.25])
-        Space(name='pixel', unit=(4.0,), low=(-2.0,), high=(2.0,))
+        ValueError: If a setting of PGD is out of its range.
     """
-    if len(mean) != len(std):
-        raise ValueError(f"`mean` (={mean!r}) and `std` (={std!r}) must be of as many channels")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"`std` (={std!r}) must be above 0: what pixels are divided by")
-    return Space(
-        "pixel",
-        unit=tuple(1 / s for s in std),
-        low=tuple((0 - m) / s for m, s in zip(mean, std, strict=True)),
-        high=tuple((1 - m) / s for m, s in zip(mean, std, strict=True)),
-    )
+
+    name: Literal["none", "fgsm", "pgd"]
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    space: SpaceName = "pixel"
+    steps: int | None = None
+    step_size: float | None = None
+    restarts: int | None = None
+    seed: int | None = None
+    source: str | None = None
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.name == "pgd":
+            steps = _STEPS if self.steps is None else self.steps
+            restarts = 1 if self.restarts is None else self.restarts
+            check_pgd(steps, self.step_size if self.epsilon else None, restarts, self.seed)
+
+    @property
+    def pgd_settings(self) -> dict[str, Any]:
+        """The settings that only PGD has, by the names of its arguments, without None."""
+        steps = self.steps or _STEPS
+        default = default_step_size(self.epsilon, steps)
+        return {
+            "steps": steps,
+            "step_size": default if self.step_size is None else self.step_size,
+            "restarts": self.restarts or 1,
+            "seed": self.seed,
+        }
+
+    def completed(self) -> Attack:
+        """The attack with the settings that None stands for."""
+        return dataclasses.replace(self, **self.pgd_settings) if self.name == "pgd" else self
+
+    @property
+    def has_default_step_size(self) -> bool:
+        """Whether its step size is the default for its epsilon."""
+        default = default_step_size(self.epsilon, self.steps or _STEPS)
+        return self.step_size is None or math.isclose(self.step_size, default, rel_tol=1e-9)
+
+    @property
+    def label(self) -> str:
+        """The attack and its settings except epsilon, in a few words.
+
+        Example:
+            >>> Attack("pgd", steps=10, restarts=2, seed=0, source="dense-seed0").label
+            'PGD of 10 steps, 2 restarts, transferred from dense-seed0'
+        """
+        if self.name == "none":
+            return "clean"
+        text = self.name.upper()
+        if self.steps is not None:
+            text += f" of {self.steps} step{'s' * (self.steps > 1)}"
+        if self.step_size is not None and not self.has_default_step_size:
+            text += f" of {epsilon_text(self.step_size, self.space)}"
+        if self.name == "pgd" and self.seed is None:
+            text += " from the images"
+        restarts = f"{self.restarts} restarts" if (self.restarts or 1) > 1 else ""
+        space = "" if self.space == "pixel" else self.space
+        precision = "" if self.precision == "fp32" else self.precision
+        source = "" if self.source is None else f"transferred from {self.source}"
+        return ", ".join(part for part in (text, restarts, space, precision, source) if part)
+
+    @property
+    def epsilon_text(self) -> str:
+        """Its epsilon, in 255ths where it is a whole number of pixel levels."""
+        return epsilon_text(self.epsilon, self.space)
 
 
 def default_step_size(epsilon: float, steps: int) -> float:
-    """The step of PGD that crosses the ball from side to side and has a quarter to spare.
+    """The step size of PGD with which all steps together cover 2.5 times epsilon.
 
     Example:
         >>> default_step_size(0.04, steps=10)
@@ -107,21 +147,21 @@ def fgsm(
 ) -> list[Tensor]:
     """The fast gradient sign method: one step of epsilon up the loss in every number.
 
-    The gradient is worked out once for all epsilons. After Goodfellow et al., "Explaining and
+    The gradient is computed once for all epsilons. After Goodfellow et al., "Explaining and
     harnessing adversarial examples" (2014).
 
     Args:
-        model: gives logits `(N, classes)`.
-        images: as the model gets them, `(N, C, H, W)`, floating point.
-        labels: of the images, int64 `(N,)`.
-        epsilons: distances from 0, of pixels at most 1; at 0 images are returned bit for bit.
-        space: what epsilon is measured in; `pixel_space` for images that are normalised.
+        model: A model that returns logits `(N, classes)`.
+        images: Images as the model receives them, `(N, C, H, W)`, floating point.
+        labels: Classes of the images, int64 `(N,)`.
+        epsilons: Distances, from 0; in pixels at most 1. At 0 images are returned bit for bit.
+        space: The space of epsilon; `pixel_space(mean, std)` for normalised images.
 
     Returns:
         The adversarial images of each epsilon, in the dtype and memory format of `images`.
 
     Raises:
-        ValueError: if an argument is out of its range, or shapes don't fit.
+        ValueError: If an argument is out of its range, or shapes don't fit.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -160,29 +200,30 @@ def pgd(
     seed: int | None = 0,
     first: int = 0,
 ) -> Tensor:
-    """Projected gradient descent: steps up the loss, each brought back to within epsilon.
+    """Projected gradient descent: steps up the loss, each projected back to within epsilon.
 
     After Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
 
     Args:
-        model: gives logits `(N, classes)`.
-        images: as the model gets them, `(N, C, H, W)`, floating point.
-        labels: of the images, int64 `(N,)`.
-        epsilon: distance from 0, of pixels at most 1; at 0 images are returned bit for bit.
-        space: what epsilon and the step are measured in; `pixel_space` for normalised images.
-        steps: from 1.
-        step_size: above 0; by default `default_step_size`.
-        restarts: from 1. Of several, each image keeps the end that is misclassified, and of these
-            the one of the highest loss.
-        seed: of the random starts, uniform within epsilon; None starts from the images.
-        first: number of the first image. An image's start follows from the seed, the restart and
-            its number alone, so that data may be attacked in batches of any size.
+        model: A model that returns logits `(N, classes)`.
+        images: Images as the model receives them, `(N, C, H, W)`, floating point.
+        labels: Classes of the images, int64 `(N,)`.
+        epsilon: Distance, from 0; in pixels at most 1. At 0 images are returned bit for bit.
+        space: The space of epsilon and of the step size; `pixel_space(mean, std)` for normalised
+            images.
+        steps: Number of steps, from 1.
+        step_size: Size of a step, above 0; by default `default_step_size`.
+        restarts: Number of starts, from 1. Of several results for an image a misclassified one is
+            kept, and of these the one with the highest loss.
+        seed: Seed of the random starts, uniform within epsilon; None starts from the images.
+        first: Number of the first image. The start of an image depends only on the seed, the
+            restart and its number, so that data may be attacked in batches of any size.
 
     Returns:
         The adversarial images, in the dtype and memory format of `images`.
 
     Raises:
-        ValueError: if an argument is out of its range, or shapes don't fit.
+        ValueError: If an argument is out of its range, or shapes don't fit.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -214,24 +255,24 @@ def pgd(
         return _worst(model, ends, labels)
 
 
-# --- the parts of an attack ---------------------------------------------------------------------
+# The parts of an attack
 
 
 def _working(images: Tensor) -> Tensor:
-    """The images in the dtype in which they are moved, out of every graph."""
+    """The images in the dtype in which they are moved, detached from every graph."""
     images = images.detach()
     return images.float() if images.dtype in _HALVES else images
 
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    """Numbers of each channel, `(1, C, 1, 1)`, or of all of them."""
+    """Numbers per channel, `(1, C, 1, 1)`, or one for all, `(1, 1, 1, 1)`."""
     return torch.tensor(values, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
 
 
 def _moved(clean: Tensor, images: Tensor, epsilon: float, space: Space) -> Tensor:
     """The nearest images within epsilon of the clean ones and within the bounds of an image.
 
-    Clean images beyond the bounds, as rounding and bicubic resizing leave them, bound themselves.
+    Where a clean image exceeds the bounds, after rounding or bicubic resizing, it is the bound.
     """
     reach = _per_channel(space.unit, clean) * epsilon
     lowest = clean.minimum(_per_channel(space.low, clean)).maximum(clean - reach)
@@ -240,7 +281,7 @@ def _moved(clean: Tensor, images: Tensor, epsilon: float, space: Space) -> Tenso
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of each image's loss with respect to it, as the model gets it in `dtype`."""
+    """The gradient of each loss with respect to its image, which the model gets in `dtype`."""
     with torch.inference_mode(False), torch.enable_grad():
         inputs = images.to(dtype).clone().requires_grad_()
         losses = _losses(model(inputs), labels.clone())
@@ -265,7 +306,7 @@ def _noise(images: Tensor, seed: int, restart: int, first: int) -> Tensor:
 
 @torch.no_grad()
 def _worst(model: nn.Module, ends: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Of the ends of each image the one that does the model the most harm."""
+    """The most harmful of the results for each image."""
     worst = ends[0]
     if len(ends) == 1:
         return worst
@@ -286,7 +327,7 @@ def _harm(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation; each of its modules gets its mode back."""
+    """Put the model in evaluation mode; afterwards each module has its mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -296,7 +337,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# --- checks -------------------------------------------------------------------------------------
+# Checks
 
 
 def _check_batch(images: Tensor, labels: Tensor, space: Space) -> None:
@@ -313,19 +354,9 @@ def _check_batch(images: Tensor, labels: Tensor, space: Space) -> None:
     channels = len(space.unit)
     if channels not in (1, images.shape[1]):
         raise ValueError(
-            f"`space` is of {channels} channels and the images are of {images.shape[1]}: give its "
-            f"mean and std for each of them"
+            f"`space` has {channels} channels and the images have {images.shape[1]}: give mean and "
+            f"std for each of them"
         )
-
-
-def check_epsilon(epsilon: float, space: Space) -> None:
-    """Raise ValueError if an epsilon is out of the range of its space."""
-    if space.name == "pixel" and not 0 <= epsilon <= 1:
-        raise ValueError(
-            f"`epsilon` (={epsilon:g}) must be in [0, 1] in pixel space: 8 of 255 levels are 8/255"
-        )
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"`epsilon` (={epsilon:g}) must be a number from 0")
 
 
 def check_pgd(steps: int, step_size: float | None, restarts: int, seed: int | None) -> None:
@@ -339,5 +370,5 @@ def check_pgd(steps: int, step_size: float | None, restarts: int, seed: int | No
         raise ValueError(f"`seed` (={seed}) must be at least 0, or None for no random start")
     if seed is None and restarts > 1:
         raise ValueError(
-            f"`restarts` (={restarts}) from the images themselves would all end alike: give a seed"
+            f"`restarts` (={restarts}) from the images themselves would all be equal: give a seed"
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,9 @@ from starfire_prune.data import (
     build_loader,
     digits_normalisation,
 )
-from starfire_prune.evaluation.attacks import (
-    NORMALISED,
-    Space,
-    check_pgd,
-    default_step_size,
-    fgsm,
-    pgd,
-    pixel_space,
-)
+from starfire_prune.evaluation.attacks import Attack, Precision, fgsm, pgd
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256
+from starfire_prune.evaluation.spaces import NORMALISED, Space, SpaceName, pixel_space
 from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.data import recipe_datasets
@@ -39,58 +32,19 @@ from starfire_prune.runs.environment import environment
 from starfire_prune.runs.weights import WeightsWithRecipe, data_settings
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.utils.errors import EvaluationError, PretrainedError
+from starfire_prune.utils.text import first_line
 
-__all__ = ["Attack", "chosen_device", "evaluate_subject"]
+__all__ = ["chosen_device", "evaluate_weights"]
 
 
 _PRECISIONS: Final = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _AUTOCAST: Final = {"fp16": torch.float16, "bf16": torch.bfloat16}
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Attack:
-    """An attack with one epsilon; the other settings are PGD's, see `starfire_prune.attacks`.
-
-    What is left out of PGD's is set to what it then is; without `seed` it starts from the images.
-
-    Raises:
-        ValueError: if a setting of PGD is out of its range.
-
-    Example:
-        >>> Attack("pgd", 0.04)
-        Attack(kind='pgd', epsilon=0.04, steps=10, step_size=0.01, restarts=1, seed=None)
-    """
-
-    kind: Literal["fgsm", "pgd"]
-    epsilon: float
-    steps: int | None = None
-    step_size: float | None = None
-    restarts: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind != "pgd":
-            return
-        steps = 10 if self.steps is None else self.steps
-        restarts = 1 if self.restarts is None else self.restarts
-        check_pgd(steps, self.step_size if self.epsilon else None, restarts, self.seed)
-        step_size = default_step_size(self.epsilon, steps)
-        for name, value in {"steps": steps, "step_size": step_size, "restarts": restarts}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the class is frozen
-
-    @property
-    def pgd_settings(self) -> dict[str, Any]:
-        """The settings that PGD alone has, by the names of its arguments."""
-        return {name: getattr(self, name) for name in ("steps", "step_size", "restarts", "seed")}
-
-
-def evaluate_subject(
-    subject: WeightsWithRecipe,
+def evaluate_weights(
+    trained: WeightsWithRecipe,
     attacks: Sequence[Attack] = (),
     *,
-    space: Literal["pixel", "normalised"] = "pixel",
     source: WeightsWithRecipe | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -98,64 +52,61 @@ def evaluate_subject(
 ) -> Evaluation:
     """Measure top-1, top-5 and loss on the validation images, clean and under each attack.
 
-    Clean images are measured in the recipe's mixed precision, as while training, and all else in
-    float32. fp16, which is not for a CPU, is float32 there.
+    Clean images are measured in the recipe's mixed precision, as in training, and attacks in
+    float32. On a CPU, fp16 is replaced by float32.
 
     Args:
-        subject: the weights.
-        attacks: to measure; those by FGSM share one gradient.
-        space: of their epsilons.
-        source: weights whose gradients the attacks follow, in place of the subject's own.
-        limit: so many images, evenly spaced (of shards the first ones), from 1; all by default.
-        batch_size: from 1; by default the recipe's in evaluation.
-        device: to work on; by default the accelerator, if there is one.
+        trained: The weights with their recipe.
+        attacks: The attacks to measure; those by FGSM in a space share one gradient.
+        source: Weights whose gradients the attacks follow, in place of those of `trained`.
+        limit: Number of images, from 1, evenly spaced (of shards the first ones); default: all.
+        batch_size: Batch size, from 1; default: the recipe's for evaluation.
+        device: Device to use; default: the accelerator, if there is one.
 
     Returns:
-        The results of this call alone.
+        The results of this call only.
 
     Raises:
-        EvaluationError: if weights, recipe, source and data don't fit, or memory is too small.
-        DataError: if the data can't be read.
+        EvaluationError: If weights, recipe, source and data don't fit, or memory is too small.
+        DataError: If the data can't be read.
 
     Example:
-        >>> subject = find_weights(Path("runs/quickstart"))  # doctest: +SKIP
-        >>> evaluate_subject(subject, [Attack("fgsm", 1 / 255)]).results[1].top1  # doctest: +SKIP
+        >>> trained = find_weights(Path("runs/quickstart"))  # doctest: +SKIP
+        >>> evaluate_weights(trained, [Attack("fgsm", 1 / 255)]).results[1].top1  # doctest: +SKIP
         0.9333
     """
     device = device or chosen_device()
-    recipe = subject.recipe
-    loader, total = _validation(subject, limit, batch_size)
-    model = _model(subject, device)
-    attacker = model if source is None else _source(source, subject, device)
-    measured = _Measured(model, attacker, _space(recipe, space), _precision(recipe, device))
-    with _repeatable(), _told():
-        tallies = _measure(measured, loader, attacks, limit or total, device, subject.name)
-    clean = Result(attack="none", epsilon=0.0, precision=measured.precision, **tallies[0].shares())
-    attacked = [
-        Result(
-            attack=attack.kind,
-            space=space,
-            source=source.name if source is not None else None,
-            **{name: value for name, value in vars(attack).items() if name != "kind"},
-            **tally.shares(),
-        )
-        for attack, tally in zip(attacks, tallies[1:], strict=True)
+    recipe = trained.recipe
+    loader, total = _validation(trained, limit, batch_size)
+    model = _model(trained, device)
+    attacker = model if source is None else _source(source, trained, device)
+    spaces = {name: _space(recipe, name) for name in {attack.space for attack in attacks}}
+    measured = _Measured(model, attacker, spaces, _precision(recipe, device))
+    with _repeatable(), _readable_errors():
+        tallies = _measure(measured, loader, attacks, limit or total, device, trained.name)
+    followed = None if source is None else source.name
+    settings = [
+        Attack("none", precision=measured.precision),
+        *(dataclasses.replace(attack, source=followed).completed() for attack in attacks),
     ]
     return Evaluation(
-        weights_sha256=file_sha256(subject.weights),
+        weights_sha256=file_sha256(trained.weights),
         source_sha256={} if source is None else {source.name: file_sha256(source.weights)},
         data=data_settings(recipe),
         images=total,
         environment=environment(device),
-        results=(clean, *attacked),
+        results=tuple(
+            Result(attack=attack, **tally.shares())
+            for attack, tally in zip(settings, tallies, strict=True)
+        ),
     )
 
 
 def chosen_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the accelerator, or the CPU where there is none.
+    """The device with this name; without a name the accelerator, or the CPU if there is none.
 
     Raises:
-        EvaluationError: if there is no such device.
+        EvaluationError: If there is no such device.
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -163,21 +114,20 @@ def chosen_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise EvaluationError(f"--device (={name}) can't be used: {reason}") from error
+        raise EvaluationError(f"--device (={name}) can't be used: {first_line(error)}") from error
     return device
 
 
-# --- measuring ----------------------------------------------------------------------------------
+# Measuring
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """A model, the one that attacks follow, their space and the precision of clean passes."""
+    """A model, the model that attacks follow, their spaces and the precision of clean passes."""
 
     model: nn.Module
     attacker: nn.Module
-    space: Space
+    spaces: Mapping[SpaceName, Space]
     precision: Precision
 
 
@@ -221,7 +171,7 @@ def _measure(
     clean, *attacked = [_Tally() for _ in range(1 + len(attacks))]
     for images, labels in tqdm(loader, desc=name, disable=None, leave=False):
         rest = count - clean.images
-        if rest <= 0:  # of shards, which give more
+        if rest <= 0:  # shards yield more
             break
         first = clean.images
         images, labels = images[:rest].to(device), labels[:rest].to(device)
@@ -237,16 +187,23 @@ def _measure(
 def _adversarial(
     measured: _Measured, images: Tensor, labels: Tensor, attacks: Sequence[Attack], first: int
 ) -> Iterator[Tensor]:
-    """The images of each attack; those by FGSM from one gradient."""
-    model, space = measured.attacker, measured.space
-    epsilons = [attack.epsilon for attack in attacks if attack.kind == "fgsm"]
-    by_fgsm = iter(fgsm(model, images, labels, epsilons, space))
-    for attack in attacks:
-        if attack.kind == "fgsm":
-            yield next(by_fgsm)
+    """The images of each attack; those by FGSM in a space from one gradient."""
+    model = measured.attacker
+    by_fgsm = {
+        name: iter(fgsm(model, images, labels, _fgsm_epsilons(attacks, name), space))
+        for name, space in measured.spaces.items()
+    }
+    for own in attacks:
+        if own.name == "fgsm":
+            yield next(by_fgsm[own.space])
         else:
-            settings = attack.pgd_settings if attack.epsilon else {}  # at 0 it takes no step
-            yield pgd(model, images, labels, attack.epsilon, space, first=first, **settings)
+            settings = own.pgd_settings if own.epsilon else {}  # at 0 it moves nothing
+            space = measured.spaces[own.space]
+            yield pgd(model, images, labels, own.epsilon, space, first=first, **settings)
+
+
+def _fgsm_epsilons(attacks: Sequence[Attack], space: SpaceName) -> list[float]:
+    return [own.epsilon for own in attacks if (own.name, own.space) == ("fgsm", space)]
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -262,7 +219,7 @@ def _precision(recipe: Recipe, device: torch.device) -> Precision:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Let cuDNN choose kernels that repeat their bits."""
+    """Make cuDNN choose deterministic kernels."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
@@ -273,8 +230,8 @@ def _repeatable() -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn what a machine is too small for into a sentence."""
+def _readable_errors() -> Iterator[None]:
+    """Raise errors of a machine that is too small in one sentence."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -283,20 +240,20 @@ def _told() -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise EvaluationError(
-            "a loader process was ended from outside, mostly for want of memory or of /dev/shm: "
+            "a DataLoader worker was killed, usually because memory or /dev/shm ran out: "
             "--set data.workers=0"
         ) from error
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# Data and models
 
 
 def _validation(
-    subject: WeightsWithRecipe, limit: int | None, batch_size: int | None
+    trained: WeightsWithRecipe, limit: int | None, batch_size: int | None
 ) -> tuple[DataLoader[tuple[Tensor, Tensor]], int]:
-    """A loader of the validation images, or of an evenly spaced part, and how many there are."""
-    data = subject.recipe.data
-    val = _datasets(subject).val
+    """A loader of the validation images, or of evenly spaced ones, and their total number."""
+    data = trained.recipe.data
+    val = _datasets(trained).val
     total = len(val)  # type: ignore[arg-type]
     if limit is not None and limit < total and not isinstance(val, IterableDataset):
         val = Subset(val, [index * total // limit for index in range(limit)])
@@ -305,42 +262,42 @@ def _validation(
     return cast("DataLoader[tuple[Tensor, Tensor]]", loader), total
 
 
-def _datasets(subject: WeightsWithRecipe) -> Datasets:
-    root = subject.recipe.data.root
+def _datasets(trained: WeightsWithRecipe) -> Datasets:
+    root = trained.recipe.data.root
     try:
-        return recipe_datasets(subject.recipe)
+        return recipe_datasets(trained.recipe)
     except DataError as error:
         if root is None:
             raise
         raise DataError(
-            f"{subject.name}: {error}; where the data lie elsewhere than data.root (={root}), give "
+            f"{trained.name}: {error}; if the data are not in data.root (={root}), give "
             f"--data FOLDER or --set data.root=FOLDER"
         ) from error
 
 
-def _model(subject: WeightsWithRecipe, device: torch.device) -> nn.Module:
-    """The model in evaluation, with the subject's weights and none of its own."""
-    settings = subject.recipe.model
+def _model(trained: WeightsWithRecipe, device: torch.device) -> nn.Module:
+    """The model in evaluation mode, with all its weights from the file."""
+    settings = trained.recipe.model
     model = create_model(settings.name, settings.num_classes, **settings.options)
     try:
-        fresh = load_weights(model, subject.weights)
+        fresh = load_weights(model, trained.weights)
     except PretrainedError as error:
         raise EvaluationError(f"{error} (the recipe's model is {settings.name})") from error
     if fresh:
         raise EvaluationError(
-            f"{subject.weights} is of other classes than the recipe's model.num_classes "
-            f"(={settings.num_classes}): its {fresh[0]} is of another shape; give its own recipe"
+            f"{trained.weights} has another number of classes than the recipe's model.num_classes "
+            f"(={settings.num_classes}): its {fresh[0]} has another shape; give its own recipe"
         )
-    if subject.recipe.training.channels_last:
+    if trained.recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
 
 def _source(
-    source: WeightsWithRecipe, subject: WeightsWithRecipe, device: torch.device
+    source: WeightsWithRecipe, trained: WeightsWithRecipe, device: torch.device
 ) -> nn.Module:
-    """The model whose gradients are followed, which must see images as the subject does."""
-    own, other = source.recipe, subject.recipe
+    """The model whose gradients are followed; its images must be normalised in the same way."""
+    own, other = source.recipe, trained.recipe
     pairs = {
         "model.num_classes": (own.model.num_classes, other.model.num_classes),
         "the normalisation": (_normalisation(own), _normalisation(other)),
@@ -348,7 +305,7 @@ def _source(
     for what, (its, ours) in pairs.items():
         if its != ours:
             raise EvaluationError(
-                f"--source {source.name} can't attack {subject.name}: {what} is {its} there and "
+                f"--source {source.name} can't attack {trained.name}: {what} is {its} there and "
                 f"{ours} here"
             )
     return _model(source, device)
@@ -363,7 +320,7 @@ def _normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]
     return data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
 
 
-def _space(recipe: Recipe, name: str) -> Space:
+def _space(recipe: Recipe, name: SpaceName) -> Space:
     if name == "normalised":
         return NORMALISED
     return pixel_space(*_normalisation(recipe))

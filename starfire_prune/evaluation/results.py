@@ -1,25 +1,34 @@
-"""What the weights of a run came to on the validation images, clean and attacked: a JSON file.
+"""`evaluation.json`: accuracy of a run's weights on the validation images, clean and attacked.
 
-`evaluation.json` lies in the folder of the run. It holds a result for each attack and its settings,
-all of the same weights and the same images.
+The file is in the folder of the run. It has a result for each attack with its settings, all of the
+same weights and the same images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from starfire_prune.evaluation.attacks import Attack
 from starfire_prune.runs.folder import read_metrics
 from starfire_prune.runs.weights import WeightsWithRecipe
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.utils.errors import EvaluationError
 from starfire_prune.utils.files import write_text
-from starfire_prune.utils.text import format_columns
+from starfire_prune.utils.text import format_columns, number_text
 
 __all__ = [
     "Evaluation",
@@ -35,8 +44,8 @@ __all__ = [
 ]
 
 
-_MEASURED: Final = {"top1", "top5", "loss"}
 _ATTACKS: Final = ("none", "fgsm", "pgd")
+_SETTINGS: Final = {field.name for field in dataclasses.fields(Attack)} - {"name"}
 
 
 class _Model(BaseModel):
@@ -44,55 +53,50 @@ class _Model(BaseModel):
 
 
 class Result(_Model):
-    """What came of one attack with one epsilon.
+    """The accuracy under one attack with one epsilon, or of clean images.
+
+    In JSON the attack's name is `attack`, and its settings are keys beside those of the result.
 
     Attributes:
-        attack: on the images; none for clean ones.
-        epsilon: by how much an attack may change each number of an image; 0 for clean ones.
-        space: epsilon is of pixels in [0, 1], or of the normalised numbers that the model gets;
-            without meaning for clean images.
-        steps: of PGD.
-        step_size: of PGD, in the same unit as epsilon.
-        restarts: of PGD.
-        seed: of PGD's random starts; None where it starts from the images themselves.
-        source: name of the run whose gradients the attack followed; None for the model's own.
-        precision: of the passes, both of the attack and of the measurement.
-        images: that were measured.
-        top1, top5: shares in [0, 1].
-        loss: mean cross entropy; None where it is not finite.
+        attack: The attack with its settings.
+        images: Number of images measured.
+        top1, top5: Accuracies in [0, 1].
+        loss: Mean cross entropy; None where it is not finite.
     """
 
-    attack: Literal["none", "fgsm", "pgd"]
-    epsilon: float = Field(ge=0)
-    space: Literal["pixel", "normalised"] = "pixel"
-    steps: int | None = Field(None, ge=1)
-    step_size: float | None = Field(None, ge=0)
-    restarts: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, ge=0)
-    source: str | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attack: Attack
     images: int = Field(ge=1)
     top1: float = Field(ge=0, le=1)
     top5: float = Field(ge=0, le=1)
     loss: float | None
 
-    @property
-    def settings(self) -> tuple[tuple[str, Any], ...]:
-        """Everything but what was measured: of two results with the same the later one counts."""
-        return tuple(self.model_dump(exclude=_MEASURED).items())
+    @model_validator(mode="before")
+    @classmethod
+    def _nested(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or isinstance(tree.get("attack"), Attack):
+            return tree
+        settings = {key: tree[key] for key in tree if key in _SETTINGS}
+        rest = {key: tree[key] for key in tree if key not in _SETTINGS}
+        return {**rest, "attack": {"name": tree.get("attack"), **settings}}
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.attack)
+        measured = {key: getattr(self, key) for key in ("images", "top1", "top5", "loss")}
+        return {"attack": settings.pop("name"), **settings, **measured}
 
 
 class Evaluation(_Model):
     """The results of one file of weights.
 
     Attributes:
-        format_version: of the file.
-        weights_sha256: of the weights' file.
-        source_sha256: of the weights' files of the runs that `Result.source` names.
-        data: the settings of the data that decide what the images are.
-        images: in the validation part; a result of fewer is of a part of them.
-        environment: versions and device of the last evaluation.
-        results: clean ones first, then by attack, source, settings and epsilon.
+        format_version: Version of the file's format.
+        weights_sha256: SHA-256 of the file of weights.
+        source_sha256: SHA-256 of the weights of the runs that `Attack.source` names.
+        data: The settings of the data that decide which images are measured.
+        images: Number of validation images; a result with fewer is of a part of them.
+        environment: Versions and device of the last evaluation.
+        results: Clean images first, then by attack, source, settings and epsilon.
     """
 
     format_version: Literal[1] = 1
@@ -122,7 +126,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     """Read the evaluation in a run's folder; None where it has not been evaluated.
 
     Raises:
-        EvaluationError: if the file is damaged, or of another format.
+        EvaluationError: If the file is damaged, or of another format.
 
     Example:
         >>> evaluation = read_evaluation(Path("runs/quickstart"))  # doctest: +SKIP
@@ -136,15 +140,15 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return Evaluation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise EvaluationError(
-            f"{path} can't be read: {_reason(error)}; delete it, and evaluate anew"
+            f"{path} can't be read: {_reason(error)}; delete it, and evaluate again"
         ) from error
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> Evaluation:
-    """Merge an evaluation into the file of a run's folder; what the file then holds.
+    """Merge an evaluation into the file in a run's folder, and return what the file then contains.
 
     Raises:
-        EvaluationError: if the file that is there can't be read, or none can be written.
+        EvaluationError: If the existing file can't be read, or the new one can't be written.
     """
     whole = merged(read_evaluation(folder), evaluation)
     path = evaluation_file(folder)
@@ -156,21 +160,21 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> Evaluation:
 
 
 def merged(old: Evaluation | None, new: Evaluation) -> Evaluation:
-    """The results of both: of the same settings the new one.
+    """The results of both evaluations; of two with the same settings the new one.
 
-    Nothing old is left where it is of other weights or images, nor what was attacked from a run
-    of the same name with other weights.
+    Old results of other weights or other images are dropped, and so are those whose attack followed
+    a run with the same name and other weights.
     """
-    if old is None or _subject(old) != _subject(new):
+    if old is None or _measured_on(old) != _measured_on(new):
         return new.model_copy(update={"results": _in_order(new.results)})
-    replaced = {result.settings for result in new.results}
+    replaced = {(result.attack, result.images) for result in new.results}
     stale = {
         name for name, own in new.source_sha256.items() if old.source_sha256.get(name, own) != own
     }
     kept = [
         result
         for result in old.results
-        if result.settings not in replaced and result.source not in stale
+        if (result.attack, result.images) not in replaced and result.attack.source not in stale
     ]
     return new.model_copy(
         update={
@@ -181,70 +185,45 @@ def merged(old: Evaluation | None, new: Evaluation) -> Evaluation:
 
 
 def format_evaluation(evaluation: Evaluation) -> str:
-    """The table of an evaluation, a result a line.
+    """The table of an evaluation, a line per result.
 
     Example:
-        >>> clean = Result(attack="none", epsilon=0.0, images=8, top1=0.75, top5=1.0, loss=0.5)
+        >>> clean = Result(attack=Attack("none"), images=8, top1=0.75, top5=1.0, loss=0.5)
         >>> known = {"weights_sha256": "", "data": {}, "environment": {}}
         >>> print(format_evaluation(Evaluation(images=8, results=(clean,), **known)))
         attack  epsilon  precision  images  top-1 [%]  top-5 [%]    loss
         ------  -------  ---------  ------  ---------  ---------  ------
-        none             fp32            8      75.00     100.00  0.5000
+        clean            fp32            8      75.00     100.00  0.5000
     """
     header = ("attack", "epsilon", "precision", "images", "top-1 [%]", "top-5 [%]", "loss")
     rows = [
         [
-            _attack_cell(result),
-            "" if result.attack == "none" else f"{_amount(result, result.epsilon)} {result.space}",
-            result.precision,
+            result.attack.label,
+            "" if result.attack.name == "none" else result.attack.epsilon_text,
+            result.attack.precision,
             f"{result.images}",
             f"{100 * result.top1:.2f}",
             f"{100 * result.top5:.2f}",
-            "-" if result.loss is None else f"{result.loss:.4f}",
+            number_text(result.loss, 4),
         ]
         for result in evaluation.results
     ]
     return format_columns(header, rows, left=(0, 1, 2))
 
 
-def _attack_cell(result: Result) -> str:
-    text: str = result.attack
-    if result.steps is not None and result.step_size is not None:
-        text += f" {result.steps} steps of {_amount(result, result.step_size)}"
-        if result.seed is None:
-            text += " from the images"
-        elif result.restarts is not None and result.restarts > 1:
-            text += f", {result.restarts} starts"
-    return text if result.source is None else f"{text} by {result.source}"
-
-
-def _amount(result: Result, value: float) -> str:
-    """An epsilon as it is mostly written: levels of 255 for pixels."""
-    levels = round(value * 255, 2)
-    if result.space == "pixel" and 0 < value < 1 and abs(value * 255 - levels) < 1e-6:
-        return f"{levels:g}/255"
-    return f"{value:.4g}"
-
-
-def _subject(evaluation: Evaluation) -> tuple[object, ...]:
-    """Of what the results are; the same data may lie elsewhere."""
+def _measured_on(evaluation: Evaluation) -> tuple[object, ...]:
+    """The weights and images that are measured; the same data may be in another folder."""
     data = {key: value for key, value in evaluation.data.items() if key != "root"}
     return evaluation.weights_sha256, data, evaluation.images
 
 
 def _in_order(results: Iterable[Result]) -> tuple[Result, ...]:
     def place(result: Result) -> tuple[object, ...]:
-        numbers = (result.steps, result.restarts, result.seed)
-        return (
-            _ATTACKS.index(result.attack),
-            result.source or "",
-            result.space,
-            *(-1 if number is None else number for number in numbers),
-            result.epsilon,
-            result.step_size or 0.0,
-            result.precision,
-            result.images,
-        )
+        own = result.attack
+        numbers = (-1 if n is None else n for n in (own.steps, own.restarts, own.seed))
+        size = (own.epsilon, own.step_size or 0.0)
+        kind = (_ATTACKS.index(own.name), own.source or "", own.space)
+        return (*kind, *numbers, *size, own.precision, result.images)
 
     return tuple(sorted(results, key=place))
 
@@ -257,22 +236,22 @@ def _reason(error: OSError | ValidationError) -> str:
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def check_keeps(subject: WeightsWithRecipe) -> None:
-    """Raise EvaluationError if the evaluation of a run could not be kept in its folder."""
-    if subject.folder is None or not subject.keeps_evaluation:
+def check_keeps(trained: WeightsWithRecipe) -> None:
+    """Raise EvaluationError if the evaluation of a run can't be stored in its folder."""
+    if trained.folder is None or not trained.keeps_evaluation:
         return
-    read_evaluation(subject.folder)
-    if not os.access(subject.folder, os.W_OK | os.X_OK):
+    read_evaluation(trained.folder)
+    if not os.access(trained.folder, os.W_OK | os.X_OK):
         raise EvaluationError(
-            f"{evaluation_file(subject.folder)} can't be written: make the folder writable, or "
-            f"give {subject.weights} --recipe {subject.folder / 'recipe.yaml'}, which keeps nothing"
+            f"{evaluation_file(trained.folder)} can't be written: make the folder writable, or "
+            f"give {trained.weights} --recipe {trained.folder / 'recipe.yaml'}, which stores none"
         )
 
 
-def trained_top1(subject: WeightsWithRecipe) -> float | None:
-    """The top-1 of a run's weights as it measured them itself at its end, in [0, 1]."""
-    if subject.folder is None or not subject.keeps_evaluation:
+def trained_top1(trained: WeightsWithRecipe) -> float | None:
+    """The top-1 in [0, 1] that a run measured at its end; None for other weights."""
+    if trained.folder is None or not trained.keeps_evaluation:
         return None
-    is_average = "average_decay" in read_metadata(subject.weights)
-    rows = read_metrics(subject.folder)
+    is_average = "average_decay" in read_metadata(trained.weights)
+    rows = read_metrics(trained.folder)
     return rows[-1].get("ema_top1" if is_average else "top1") if rows else None

@@ -7,14 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from starfire_prune.reporting.attacks import (
-    Attack,
-    attack_curve,
-    attacks_of,
-    epsilon_text,
-    is_level,
-    results_under,
-)
+from starfire_prune.evaluation.attacks import Attack
+from starfire_prune.evaluation.spaces import epsilon_text, is_level
+from starfire_prune.reporting.attacks import SPACES, attack_curve, attacks_of, results_under
 from starfire_prune.reporting.curves import Curve, curve, mean_curve
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import Points, Series, curves, points
@@ -226,7 +221,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
         if (own_curves := _attack_curves(own, attack))
     ]
     ends = "; ".join(
-        f"{own.label} {number_text(y[-1])} % at epsilon {epsilon_text(x[-1], attack)}"
+        f"{own.label} {number_text(y[-1])} % at epsilon {epsilon_text(x[-1], attack.space)}"
         for own in series
         for x, y in [mean_curve(own.curves)]
         if x
@@ -245,7 +240,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
     return titled_picture(
         f"robustness-{attack.name}",
         f"Top-1 under {attack.label}",
-        f"ε is the most by which {attack.unit} change{clean}. "
+        f"ε is the most by which {SPACES[attack.space]} change{clean}. "
         f"{listed(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
         f"Top-1 over epsilon: {ends}.",
         _over_epsilon(series, attack),
@@ -258,7 +253,7 @@ def _over_epsilon(series: Sequence[Series], attack: Attack) -> Images:
         is_level(epsilon) for own in series for x, _ in own.curves for epsilon in x
     )
     if not in_levels:
-        return curves(series, (f"ε, of {attack.unit}", "top-1 [%]"), marked=True)
+        return curves(series, (f"ε, of {SPACES[attack.space]}", "top-1 [%]"), marked=True)
     scaled = [
         dataclasses.replace(
             own, curves=tuple((tuple(round(255 * e) for e in x), y) for x, y in own.curves)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,8 +20,10 @@ from torch.utils.data import IterableDataset
 from starfire_prune import save_pruned
 from starfire_prune.data import load_datasets
 from starfire_prune.evaluation import evaluate as robustness
-from starfire_prune.evaluation.evaluate import Attack, evaluate_subject
+from starfire_prune.evaluation.attacks import Attack
+from starfire_prune.evaluation.evaluate import evaluate_weights
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256, read_evaluation
+from starfire_prune.evaluation.spaces import SpaceName
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.runs import data as run_data
@@ -119,8 +121,12 @@ def results_of(run: Path) -> tuple[Result, ...]:
     return evaluation.results
 
 
+def attacks_of(run: Path) -> list[Attack]:
+    return [result.attack for result in results_of(run)]
+
+
 def measured(run: Path, *attacks: Attack, **options: Any) -> tuple[Result, ...]:
-    return evaluate_subject(find_weights(run), attacks, device=CPU, **options).results
+    return evaluate_weights(find_weights(run), attacks, device=CPU, **options).results
 
 
 def refusal(ended: Ended) -> str:
@@ -164,13 +170,13 @@ def test_another_accuracy_than_the_run_ended_with_is_told(tool, run, other):
 def test_clean_images_are_measured_in_the_mixed_precision_of_the_recipe(tool, run):
     tool(run, "--set", "training.mixed_precision=bf16", "--fgsm", "0")
     clean, attacked = results_of(run)
-    assert (clean.precision, attacked.precision) == ("bf16", "fp32")
+    assert (clean.attack.precision, attacked.attack.precision) == ("bf16", "fp32")
     assert clean.loss != attacked.loss
 
 
 def test_fp16_is_float32_on_a_cpu_and_told(tool, run):
     ended = tool(run, "--set", "training.mixed_precision=fp16")
-    assert results_of(run)[0].precision == "fp32"
+    assert results_of(run)[0].attack.precision == "fp32"
     assert "\ntraining.mixed_precision (=fp16) is not for this device: clean images in fp32\n" in (
         ended.stdout
     )
@@ -204,30 +210,35 @@ def test_results_are_those_of_the_attack_on_all_images(skilled):
 
 
 def test_no_epsilon_is_the_clean_accuracy(run):
-    clean, *attacked = measured(run, Attack("fgsm", 0.0), Attack("pgd", 0.0, 10, 0.0, 2, 0))
+    clean, *attacked = measured(
+        run, Attack("fgsm", 0.0), Attack("pgd", 0.0, "pixel", 10, 0.0, 2, 0)
+    )
     for result in attacked:
         assert (result.top1, result.top5, result.loss) == (clean.top1, clean.top5, clean.loss)
 
 
-@pytest.mark.parametrize("space", ["pixel", "normalised"])
+@pytest.mark.parametrize("space", get_args(SpaceName))
 def test_a_stronger_attack_leaves_less(skilled, space):
-    attacks = [Attack("fgsm", 0.05), Attack("pgd", 0.05, 10, 0.0125, 1, 0), Attack("fgsm", 0.1)]
-    clean, near, steps, far = measured(skilled, *attacks, space=space)
+    near_and_far = [Attack("fgsm", epsilon, space) for epsilon in (0.05, 0.1)]
+    in_steps = Attack("pgd", 0.05, space, 10, 0.0125, 1, 0)
+    clean, near, far, steps = measured(skilled, *near_and_far, in_steps)
     losses = [result.loss or math.nan for result in (clean, near, far)]
     assert losses == sorted(losses)
     assert steps.loss > near.loss  # type: ignore[operator]
-    assert {result.space for result in (near, steps, far)} == {space}
+    assert {result.attack.space for result in (near, steps, far)} == {space}
 
 
 def test_a_result_tells_the_settings_of_pgd_that_were_left_out(run):
-    _, default, told = measured(run, Attack("pgd", 0.1), Attack("pgd", 0.1, 10, 0.025, 1))
-    assert (default.steps, default.step_size, default.restarts, default.seed) == (
-        10,
-        0.025,
-        1,
-        None,
-    )
+    complete = Attack("pgd", 0.1, steps=10, step_size=0.025, restarts=1)
+    _, default, told = measured(run, Attack("pgd", 0.1), complete)
+    assert default.attack == complete
     assert default == told
+
+
+def test_attacks_in_several_spaces_are_measured_together(skilled):
+    pixel, normalised = (Attack("fgsm", 0.1, space) for space in get_args(SpaceName))
+    together = measured(skilled, pixel, normalised)
+    assert together[1:] == (measured(skilled, pixel)[1], measured(skilled, normalised)[1])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_settings_of_pgd_that_are_nothing_are_refused_and_not_replaced(settings,
 
 
 def test_results_do_not_depend_on_the_batches(run):
-    attack = Attack("pgd", 0.05, 3, 0.02, 2, 7)
+    attack = Attack("pgd", 0.05, "pixel", 3, 0.02, 2, 7)
     whole, parts = (measured(run, attack, batch_size=size) for size in (24, 5))
     for one, two in zip(whole, parts, strict=True):
         assert (one.top1, one.top5) == (two.top1, two.top5)
@@ -255,7 +266,7 @@ def test_a_transfer_attack_follows_the_source(skilled, other):
     attack = Attack("fgsm", 0.1)
     _, own = measured(skilled, attack)
     _, transferred = measured(skilled, attack, source=find_weights(other))
-    assert transferred.source == "other"
+    assert transferred.attack.source == "other"
     assert transferred.loss < own.loss  # type: ignore[operator]
     _, itself = measured(skilled, attack, source=find_weights(skilled))
     assert (itself.top1, itself.loss) == (own.top1, own.loss)
@@ -306,15 +317,13 @@ def test_the_table_tells_attacks_and_spaces(tool, run):
     printed = re.sub(r"  +\d+\.\d\d  +\d+\.\d\d  +\d+\.\d{4}\n", "\n", ended.stdout)
     assert printed.splitlines() == [
         str(run),
-        "attack                           epsilon         precision  images  top-1 [%]  top-5 [%]"
-        "    loss",
-        "-------------------------------  --------------  ---------  ------  ---------  ---------"
-        "  ------",
-        "none                                             fp32           24",
-        "fgsm                             0 pixel         fp32           24",
-        "fgsm                             1/255 pixel     fp32           24",
-        "fgsm                             25.5/255 pixel  fp32           24",
-        "pgd 2 steps of 10/255, 2 starts  8/255 pixel     fp32           24",
+        "attack                      epsilon  precision  images  top-1 [%]  top-5 [%]    loss",
+        "--------------------------  -------  ---------  ------  ---------  ---------  ------",
+        "clean                                fp32           24",
+        "FGSM                        0/255    fp32           24",
+        "FGSM                        1/255    fp32           24",
+        "FGSM                        0.1      fp32           24",
+        "PGD of 2 steps, 2 restarts  8/255    fp32           24",
         f"kept in {run}/evaluation.json",
     ]
 
@@ -326,26 +335,17 @@ def test_the_folder_of_a_run_keeps_its_evaluation(tool, run):
     assert evaluation.weights_sha256 == file_sha256(weights_of(run))
     assert (evaluation.images, evaluation.data["name"]) == (24, "digits")
     assert torch.__version__.startswith(evaluation.environment["packages"]["torch"])
-    assert evaluation.results[1].settings == tuple(
-        {
-            "attack": "pgd",
-            "epsilon": 0.1,
-            "space": "pixel",
-            "steps": 4,
-            "step_size": 0.0625,
-            "restarts": 1,
-            "seed": 3,
-            "source": None,
-            "precision": "fp32",
-            "images": 24,
-        }.items()
+    attacked = evaluation.results[1]
+    assert attacked.images == 24
+    assert attacked.attack == Attack(
+        "pgd", 0.1, "pixel", steps=4, step_size=0.0625, restarts=1, seed=3
     )
 
 
 def test_calls_add_to_the_evaluation_and_new_weights_begin_anew(tool, run, other):
     tool(run, "--fgsm", "0.1")
     tool(run, "--fgsm", "0.1", "0.2", "--space", "normalised")
-    assert [(r.attack, r.space, r.epsilon) for r in results_of(run)] == [
+    assert [(own.name, own.space, own.epsilon) for own in attacks_of(run)] == [
         ("none", "pixel", 0.0),
         ("fgsm", "normalised", 0.1),
         ("fgsm", "normalised", 0.2),
@@ -353,7 +353,7 @@ def test_calls_add_to_the_evaluation_and_new_weights_begin_anew(tool, run, other
     ]
     shutil.copy(weights_of(other), weights_of(run))
     tool(run)
-    assert [result.attack for result in results_of(run)] == ["none"]
+    assert [own.name for own in attacks_of(run)] == ["none"]
 
 
 def test_nothing_but_the_evaluation_is_written(tool, run):
@@ -392,7 +392,7 @@ def test_other_weights_to_start_from_are_the_same_model(tool, run):
 
 def test_a_source_is_kept_with_its_weights(tool, run, other):
     ended = tool(run, "--fgsm", "0.1", "--source", other)
-    assert "\nfgsm by other  " in ended.stdout
+    assert "\nFGSM, transferred from other  " in ended.stdout
     evaluation = read_evaluation(run)
     assert evaluation is not None
     assert evaluation.source_sha256 == {"other": file_sha256(weights_of(other))}
@@ -459,7 +459,7 @@ def test_the_data_are_read_where_the_command_says(tool, photographs):
     by_set = tool(weights, *recipe, "--set", f"data.root={root}", "--fgsm", "1/255")
     assert by_data == by_set
     assert (by_data.status, by_data.stderr) == (0, "")
-    assert re.search(r"\nnone +fp32 +10 ", by_data.stdout)
+    assert re.search(r"\nclean +fp32 +10 ", by_data.stdout)
 
 
 def test_a_compressed_file_is_evaluated_as_the_dense_one(tool, photographs, tmp_path):
@@ -487,8 +487,8 @@ def test_a_place_where_the_data_are_not_is_told_with_the_way_out(tool, photograp
     recipe = ("--recipe", weights.parent / "photographs.yaml")
     assert refusal(tool(weights, *recipe, "--data", root / "gone")) == (
         f"weights.safetensors: root {root}/gone does not exist: give the folder of data set "
-        f"'folder'; where the data lie elsewhere than data.root (={root}/gone), give --data FOLDER "
-        f"or --set data.root=FOLDER"
+        f"'folder'; if the data are not in data.root (={root}/gone), give --data FOLDER or "
+        f"--set data.root=FOLDER"
     )
 
 
@@ -557,8 +557,8 @@ def test_a_classifier_of_other_classes_is_refused(tool, run):
     weights["fc.weight"], weights["fc.bias"] = torch.zeros(3, 16), torch.zeros(3)
     save_file(weights, weights_of(run))
     assert refusal(tool(run)) == (
-        f"{weights_of(run)} is of other classes than the recipe's model.num_classes (=10): its "
-        f"fc.weight is of another shape; give its own recipe"
+        f"{weights_of(run)} has another number of classes than the recipe's model.num_classes "
+        f"(=10): its fc.weight has another shape; give its own recipe"
     )
 
 
@@ -591,8 +591,8 @@ def test_options_that_the_model_refuses_are_told(tool, run):
 
 def test_a_damaged_evaluation_is_refused_before_anything_is_measured(tool, run, monkeypatch):
     (run / "evaluation.json").write_text("{", encoding="utf-8")
-    monkeypatch.setattr(robustness, "evaluate_subject", lambda *_, **__: pytest.fail("measured"))
-    assert "delete it, and evaluate anew" in refusal(tool(run))
+    monkeypatch.setattr(robustness, "evaluate_weights", lambda *_, **__: pytest.fail("measured"))
+    assert "delete it, and evaluate again" in refusal(tool(run))
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,8 @@ from torch.nn import functional
 
 from starfire_prune import ck_structured
 from starfire_prune.engine.sparsity import effective_weight
-from starfire_prune.evaluation.attacks import (
-    NORMALISED,
-    PIXELS,
-    Space,
-    default_step_size,
-    fgsm,
-    pgd,
-    pixel_space,
-)
+from starfire_prune.evaluation.attacks import default_step_size, fgsm, pgd
+from starfire_prune.evaluation.spaces import NORMALISED, PIXELS, Space, pixel_space
 from tests.support.networks import SmallNet, equal_states, snapshot
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -421,7 +414,7 @@ def test_attacks_run_where_the_images_are():
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-9, rtol=0)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -434,7 +427,7 @@ def test_attacks_run_where_the_images_are():
         (float("nan"), PIXELS, r"`epsilon` \(=nan\) must be in \[0, 1\]"),
     ],
 )
-def test_an_epsilon_out_of_range_is_refused(epsilon, space, message):
+def test_an_epsilon_out_of_range_raises(epsilon, space, message):
     with pytest.raises(ValueError, match=message):
         fgsm(MODEL, *batch(), [0.1, epsilon], space)
     with pytest.raises(ValueError, match=message):
@@ -451,7 +444,7 @@ def test_an_epsilon_out_of_range_is_refused(epsilon, space, message):
         ({"seed": None, "restarts": 2}, r"`restarts` \(=2\) from the images themselves would all"),
     ],
 )
-def test_settings_of_pgd_out_of_range_are_refused(options, message):
+def test_settings_of_pgd_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=message):
         pgd(MODEL, *batch(), 0.1, **options)
 
@@ -462,10 +455,10 @@ def test_settings_of_pgd_out_of_range_are_refused(options, message):
         (torch.zeros(3, 8, 8), torch.zeros(3), r"not torch\.float32 \(3, 8, 8\)"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2), r"not torch\.uint8"),
         (torch.zeros(2, 3, 8, 8), torch.zeros(2, 10), r"each of the 2 images, not \(2, 10\)"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(2), "of 3 channels and the images are of 1: give"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2), "has 3 channels and the images have 1: give"),
     ],
 )
-def test_a_batch_that_does_not_fit_is_refused(images, labels, message):
+def test_a_batch_that_does_not_fit_raises(images, labels, message):
     with pytest.raises(ValueError, match=message):
         fgsm(MODEL, images, labels, [0.1], IMAGENET)
 
@@ -473,10 +466,14 @@ def test_a_batch_that_does_not_fit_is_refused(images, labels, message):
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        ([0.5], [0.5, 0.5], r"`mean` \(=\[0\.5\]\) and `std` \(=\[0\.5, 0\.5\]\) must be of as"),
+        (
+            [0.5],
+            [0.5, 0.5],
+            r"`mean` \(=\[0\.5\]\) and `std` \(=\[0\.5, 0\.5\]\) must have the same",
+        ),
         ([0.5], [0.0], r"`std` \(=\[0\.0\]\) must be above 0"),
     ],
 )
-def test_a_normalisation_that_is_none_is_refused(mean, std, message):
+def test_a_normalisation_of_unequal_or_zero_numbers_raises(mean, std, message):
     with pytest.raises(ValueError, match=message):
         pixel_space(mean, std)

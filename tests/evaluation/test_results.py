@@ -1,5 +1,6 @@
-"""evaluation.json: what it holds, how evaluations are merged, and when old results go."""
+"""evaluation.json: its contents, and how evaluations are merged."""
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from starfire_prune.evaluation.attacks import Attack
 from starfire_prune.evaluation.results import (
     Evaluation,
     Result,
@@ -19,15 +21,10 @@ from starfire_prune.evaluation.results import (
 )
 from starfire_prune.utils.errors import EvaluationError
 
-CLEAN = Result(attack="none", epsilon=0.0, images=24, top1=0.75, top5=1.0, loss=0.5)
-FGSM = Result(attack="fgsm", epsilon=0.1, images=24, top1=0.5, top5=0.875, loss=1.5)
+CLEAN = Result(attack=Attack("none"), images=24, top1=0.75, top5=1.0, loss=0.5)
+FGSM = Result(attack=Attack("fgsm", 0.1), images=24, top1=0.5, top5=0.875, loss=1.5)
 PGD = Result(
-    attack="pgd",
-    epsilon=0.1,
-    steps=10,
-    step_size=0.02,
-    restarts=2,
-    seed=7,
+    attack=Attack("pgd", 0.1, steps=10, step_size=0.02, restarts=2, seed=7),
     images=24,
     top1=0.25,
     top5=0.875,
@@ -80,7 +77,11 @@ def evaluation(*results: Result, **changes: Any) -> Evaluation:
 
 
 def changed(result: Result, **changes: Any) -> Result:
-    return result.model_copy(update=changes)
+    """A result with another attack or another number of images."""
+    own = {key: value for key, value in changes.items() if key in Result.model_fields}
+    settings = {key: value for key, value in changes.items() if key not in own}
+    attack = dataclasses.replace(result.attack, **settings)
+    return result.model_copy(update={"attack": attack, **own})
 
 
 # The file
@@ -111,25 +112,25 @@ def test_a_folder_without_the_file_has_no_evaluation(tmp_path):
         (TEXT, TEXT[:200], "Invalid JSON: EOF"),
         ('"format_version": 1', '"format_version": 2', "format_version: Input should be 1"),
         ('"top1": 0.25', '"top1": 25', r"results\.0\.top1: Input should be less than or equal"),
-        ('"attack": "pgd"', '"attack": "cw"', r"results\.0\.attack: Input should be 'none'"),
+        ('"attack": "pgd"', '"attack": "cw"', r"results\.0\.attack\.name: Input should be 'none'"),
         ('"seed": 7,', '"seed": 7, "eps": 1,', r"results\.0\.eps: Extra inputs are not permitted"),
     ],
 )
-def test_a_file_that_is_no_evaluation_is_told(tmp_path, old, new, reason):
+def test_a_file_that_is_not_an_evaluation_raises(tmp_path, old, new, reason):
     evaluation_file(tmp_path).write_text(TEXT.replace(old, new), encoding="utf-8")
-    match = rf"{tmp_path}/evaluation\.json can't be read: {reason}.*; delete it, and evaluate anew"
+    match = rf"{tmp_path}/evaluation\.json can't be read: {reason}.*; delete it, and evaluate again"
     with pytest.raises(EvaluationError, match=match):
         read_evaluation(tmp_path)
 
 
-def test_a_file_that_is_no_evaluation_is_not_written_over(tmp_path):
+def test_a_file_that_is_not_an_evaluation_is_not_overwritten(tmp_path):
     evaluation_file(tmp_path).write_text("mine", encoding="utf-8")
     with pytest.raises(EvaluationError, match="can't be read"):
         write_evaluation(tmp_path, evaluation(CLEAN))
     assert evaluation_file(tmp_path).read_text() == "mine"
 
 
-def test_a_file_that_cannot_be_written_is_told(tmp_path):
+def test_a_file_that_cannot_be_written_raises(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(EvaluationError, match=r"run/evaluation\.json can't be written: "):
         write_evaluation(tmp_path / "run", evaluation(CLEAN))
@@ -160,7 +161,7 @@ def test_a_result_of_the_same_settings_is_replaced():
     "changes",
     [
         *({"epsilon": 0.2}, {"space": "normalised"}, {"steps": 20}, {"step_size": 0.01}),
-        *({"restarts": 1}, {"seed": None}, {"source": "dense"}, {"precision": "bf16"}),
+        *({"restarts": 1}, {"seed": 8}, {"source": "dense"}, {"precision": "bf16"}),
         {"images": 12},
     ],
 )
@@ -173,7 +174,7 @@ def test_every_setting_tells_results_apart(changes):
     "changes",
     [{"weights_sha256": "cd"}, {"images": 25}, {"data": {"name": "digits", "image_size": 32}}],
 )
-def test_results_of_other_weights_or_images_go(changes):
+def test_results_of_other_weights_or_images_are_dropped(changes):
     new = evaluation(CLEAN, **changes)
     assert merged(evaluation(FGSM, PGD), new) == new
 
@@ -188,7 +189,7 @@ def test_the_environment_is_the_last_one():
     assert merged(evaluation(FGSM), new).environment == {"torch": "3.0.0"}
 
 
-def test_results_from_a_source_of_other_weights_go():
+def test_results_from_a_source_of_other_weights_are_dropped():
     transferred = [changed(FGSM, source="dense"), changed(FGSM, source="ck")]
     old = evaluation(*transferred, FGSM, source_sha256={"dense": "12", "ck": "34"})
     new = evaluation(changed(PGD, source="dense"), source_sha256={"dense": "56"})
@@ -203,7 +204,8 @@ def test_the_order_of_results_does_not_depend_on_the_order_of_evaluations(result
     for result in results:
         whole = merged(whole, evaluation(result))
     assert whole is not None
-    assert [(r.attack, r.epsilon, r.precision) for r in whole.results] == [
+    found = [result.attack for result in whole.results]
+    assert [(own.name, own.epsilon, own.precision) for own in found] == [
         ("none", 0.0, "bf16"),
         ("none", 0.0, "fp32"),
         ("fgsm", 0.1, "fp32"),

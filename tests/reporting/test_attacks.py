@@ -1,12 +1,14 @@
 """Accuracies under attack, from evaluations made by hand."""
 
+import json
 from typing import Any
 
 import pytest
 
-from starfire_prune.evaluation.results import Evaluation, Result
+from starfire_prune.evaluation.attacks import Attack
+from starfire_prune.evaluation.results import Evaluation
 from starfire_prune.reporting.attacks import (
-    Attack,
+    SPACES,
     accuracy,
     attack_curve,
     attacks_of,
@@ -20,13 +22,14 @@ PGD = {"attack": "pgd", "steps": 10, "step_size": 0.01, "restarts": 2, "seed": 0
 
 def evaluation(*results: dict[str, Any]) -> Evaluation:
     shared: dict[str, Any] = {"images": 100, "top5": 0.9, "loss": 1.0}
-    return Evaluation(
-        weights_sha256="0",
-        data={},
-        images=100,
-        environment={},
-        results=tuple(Result(**{**shared, **result}) for result in results),
-    )
+    content = {
+        "weights_sha256": "0",
+        "data": {},
+        "images": 100,
+        "environment": {},
+        "results": [{**shared, **result} for result in results],
+    }
+    return Evaluation.model_validate_json(json.dumps(content))
 
 
 def fgsm(epsilon: float, top1: float, **settings: Any) -> dict[str, Any]:
@@ -153,4 +156,4 @@ def test_an_attack_is_named_by_all_its_settings():
     own = evaluation(pgd(0.1, 0.1, space="normalised", source="ck"))
     (attack,) = attacks_of([own])
     assert attack.label == "PGD of 10 steps, 2 restarts, normalised, transferred from ck"
-    assert attack.unit == "normalised pixels"
+    assert SPACES[attack.space] == "normalised pixels"

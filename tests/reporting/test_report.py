@@ -210,7 +210,7 @@ def test_masks_are_of_the_middle_layer_or_the_one_that_is_named(left):
     assert "conv1, of shape " in named.pictures[-1].caption
 
 
-def test_a_layer_that_is_not_pruned_is_refused(left):
+def test_a_layer_that_is_not_pruned_raises(left):
     run = left("ck")
     with pytest.raises(
         ReportError, match=r"--layer fc is no convolution that .* prunes; it prunes"

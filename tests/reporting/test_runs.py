@@ -73,16 +73,16 @@ def test_an_evaluation_belongs_to_the_exported_weights(folder):
     assert evaluation.results[0].top1 == 0.5
 
 
-# Refusals
+# Errors
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_folder_that_is_not_there_raises(tmp_path):
     assert refusal(tmp_path / "gone") == (
         "there is no folder gone: name a folder that tools/train.py has made"
     )
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_of_something_else_raises(tmp_path):
     (tmp_path / "else").mkdir()
     assert refusal(tmp_path / "else") == "else is no run's folder: it holds no recipe.yaml"
 
@@ -103,33 +103,33 @@ def test_a_damaged_recipe_is_refused_with_what_is_wrong(folder):
     )
 
 
-def test_damaged_metrics_are_refused(folder):
+def test_damaged_metrics_raise(folder):
     (folder / "metrics.jsonl").write_text("{\n", encoding="utf-8")
     assert refusal(folder).startswith("ck-seed3/metrics.jsonl is damaged (")
 
 
-def test_metrics_that_are_no_text_are_refused(folder):
+def test_metrics_that_are_no_text_raise(folder):
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
     assert refusal(folder) == "ck-seed3/metrics.jsonl is damaged: it is no text: restore it"
 
 
-def test_metrics_without_an_epoch_are_refused(folder):
+def test_metrics_without_an_epoch_raise(folder):
     write_metrics(folder, [{"epoch": 1, "top1": 0.5, "sparsity_network": 0.0}])
     assert "its epochs are not 0, 1, 2 …: restore it" in refusal(folder)
 
 
-def test_metrics_without_accuracy_are_refused(folder):
+def test_metrics_without_accuracy_raise(folder):
     write_metrics(folder, [{"epoch": 0, "sparsity_network": 0.0}])
     assert "is damaged: epoch 0 has no top1: restore it" in refusal(folder)
 
 
-def test_metrics_of_more_epochs_than_the_recipes_are_refused(folder):
+def test_metrics_of_more_epochs_than_the_recipes_raise(folder):
     rows = [{"epoch": e, "top1": 0.5, "sparsity_network": 0.6} for e in range(5)]
     write_metrics(folder, rows)
     assert "is of another run: it has 5 epochs, and the recipe beside it 4" in refusal(folder)
 
 
-def test_metrics_that_end_before_the_exported_weights_are_refused(folder):
+def test_metrics_that_end_before_the_exported_weights_raise(folder):
     rows = [{"epoch": e, "top1": 0.5, "sparsity_network": 0.6} for e in range(3)]
     write_metrics(folder, rows)
     assert "it ends after 3 of 4 epochs, though the run has exported" in refusal(
@@ -147,12 +147,12 @@ def test_an_unfinished_run_is_refused_unless_it_is_asked_for(tmp_path):
     assert (run.finished, run.numbers.epochs, run.sparsity) == (False, 3, None)
 
 
-def test_weights_that_are_no_safetensors_are_refused(folder):
+def test_weights_that_are_no_safetensors_raise(folder):
     export_of(folder).write_bytes(b"nothing")
     assert refusal(folder).startswith("ck-seed3/export/model.safetensors can't be read: ")
 
 
-def test_weights_of_another_model_are_refused(folder):
+def test_weights_of_another_model_raise(folder):
     metadata = {"starfire_prune": json.dumps({"weights": {}})}
     state = load_file(export_of(folder))
     state["head.weight"] = state.pop("fc.weight")
@@ -163,7 +163,7 @@ def test_weights_of_another_model_are_refused(folder):
     )
 
 
-def test_weights_of_other_classes_are_refused(folder):
+def test_weights_of_other_classes_raise(folder):
     metadata = {"starfire_prune": json.dumps({"weights": {}})}
     state = load_file(export_of(folder))
     state |= {"fc.weight": state["fc.weight"][:7], "fc.bias": state["fc.bias"][:7]}
@@ -171,24 +171,24 @@ def test_weights_of_other_classes_are_refused(folder):
     assert "is of another number of classes than the recipe beside it (10)" in refusal(folder)
 
 
-def test_weights_that_something_else_has_written_are_refused(folder):
+def test_weights_that_something_else_has_written_raise(folder):
     save_file(load_file(export_of(folder)), export_of(folder))
     assert "was not exported by tools/train.py" in refusal(folder)
 
 
-def test_weights_of_another_run_of_the_same_model_are_refused(folder, tmp_path):
+def test_weights_of_another_run_of_the_same_model_raise(folder, tmp_path):
     shutil.copy(export_of(leave_dense(tmp_path / "dense")), export_of(folder))
     assert "is of another run: 0.00% of its weights are zero, and metrics.jsonl ends" in refusal(
         folder
     )
 
 
-def test_a_damaged_evaluation_is_refused(folder):
+def test_a_damaged_evaluation_raises(folder):
     (folder / "evaluation.json").write_text("{", encoding="utf-8")
     assert refusal(folder).startswith("ck-seed3/evaluation.json can't be read: ")
 
 
-def test_an_evaluation_of_other_weights_is_refused(folder, tmp_path):
+def test_an_evaluation_of_other_weights_raises(folder, tmp_path):
     other = leave_dense(tmp_path / "dense")
     leave_evaluation(other, {"attack": "none", "epsilon": 0.0, "top1": 0.5})
     shutil.copy(other / "evaluation.json", folder / "evaluation.json")

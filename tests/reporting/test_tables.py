@@ -173,7 +173,7 @@ def test_each_run_of_a_table_has_the_papers_numbers_too(table, left):
     assert columns(grid, 2)["top1, paper"] == "-"
 
 
-def test_a_run_of_the_table_that_is_there_twice_is_refused(table, left, tmp_path):
+def test_a_run_of_the_table_that_is_there_twice_raises(table, left, tmp_path):
     again = read_run(leave_dense(tmp_path / "copy" / "dense-seed0", "seed=0"))
     with pytest.raises(ReportError) as caught:
         compared(table, [*left, again])
