@@ -1,6 +1,6 @@
 """Blocks of neighbouring output and input channels, which are pruned together.
 
-The edges of a weight that a whole block doesn't fit form smaller blocks.
+Blocks are smaller at the edges of a weight where a complete one doesn't fit.
 """
 
 from torch import Tensor

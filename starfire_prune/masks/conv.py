@@ -195,7 +195,7 @@ def effective_block_size(
 ) -> tuple[int, int]:
     """The block size of `ck_mask` in a layer, which may be too small for the one that is wanted.
 
-    A dimension in which a group of the convolution holds fewer than two whole blocks isn't
+    A dimension in which a group of the convolution holds fewer than two complete blocks isn't
     blocked: there the size is 1. So a first layer that reads three input channels keeps single
     ones.
 
@@ -205,8 +205,8 @@ def effective_block_size(
         block_size: Output and input channels of a block, `(out, in)`.
 
     Raises:
-        TypeError, ValueError: If they are no counts, or `groups` doesn't divide the output
-            channels.
+        TypeError, ValueError: For a bad `groups` or `block_size`, and for output channels that
+            `groups` doesn't divide.
 
     Example:
         >>> effective_block_size((64, 3, 7, 7), 1, (4, 4))

@@ -13,8 +13,8 @@ __all__ = ["Units", "at_most", "check_positive", "count", "merge", "weight_units
 class Units:
     """The units of a weight, and the scopes in which they compete with each other.
 
-    Each mask function counts its units by a function of its own, such as `ck_units`, which needs
-    the shape of the weight only.
+    Each mask function has a function that counts its units from the shape of the weight, such as
+    `ck_units` for `ck_mask`.
 
     Attributes:
         size: Number of units in each scope.
