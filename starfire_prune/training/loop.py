@@ -18,7 +18,6 @@ from starfire_prune.data import PADDING_LABEL
 from starfire_prune.engine.sparsity import measure_sparsity
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import read_metrics
-from starfire_prune.training.cpu_share import CpuShare
 from starfire_prune.training.learning_rate import learning_rate_factor
 from starfire_prune.training.mixing import mix_batch
 from starfire_prune.training.setup import Batch, Run
@@ -100,11 +99,11 @@ def _phase_of(recipe: Recipe, epoch: int) -> str:
 
 
 def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Mean loss, images (of all processes) a second, and the pruner's share of the CPU time."""
+    """Train one epoch; its mean loss, and the images of all processes per second."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     training = run.recipe.training
     model.train()
-    start, cpu = time.perf_counter(), CpuShare()
+    start = time.perf_counter()
     total_loss = torch.zeros((), device=accelerator.device)
     images_seen = 0
     for images, labels in _progress(run, epoch):
@@ -115,7 +114,7 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
             if training.clip_grad_norm is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), training.clip_grad_norm)
             optimizer.step()
-            _follow_update(run, cpu)
+            _follow_update(run)
             optimizer.zero_grad()
         total_loss += loss.detach() * len(labels)
         images_seen += len(labels)
@@ -124,7 +123,6 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     return {
         "train_loss": total / count,
         "images_per_s": count / (time.perf_counter() - start),
-        "pruner_cpu_share": cpu.share,
     }
 
 
@@ -134,13 +132,12 @@ def _prepared_batch(run: Run, images: Tensor, labels: Tensor) -> Batch:
     return (images, labels) if run.mixup is None else mix_batch(run.mixup, images, labels)
 
 
-def _follow_update(run: Run, cpu: CpuShare) -> None:
+def _follow_update(run: Run) -> None:
     """Prune and average after `optimizer.step()`, if that was an update."""
     accelerator = run.accelerator
     updated = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
     if run.pruner is not None:
-        with cpu.part():
-            run.pruner.step(updated)
+        run.pruner.step(updated)
     if run.average is not None and updated:
         run.average_updates += 1
         run.average.update(unwrap(run.model), step=run.average_updates)

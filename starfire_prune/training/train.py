@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -247,9 +246,3 @@ def _final_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {last['epoch'] + 1} epochs"
     if "ema_top1" in last:
         yield f"average of the weights: top-1 {last['ema_top1']:.2%}, top-5 {last['ema_top5']:.2%}"
-    shares: dict[str, list[float]] = {}
-    for row in rows:
-        shares.setdefault(row["phase"], []).append(row["pruner_cpu_share"])
-    if set(shares) != {"dense"}:
-        means = (f"{phase} {statistics.mean(values):.2%}" for phase, values in shares.items())
-        yield f"pruner's share of the CPU time: {', '.join(means)}"

@@ -139,8 +139,7 @@ def train_on(recipe: Recipe, folder: Path) -> None:
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`, without what differs between runs."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timings = ("images_per_s", "pruner_cpu_share")
-    return [{key: value for key, value in row.items() if key not in timings} for row in rows]
+    return [{key: value for key, value in row.items() if key != "images_per_s"} for row in rows]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

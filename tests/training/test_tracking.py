@@ -131,7 +131,7 @@ def test_tensorboard_gets_every_epochs_metrics_in_the_runs_folder(charts_of, tmp
     charts = charts_of(tmp_path / "run" / "logs" / "run")
     sparsity = [0.0, pytest.approx(0.3, abs=0.03), pytest.approx(0.6, abs=0.03)]
     assert charts["sparsity"] == [*enumerate(sparsity), (3, sparsity[2])]
-    assert {"top1", "train_loss", "lr", "pruner_cpu_share"} <= charts.keys()
+    assert {"top1", "train_loss", "lr"} <= charts.keys()
 
 
 def test_tensorboard_shows_each_epoch_of_a_resumed_run_once(charts_of, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,6 @@ METRICS = [
     "sparsity",
     "sparsity_network",
     "images_per_s",
-    "pruner_cpu_share",
 ]
 
 
@@ -68,7 +66,7 @@ def test_every_epoch_trains_with_its_learning_rate(runs, tmp_path):
 
     def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append(run.optimizer.param_groups[0]["lr"])
-        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
+        return {"train_loss": 0.0, "images_per_s": 1.0}
 
     runs.setattr(loop, "_train_epoch", note)
     train(
@@ -84,7 +82,7 @@ def test_layer_wise_rates_of_timm_hold(runs, tmp_path):
 
     def note(run: Any, epoch: int) -> dict[str, float]:
         rates.append([group["lr"] for group in run.optimizer.param_groups])
-        return {"train_loss": 0.0, "images_per_s": 1.0, "pruner_cpu_share": 0.0}
+        return {"train_loss": 0.0, "images_per_s": 1.0}
 
     runs.setattr(loop, "_train_epoch", note)
     overrides = ("optimizer.options={layer_decay: 0.5}", "lr_schedule={milestones: [2]}")
@@ -397,22 +395,6 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
 # What a run prints
 
 
-def test_the_pruners_share_of_the_cpu_time_is_told_by_phase(runs, tmp_path, capsys):
-    train(small_recipe(tmp_path), tmp_path / "run")
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    dense, *era, fixed = (json.loads(line)["pruner_cpu_share"] for line in text.splitlines())
-    assert 0 < fixed < statistics.mean(era) < 1
-    assert (
-        f"\npruner's share of the CPU time: dense {dense:.2%}, era {statistics.mean(era):.2%}, "
-        f"fixed {fixed:.2%}\n"
-    ) in capsys.readouterr().out
-
-
-def test_dense_training_tells_no_share_of_a_pruner(runs, tmp_path, capsys):
-    train(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
-    assert "pruner" not in capsys.readouterr().out
-
-
 def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys):
     run = tmp_path / "run"
     train(small_recipe(tmp_path), run)
@@ -505,8 +487,8 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     folder, states = tmp_path_factory.mktemp("averaged"), []
     follow = loop._follow_update
 
-    def note(run: Any, cpu: Any) -> None:
-        follow(run, cpu)
+    def note(run: Any) -> None:
+        follow(run)
         states.append(plain_state_dict(run.model))
 
     with small_runs() as patch:
