@@ -303,8 +303,8 @@ class Training(Settings):
     gradient_accumulation: Count = Field(1, description="batches per update, from 1")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, above 0")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing, in [0, 1)")
-    mixup: float = Field(0.0, ge=0, description="alpha of timm's mixup, from 0 (none)")
-    cutmix: float = Field(0.0, ge=0, description="alpha of timm's cutmix, from 0 (none)")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup, from 0 (none)")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix, from 0 (none)")
     ema: Ema | None = Field(
         None, description="also average the weights, and export the average; default: no average"
     )

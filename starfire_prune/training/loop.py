@@ -19,7 +19,6 @@ from starfire_prune.engine.sparsity import measure_sparsity
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import read_metrics
 from starfire_prune.training.learning_rate import learning_rate_factor
-from starfire_prune.training.mixing import mix_batch
 from starfire_prune.training.setup import Batch, Run
 from starfire_prune.utils.modules import unwrap
 
@@ -127,9 +126,11 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
 
 
 def _prepared_batch(run: Run, images: Tensor, labels: Tensor) -> Batch:
+    if run.mixing is not None:
+        images, labels = run.mixing(images, labels)
     if run.recipe.training.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    return (images, labels) if run.mixup is None else mix_batch(run.mixup, images, labels)
+    return images, labels
 
 
 def _follow_update(run: Run) -> None:

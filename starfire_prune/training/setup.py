@@ -13,12 +13,11 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data.mixup import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from starfire_prune.data import Datasets, build_loader, prepare_loader
 from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
@@ -81,7 +80,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     pruner: Pruner | None
     average: ModelEmaV3 | None
-    mixup: Mixup | None
+    mixing: nn.Module | None
     train_loss: nn.Module
     loss: nn.Module
     fresh_keys: tuple[str, ...] = ()
@@ -161,8 +160,8 @@ def prepare_run(
         optimizer=optimizer,
         pruner=None,
         average=_average(recipe.training, model),
-        mixup=_mixup(recipe),
-        train_loss=_train_loss(recipe.training),
+        mixing=_mixing(recipe),
+        train_loss=nn.CrossEntropyLoss(label_smoothing=recipe.training.label_smoothing),
         loss=nn.CrossEntropyLoss(),
         fresh_keys=fresh_keys,
     )
@@ -260,20 +259,10 @@ def _compress_gradients(model: nn.Module, pruner: Pruner) -> None:
         ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
 
 
-def _mixup(recipe: Recipe) -> Mixup | None:
-    training = recipe.training
-    if training.mixup == training.cutmix == 0:
-        return None
-    return Mixup(
-        mixup_alpha=training.mixup,
-        cutmix_alpha=training.cutmix,
-        label_smoothing=training.label_smoothing,
-        num_classes=recipe.model.num_classes,
-    )
-
-
-def _train_loss(training: Training) -> nn.Module:
-    if training.mixup == training.cutmix == 0:
-        return nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
-    loss: nn.Module = SoftTargetCrossEntropy()  # the labels are smoothed as they are mixed
-    return loss
+def _mixing(recipe: Recipe) -> nn.Module | None:
+    """Mixup or cutmix of a batch and its labels; at random one of them if the recipe sets both."""
+    kinds = ((v2.MixUp, recipe.training.mixup), (v2.CutMix, recipe.training.cutmix))
+    mixes = [
+        kind(alpha=alpha, num_classes=recipe.model.num_classes) for kind, alpha in kinds if alpha
+    ]
+    return v2.RandomChoice(mixes) if mixes else None

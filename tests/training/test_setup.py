@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm.data.mixup import Mixup
+from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional
 
 from starfire_prune.recipe.sections import Optimizer, Recipe
 from starfire_prune.runs.folder import RunError
@@ -279,24 +280,61 @@ def test_timms_weights_of_a_model_without_any_are_refused(refusal):
 # Losses and mixing
 
 
-def test_labels_are_smoothed_by_the_loss_where_images_are_not_mixed(runs, tmp_path):
+def test_labels_are_smoothed_in_training_and_not_in_evaluation(runs, tmp_path):
     run = prepared(small_recipe(tmp_path, "training.label_smoothing=0.3"), tmp_path / "run")
-    assert run.mixup is None
+    assert run.mixing is None
     assert isinstance(run.train_loss, nn.CrossEntropyLoss)
     assert isinstance(run.loss, nn.CrossEntropyLoss)
     assert run.train_loss.label_smoothing == 0.3
-    assert run.loss.label_smoothing == 0.0  # of evaluation: to be compared between runs
+    assert run.loss.label_smoothing == 0.0  # comparable between runs
+
+
+MIXES = {
+    "mixup": ("training.mixup=0.4",),
+    "cutmix": ("training.cutmix=1.0",),
+    "both": ("training.mixup=0.4", "training.cutmix=1.0"),
+}
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("kind", MIXES)
+def test_batches_of_any_size_are_mixed_with_shares_that_add_up_to_one(kind, size, runs, tmp_path):
+    run = prepared(small_recipe(tmp_path, *MIXES[kind]), tmp_path / "run")
+    images = torch.rand(size, 3, 6, 6)
+    assert run.mixing is not None
+    mixed, shares = run.mixing(images, torch.arange(size))
+    assert mixed.shape == images.shape
+    assert shares.shape == (size, 10)
+    assert shares.sum(1).tolist() == pytest.approx([1.0] * size)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_labels_are_smoothed_once_where_images_are_mixed(kind, runs, tmp_path):
-    settings = (f"training.{kind}=0.4", "training.label_smoothing=0.3")
+def test_the_share_of_a_class_is_that_of_its_image(kind, runs, tmp_path):
+    run = prepared(small_recipe(tmp_path, *MIXES[kind]), tmp_path / "run")
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 20)  # as bright as their label
+    assert run.mixing is not None
+    mixed, shares = run.mixing(images.clone(), torch.arange(4))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), shares[:, :4] @ torch.arange(4.0))
+
+
+def test_mixup_and_cutmix_take_turns_at_random(runs, tmp_path):
+    run = prepared(small_recipe(tmp_path, *MIXES["both"]), tmp_path / "run")
+    images = torch.eye(2)[:, :, None, None].expand(2, 2, 20, 20)
+    torch.manual_seed(0)
+    assert run.mixing is not None
+    mixed = [run.mixing(images.clone(), torch.arange(2))[0] for _ in range(200)]
+    binary = sum(bool(((batch == 0) | (batch == 1)).all()) for batch in mixed)
+    assert 70 < binary < 130  # cutmix copies pixels
+
+
+def test_mixed_labels_are_smoothed_as_timm_smooths_them(runs, tmp_path):
+    settings = ("training.mixup=0.4", "training.label_smoothing=0.3")
     run = prepared(small_recipe(tmp_path, *settings), tmp_path / "run")
-    assert isinstance(run.mixup, Mixup)
-    assert isinstance(run.train_loss, SoftTargetCrossEntropy)
-    alphas = {"mixup": run.mixup.mixup_alpha, "cutmix": run.mixup.cutmix_alpha}
-    assert alphas == {"mixup": 0.0, "cutmix": 0.0, kind: 0.4}
-    assert (run.mixup.label_smoothing, run.mixup.num_classes) == (0.3, 10)
+    logits, labels, share = torch.randn(6, 10), torch.randint(0, 10, (6,)), 0.7
+    hard = functional.one_hot(labels, 10).float()
+    found = run.train_loss(logits, share * hard + (1 - share) * hard.flip(0))
+    smoothed = mixup_target(labels, 10, share, smoothing=0.3)
+    torch.testing.assert_close(found, SoftTargetCrossEntropy()(logits, smoothed))
 
 
 # Counting

@@ -11,7 +11,6 @@ import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
@@ -398,7 +397,7 @@ def test_channels_last_reaches_model_and_images(runs, tmp_path):
 def test_the_last_lines_name_accuracy_weights_and_picture(runs, tmp_path, capsys):
     run = tmp_path / "run"
     train(small_recipe(tmp_path), run)
-    top1, _, weights, picture = capsys.readouterr().out.splitlines()[-4:]
+    top1, weights, picture = capsys.readouterr().out.splitlines()[-3:]
     last = metrics_of(run)[-1]
     assert top1 == f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after 4 epochs"
     assert weights == f"weights: {run}/export/model.safetensors"
@@ -627,19 +626,13 @@ def test_a_killed_run_ends_with_the_same_bits_with(overrides, runs, tmp_path):
 
 def test_mixed_images_train_on_shares_of_classes_and_are_evaluated_on_labels(runs, tmp_path):
     targets: list[Tensor] = []
-    soft, hard = SoftTargetCrossEntropy.forward, nn.CrossEntropyLoss.forward
+    forward = nn.CrossEntropyLoss.forward
 
-    def note_soft(loss: SoftTargetCrossEntropy, logits: Tensor, shares: Tensor) -> Tensor:
-        targets.append(shares)
-        value: Tensor = soft(loss, logits, shares)
-        return value
+    def note(loss: nn.CrossEntropyLoss, logits: Tensor, target: Tensor) -> Tensor:
+        targets.append(target)
+        return forward(loss, logits, target)
 
-    def note_hard(loss: nn.CrossEntropyLoss, logits: Tensor, labels: Tensor) -> Tensor:
-        targets.append(labels)
-        return hard(loss, logits, labels)
-
-    runs.setattr(SoftTargetCrossEntropy, "forward", note_soft)
-    runs.setattr(nn.CrossEntropyLoss, "forward", note_hard)
+    runs.setattr(nn.CrossEntropyLoss, "forward", note)
     settings = ("training.mixup=0.4", "data.batch_size=9", "data.eval_batch_size=24", "epochs=3")
     train(small_recipe(tmp_path, *settings), tmp_path / "run")
     epoch = [*[(9, 10)] * 6, (2, 10), (24,)]
