@@ -38,7 +38,7 @@ from starfire_prune.serialization.container import (
     checked_shape,
     parse_json,
 )
-from starfire_prune.serialization.tied import check_tied
+from starfire_prune.serialization.state import check_tied
 from starfire_prune.utils.errors import CodecError, DamageError
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from starfire_prune.models import create_model
 from starfire_prune.serialization.container import MAX_BYTES
 from starfire_prune.serialization.pruned import is_pruned_file, load_pruned
-from starfire_prune.serialization.tied import check_tied
+from starfire_prune.serialization.state import check_tied
 from starfire_prune.utils.errors import CheckpointError, PretrainedError
 from starfire_prune.utils.modules import model_bytes
 

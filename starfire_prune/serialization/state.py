@@ -1,13 +1,16 @@
-"""A pruned model's weights and masks under the names of the dense model, and masks put on again."""
+"""A model's state in plain form: weights and masks of a pruned model, and tied weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from starfire_prune.serialization.codec import bits_of
 from starfire_prune.utils.modules import (
     clean_name,
     layer_weight,
@@ -19,7 +22,7 @@ from starfire_prune.utils.modules import (
 if TYPE_CHECKING:
     from starfire_prune.engine.pruner import Pruner
 
-__all__ = ["known_masks", "masks_of_zeros", "plain_state_dict"]
+__all__ = ["check_tied", "known_masks", "masks_of_zeros", "plain_state_dict"]
 
 
 def plain_state_dict(
@@ -74,6 +77,35 @@ def masks_of_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     names = _prunable_weights(unwrap(model))
     masks = {name: state[name] != 0 for name in names if name in state}
     return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+
+
+def check_tied(targets: Mapping[str, Tensor], content: Callable[[str], Tensor]) -> None:
+    """Check that tensors that share memory, such as tied weights, can hold what they are to hold.
+
+    Args:
+        targets: A model's tensors by name; they are not changed.
+        content: Returns what the tensor of that name is to hold, in its shape; it is called only
+            for tensors that share their memory.
+
+    Raises:
+        ValueError: If writing one tensor would overwrite the content of another; it names both.
+    """
+    sharing = defaultdict(list)
+    for name, target in targets.items():
+        if target.numel():
+            sharing[target.device, target.untyped_storage().data_ptr()].append(name)
+    for names in (names for names in sharing.values() if len(names) > 1):
+        twins = copy.deepcopy([targets[name].detach() for name in names])  # they share memory, too
+        contents = [content(name).to(twin) for name, twin in zip(names, twins, strict=True)]
+        for twin, wanted in zip(twins, contents, strict=True):
+            twin.copy_(wanted)
+        for name, twin, wanted in zip(names, twins, contents, strict=True):
+            if not torch.equal(bits_of(twin.contiguous()), bits_of(wanted.contiguous())):
+                raise ValueError(
+                    f"tensors {name!r} and {names[-1]!r} share memory in the model but differ, for "
+                    f"example because only one of them was pruned; load them into a model that "
+                    f"does not share them"
+                )
 
 
 def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Masks that come back from files, and training that goes on with them."""
+"""Plain states, tied weights, and masks from files, with which training continues."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ from starfire_prune import (
     load_pruned_model,
 )
 from starfire_prune.serialization.codec import bits_of
-from starfire_prune.serialization.state import plain_state_dict
+from starfire_prune.serialization.state import check_tied, plain_state_dict
 from tests.serialization.test_pruned import every_form, pruned, same, saved
 from tests.support.networks import LAYERS, SmallNet, sgd, train_step
 
@@ -190,3 +190,39 @@ def test_masks_that_do_not_fit_are_refused_before_anything_changes(kind):
     with pytest.raises(ValueError, match=re.escape(message)):
         apply_masks(model, {**good, **masks})
     assert "weight_orig" not in model.head._parameters
+
+
+# Tensors that share memory
+
+MEMORY = torch.arange(12.0)
+WHOLE = MEMORY.view(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (MEMORY.view(3, 4), WHOLE + 1),
+        (WHOLE.t(), WHOLE.t() + 1),
+        (MEMORY[4:8], torch.zeros(4)),
+        (WHOLE.t(), WHOLE.t().masked_fill(WHOLE.t() == 5, 0.0)),
+        (MEMORY.view(torch.int32)[:2], torch.tensor([1, 2], dtype=torch.int32)),
+    ],
+)
+def test_contents_that_overwrite_each_other_are_refused(other, differing):
+    targets: dict[str, Tensor] = {"a": WHOLE, "b": other, "c": torch.zeros(2)}
+    before = MEMORY.clone()
+    check_tied(targets, {"a": WHOLE, "b": other, "c": torch.ones(2)}.__getitem__)
+    with pytest.raises(ValueError, match=r"tensors 'a' and 'b' share memory"):
+        check_tied(targets, {"a": WHOLE, "b": differing, "c": torch.ones(2)}.__getitem__)
+    assert torch.equal(MEMORY, before)
+
+
+def test_parts_of_one_memory_that_do_not_overlap_may_differ():
+    targets = {"a": MEMORY[:6], "b": MEMORY[6:], "none": MEMORY[:0]}
+    check_tied(targets, {"a": torch.ones(6), "b": torch.zeros(6)}.__getitem__)
+
+
+def test_contents_of_another_dtype_are_compared_as_they_will_be():
+    half = torch.zeros(2, dtype=torch.float16)
+    content = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+    check_tied({"a": half, "b": half}, lambda _: content)
