@@ -301,9 +301,9 @@ def test_a_file_that_is_no_whole_safetensors_file_is_refused(damage, file):
     content = {"cut short": file.read_bytes()[:-100], "empty": b"", "another format": b"PK" * 50}
     file.write_bytes(content[damage])
     sentence = refusal_of(load_weights, create_model("test_resnet", 3), file)
-    assert sentence.startswith(f"{file} is no whole safetensors file (")
+    assert sentence.startswith(f"{file} is not a complete safetensors file (")
     assert sentence.endswith(
-        "): restore it, export it anew, or convert it by safetensors.torch.save_file"
+        "): restore it, export it again, or convert it by safetensors.torch.save_file"
     )
 
 
@@ -311,18 +311,18 @@ def test_a_file_that_is_no_whole_safetensors_file_is_refused(damage, file):
     ("change", "fault"),
     [
         ({"fc.bias": None}, "lacks fc.bias"),
-        ({"more": torch.zeros(1)}, "also holds more"),
+        ({"more": torch.zeros(1)}, "also holds 'more'"),
         (
             {"conv1.0.weight": torch.zeros(2)},
-            "has other shapes: conv1.0.weight (2,) for (16, 3, 3, 3)",
+            "has other shapes: conv1.0.weight (2,) instead of (16, 3, 3, 3)",
         ),
         (
             {"bn1.bias": None, "more": torch.zeros(1)},
-            "lacks bn1.bias and also holds more",
+            "lacks bn1.bias and also holds 'more'",
         ),
         (
             {f"more{index}": torch.zeros(1) for index in range(5)},
-            "also holds more0, more1, more2 and 2 more",
+            "also holds 'more0', 'more1', 'more2' and 2 more",
         ),
     ],
 )

@@ -1,34 +1,35 @@
-"""Smaller dense models: the channels that nothing needs are cut out of the tensors.
+"""Compaction: a smaller dense model without the channels that no layer reads.
 
-Which channels go is decided on the weights, after `fold_constants`: one that no layer reads. How
-they hang together through additions, concatenations and flattening is the dependency graph of
-Torch-Pruning (`pip install "starfire-prune[compact]"`).
+These channels are found from the weights, after `fold_constants`. Which of them are coupled, so
+that they must be removed together, through additions, concatenations and flattening, is given by
+the dependency graph of Torch-Pruning (`pip install "starfire-prune[compact]"`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from starfire_prune.compact.coupling import pinned_layers
+from starfire_prune.compact.coupling import required_outputs
 from starfire_prune.compact.folding import FoldReport, fold_in_place
 from starfire_prune.compact.surgery import Surgery
 from starfire_prune.structure.analysis import ChannelAnalysis
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.modules import prunable_layers
+from starfire_prune.utils.optional import import_optional
+from starfire_prune.utils.outputs import compare_outputs, output_tensors
 from starfire_prune.utils.text import format_columns
 
 __all__ = ["CompactLayer", "CompactReport", "compact", "format_compaction"]
 
 
-_TOLERANCE = 1e-3  # of the largest output; surgery gone wrong is off by far more than rounding
-_EPSILONS = 16  # the tolerance of types of low precision, whose rounding adds up
+_TOLERANCE = 1e-3  # of the largest output; a wrong removal differs by far more than rounding
+_EPSILONS = 16  # the tolerance for dtypes of low precision, whose rounding errors add up
 _SEEDS = (1, 2)
 
 
@@ -37,13 +38,13 @@ class CompactLayer:
     """A convolution or linear layer before and after compaction.
 
     Attributes:
-        name: of the module.
-        inputs: input channels before and after.
-        outputs: output channels before and after.
-        parameters: of its weight and bias, before and after.
-        macs: multiply-accumulates for one sample, before and after.
-        stayed: output channels of nothing but zero kernels that are still there.
-        reason: why they are; None where there are none.
+        name: Name of the module.
+        inputs: Numbers of input channels before and after.
+        outputs: Numbers of output channels before and after.
+        parameters: Sizes of weight and bias together, before and after.
+        macs: Multiply-accumulates for one sample, before and after.
+        dead_kept: Number of output channels whose kernels are all zero but that were not removed.
+        reason: Why they were not removed; None if there are none.
     """
 
     name: str
@@ -51,7 +52,7 @@ class CompactLayer:
     outputs: tuple[int, int]
     parameters: tuple[int, int]
     macs: tuple[int, int]
-    stayed: int
+    dead_kept: int
     reason: str | None
 
 
@@ -60,11 +61,11 @@ class CompactReport:
     """What compaction did.
 
     Attributes:
-        layers: each convolution and linear layer, in the model's order.
-        parameters: of the whole model, before and after.
-        deviation: the largest difference of the outputs, on the example and on random arguments
-            like it, as a share of the largest output.
-        fold: what was folded first.
+        layers: A `CompactLayer` for each convolution and linear layer, in the model's order.
+        parameters: Numbers of the model's parameters before and after.
+        deviation: Largest difference of the outputs, on the example and on random arguments of
+            its shapes, as a share of the largest output.
+        fold: Report of the folding that came first.
     """
 
     layers: tuple[CompactLayer, ...]
@@ -74,7 +75,7 @@ class CompactReport:
 
     @property
     def macs(self) -> tuple[int, int]:
-        """Of all convolutions and linear layers for one sample, before and after."""
+        """Multiply-accumulates of all these layers for one sample, before and after."""
         before, after = zip(*(layer.macs for layer in self.layers), strict=True)
         return sum(before), sum(after)
 
@@ -89,28 +90,29 @@ class CompactReport:
 def compact(
     model: nn.Module, example_input: Tensor | tuple[Any, ...]
 ) -> tuple[nn.Module, CompactReport]:
-    """A smaller dense model with the outputs of a sparse one, in eval mode.
+    """A smaller dense model that has the outputs of a sparse one in eval mode.
 
-    Constants are folded first (`fold_constants`). Under padding, which folding doesn't pass, one
-    constant channel stands for all that a layer reads. Then the channels go that no layer reads,
-    in all layers that share them. A grouped convolution loses as many channels in each of its
-    groups as all groups can spare, a depthwise one follows what it reads, and each layer keeps a
-    channel. The model's output, and channels that reach operations which mix them, stay. The
-    outputs are compared on the example, and on normally distributed arguments in place of its
-    floating ones. Parameters that modules share stay shared where they still are the same.
+    1. Constants are folded (`fold_constants`). Where a layer pads its input by zeros, so that they
+       can't be folded, its weights are moved to one of the constant channels that it reads.
+    2. The channels that no layer reads are removed, in all layers that they are coupled with. A
+       grouped convolution loses equally many channels in each of its groups, a depthwise one the
+       channels that its input loses, and each layer keeps at least one channel. Channels of the
+       model's output, and those that operations mix with others, are kept.
+    3. The outputs are compared on the example, and on random arguments of its shapes.
+
+    Parameters that modules share remain shared if they are still equal.
 
     Args:
-        model: in any phase of pruning; it is left as it is.
-        example_input: a small batch, or the tuple of the model's arguments.
+        model: A model in any phase of pruning; it is not changed.
+        example_input: A small batch, or the tuple of the model's arguments.
 
     Returns:
         The smaller model, in eval mode, and what was done.
 
     Raises:
-        ModuleNotFoundError: without Torch-Pruning.
-        RuntimeError: if Torch-Pruning can't cut the model, or the smaller model doesn't run or its
-            outputs differ, as for a model that has numbers of channels written into its forward
-            pass.
+        ModuleNotFoundError: If Torch-Pruning is not installed.
+        RuntimeError: If Torch-Pruning can't cut the model, or the smaller model does not run or
+            has other outputs, for example because its forward pass contains numbers of channels.
 
     Example:
         >>> conv = nn.Conv2d(1, 4, 3)
@@ -121,7 +123,7 @@ def compact(
         >>> smaller[0].out_channels, smaller[3].in_features
         (2, 18)
     """
-    pruning = _torch_pruning()
+    pruning = import_optional("torch_pruning", "compact", "compact()")
     example = example_input if isinstance(example_input, tuple) else (example_input,)
     trials = [example, *(_random_like(example, seed) for seed in _SEEDS)]
     smaller = dense_copy(model).eval()
@@ -131,18 +133,18 @@ def compact(
     expected = [_output(smaller, trial) for trial in trials]
     fold = fold_in_place(smaller, analysis, merge=True)
     unfolded = {layer.name: layer.reason for layer in fold.layers if layer.reason is not None}
-    surgery = _cut(pruning, smaller, example, pinned_layers(analysis.graph), unfolded)
+    surgery = _cut(pruning, smaller, example, required_outputs(analysis.graph), unfolded)
     _share_again(shared)
     after, outputs = _run(smaller, example, trials)
     deviation = _deviation(expected, outputs, _tolerance(smaller, expected))
-    stayed = surgery.stayed()
-    layers = tuple(_layer(name, before[name], after[name], *stayed[name]) for name in before)
+    dead_kept = surgery.dead_kept()
+    layers = tuple(_layer(name, before[name], after[name], *dead_kept[name]) for name in before)
     return smaller, CompactReport(layers, (parameters, _count(smaller)), deviation, fold)
 
 
 def format_compaction(report: CompactReport) -> str:
-    """The table of layers: channels, parameters and MACs before and after, and what stayed."""
-    header = ("layer", "in", "out", "parameters", "MACs", "dead channels that stayed")
+    """A table of layers: channels, parameters and MACs before and after, and dead channels kept."""
+    header = ("layer", "in", "out", "parameters", "MACs", "dead channels kept")
     rows = [
         (
             layer.name,
@@ -150,13 +152,13 @@ def format_compaction(report: CompactReport) -> str:
             _change(layer.outputs),
             _change(layer.parameters),
             _change(layer.macs),
-            f"{layer.stayed}: {layer.reason}" if layer.stayed else "",
+            f"{layer.dead_kept}: {layer.reason}" if layer.dead_kept else "",
         )
         for layer in report.layers
     ]
     rows.append(("total", "", "", _change(report.parameters), _change(report.macs), ""))
     lines = [format_columns(header, rows, left=(0, 5))]
-    lines.append(f"largest deviation of the outputs: {report.deviation:.1e} of the largest output")
+    lines.append(f"largest difference of the outputs: {report.deviation:.1e} of the largest output")
     return "\n".join(lines)
 
 
@@ -166,7 +168,7 @@ def _change(pair: tuple[int, int]) -> str:
 
 
 class _Sizes(NamedTuple):
-    """Of a layer, as in `CompactLayer`."""
+    """Sizes of a layer, as in `CompactLayer`."""
 
     inputs: int
     outputs: int
@@ -175,23 +177,14 @@ class _Sizes(NamedTuple):
 
 
 def _layer(
-    name: str, before: _Sizes, after: _Sizes, stayed: int, reason: str | None
+    name: str, before: _Sizes, after: _Sizes, dead_kept: int, reason: str | None
 ) -> CompactLayer:
     inputs, outputs, parameters, macs = zip(before, after, strict=True)
-    return CompactLayer(name, inputs, outputs, parameters, macs, stayed, reason)
-
-
-def _torch_pruning() -> Any:
-    try:
-        return importlib.import_module("torch_pruning")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "compact() needs Torch-Pruning: pip install 'starfire-prune[compact]'"
-        ) from error
+    return CompactLayer(name, inputs, outputs, parameters, macs, dead_kept, reason)
 
 
 def _random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
-    """The arguments with normally distributed values in the floating ones."""
+    """The arguments, with normally distributed values in their float tensors."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(leaf: Any) -> Any:
@@ -203,7 +196,11 @@ def _random_like(example: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
 
 
 def _unshare(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Give each module parameters of its own, to be cut apart; the places of each shared one."""
+    """Give modules that share a parameter a copy each, since each is cut by itself.
+
+    Returns:
+        For each shared parameter, the modules that have it and its name there.
+    """
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -216,7 +213,7 @@ def _unshare(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def _share_again(shared: list[list[tuple[nn.Module, str]]]) -> None:
-    """Share parameters that are still the same."""
+    """Share parameters again that are still equal."""
     for (first, first_name), *others in shared:
         parameter = first.get_parameter(first_name)
         for module, name in others:
@@ -228,7 +225,7 @@ def _cut(
     pruning: Any,
     model: nn.Module,
     example: tuple[Any, ...],
-    pinned: Mapping[str, str],
+    required: Mapping[str, str],
     unfolded: Mapping[str, str],
 ) -> Surgery:
     """Cut the model in place."""
@@ -236,9 +233,9 @@ def _cut(
     model.requires_grad_(True)  # the dependency graph follows gradients
     try:
         with torch.enable_grad():
-            surgery = Surgery(pruning, model, _copied(example), pinned, unfolded)
+            surgery = Surgery(pruning, model, _copied(example), required, unfolded)
             surgery.run()
-    except Exception as error:  # Torch-Pruning raises whatever its assumptions run into
+    except Exception as error:  # Torch-Pruning raises errors of every kind
         raise RuntimeError(
             f"Torch-Pruning can't cut the model ({type(error).__name__}: {error}); "
             f"use fold_constants, which keeps all shapes"
@@ -254,10 +251,10 @@ def _run(
     """The compacted model's sizes and outputs."""
     try:
         return _sizes(model, example), [_output(model, trial) for trial in trials]
-    except Exception as error:  # whatever the forward pass raises
+    except Exception as error:  # the forward pass may raise errors of every kind
         raise RuntimeError(
-            f"the compacted model does not run ({error}): numbers of channels may be written into "
-            f"its forward pass; use fold_constants, which keeps all shapes"
+            f"the compacted model does not run ({error}): its forward pass may contain numbers of "
+            f"channels; use fold_constants, which keeps all shapes"
         ) from error
 
 
@@ -267,7 +264,7 @@ def _output(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
 
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments for one run of a model that may change them."""
+    """Copies of the arguments, which a model may change."""
 
     def copied(leaf: Any) -> Any:
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
@@ -280,7 +277,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _sizes(model: nn.Module, example: tuple[Any, ...]) -> dict[str, _Sizes]:
-    """Sizes of the layers, with MACs counted in a forward pass of the example."""
+    """Sizes of the layers; MACs are counted in a forward pass of the example."""
     layers: dict[str, Any] = prunable_layers(model)
     macs = dict.fromkeys(layers, 0)
 
@@ -307,8 +304,8 @@ def _sizes_of(module: Any, macs: int) -> _Sizes:
 
 
 def _tolerance(model: nn.Module, outputs: list[Any]) -> float:
-    """The share of the largest output that rounding may change, in the lowest precision used."""
-    tensors = [*model.parameters(), *_tensors(outputs)]
+    """Share of the largest output by which rounding may change outputs in the lowest precision."""
+    tensors = [*model.parameters(), *output_tensors(outputs)]
     epsilons = [torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point()]
     return max(_TOLERANCE, _EPSILONS * max(epsilons, default=0.0))
 
@@ -317,48 +314,15 @@ def _deviation(expected: list[Any], outputs: list[Any], tolerance: float) -> flo
     """The largest difference of two models' outputs, as a share of the largest output in a trial.
 
     Raises:
-        RuntimeError: if it is beyond `tolerance`.
+        RuntimeError: If it is larger than `tolerance`.
     """
-    return max(
-        _checked(_tensors(one), _tensors(other), tolerance)
-        for one, other in zip(expected, outputs, strict=True)
-    )
-
-
-def _checked(expected: list[Tensor], outputs: list[Tensor], tolerance: float) -> float:
-    """The deviation of one trial, if it is within `tolerance`."""
-    shapes, others = ([tuple(tensor.shape) for tensor in side] for side in (expected, outputs))
-    if shapes != others:
-        raise _refusal(f"have the shapes {others}, not {shapes} as the sparse model's")
-    pairs = list(zip(expected, outputs, strict=True))
-    floating = [(one, other) for one, other in pairs if one.is_floating_point()]
-    if not all(torch.equal(one, other) for one, other in pairs if not one.is_floating_point()):
-        raise _refusal("differ from the sparse model's in integers or bools")
-    largest = max((_largest(one[one.isfinite()]) for one, _ in floating), default=0.0) or 1.0
-    deviation = max((_largest(_difference(one, other)) for one, other in floating), default=0.0)
-    if not deviation <= tolerance * largest:
-        raise _refusal(
-            f"differ by {deviation:.2g} from the sparse model's, whose largest is {largest:.2g}"
-        )
-    return deviation / largest
-
-
-def _refusal(difference: str) -> RuntimeError:
-    return RuntimeError(
-        f"the compacted model's outputs {difference}: its channels hang together in a way that "
-        f"the dependency graph does not show; use fold_constants, which keeps all shapes"
-    )
-
-
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    """The distance of two tensors; infinite where one alone is NaN, or infinite."""
-    same = (one == other) | (one.isnan() & other.isnan())
-    return (one - other).abs().nan_to_num(nan=torch.inf).masked_fill(same, 0.0)
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    try:
+        pairs = zip(expected, outputs, strict=True)
+        found = [compare_outputs(one, other, tolerance) for one, other in pairs]
+    except ValueError as error:
+        raise RuntimeError(
+            f"the compacted model's outputs {error} in the sparse model: its channels are coupled "
+            f"in a way that the dependency graph does not show; use fold_constants, which keeps "
+            f"all shapes"
+        ) from error
+    return max(deviation / (largest or 1.0) for deviation, largest in found)

@@ -1,4 +1,7 @@
-"""Which layers' output channels must all stay: those that something other than a layer reads."""
+"""Channel coupling: which layers must keep all their output channels.
+
+These are the layers whose output channels are read by something other than a layer's weight.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +18,40 @@ from starfire_prune.structure.lattice import shape_of
 from starfire_prune.structure.ops import CONVOLUTIONS, LINEAR
 from starfire_prune.structure.rules import MIXING, RULES
 
-__all__ = ["pinned_layers"]
+__all__ = ["required_outputs"]
 
 
 aten = torch.ops.aten
 _CONCATENATION = aten.cat.default
 
 
-def pinned_layers(graph: Graph) -> dict[str, str]:
-    """The layers none of whose output channels can be cut out, and why.
+def required_outputs(graph: Graph) -> dict[str, str]:
+    """The layers whose output channels must all be kept, and why.
 
-    An output channel can go where all that reads it are weights of layers, through operations that
-    treat each channel alike: the model's output, norms over channels, reshaping other than
-    flattening, splitting, and operations without a rule are none of these.
+    An output channel can be removed if only weights of layers read it, also through operations that
+    treat each channel separately. The model's output, norms over channels, reshaping other than
+    flattening, splitting, and operations without a rule need all channels.
 
     Returns:
         The reason by the layer's name.
     """
-    pinned: dict[str, str] = {}
+    required: dict[str, str] = {}
     given = _given(graph)
     for node in graph.nodes:
         name = layer_of(graph, node)
         if name is not None:
             reason = next(_obstacles(graph, given, node, _channel_dim(node)), None)
-            if not _is_own_weight(graph, node):
-                reason = "its weight is read elsewhere too"
+            if not _is_read_by_layers_only(graph, node):
+                reason = "its weight is also read elsewhere"
             if reason is not None:
-                pinned.setdefault(name, reason)
-    return pinned
+                required.setdefault(name, reason)
+    return required
 
 
 def _given(graph: Graph) -> set[fx.Node]:
-    """What has channels that no layer gives it: parameters, constants, and the model's inputs.
+    """Nodes with channels that no layer produces: parameters, constants, and the model's inputs.
 
-    That goes on through operations on these alone, and through concatenations with any of them.
+    They include the outputs of operations on such nodes only, and concatenations with any of them.
     """
     given: set[fx.Node] = set()
     for node in graph.nodes:
@@ -59,8 +62,8 @@ def _given(graph: Graph) -> set[fx.Node]:
     return given
 
 
-def _is_own_weight(graph: Graph, node: fx.Node) -> bool:
-    """Whether nothing but layers, as their weight, reads the weight of a layer's node."""
+def _is_read_by_layers_only(graph: Graph, node: fx.Node) -> bool:
+    """Whether only layers read the weight of a layer's node, each as its weight."""
     weight: Any = node.args[1]
     return all(layer_of(graph, user) and user.args[1] is weight for user in weight.users)
 
@@ -71,7 +74,7 @@ def _channel_dim(node: fx.Node) -> int:
 
 
 def _obstacles(graph: Graph, given: set[fx.Node], start: fx.Node, dim: int) -> Iterator[str]:
-    """Why channels along `dim` of a node can't go, following its users up to the next layers."""
+    """Why channels along `dim` of a node must be kept, for all users up to the next layers."""
     pending, seen = [(start, dim)], set()
     while pending:
         node, dim = pending.pop()
@@ -81,7 +84,7 @@ def _obstacles(graph: Graph, given: set[fx.Node], start: fx.Node, dim: int) -> I
                 continue
             after = _follow(graph, given, user, node, dim)
             if after is None:
-                yield f"its channels reach {user.target} in {place_of(user)}, which needs them all"
+                yield f"{user.target} in {place_of(user)} needs all its channels"
             elif after >= 0 and (user, after) not in seen:
                 seen.add((user, after))
                 pending.append((user, after))
@@ -90,30 +93,30 @@ def _obstacles(graph: Graph, given: set[fx.Node], start: fx.Node, dim: int) -> I
 def _follow(
     graph: Graph, given: set[fx.Node], user: fx.Node, node: fx.Node, dim: int
 ) -> int | None:
-    """The dimension of the channels after `user`; -1 if a layer reads them, None if it mixes."""
+    """Dimension of the channels after `user`: -1 if a layer reads them, None if it needs all."""
     if user.target in CONVOLUTIONS or user.target is LINEAR:
         layer = layer_of(graph, user) is not None
-        reads = layer and user.args[0] is node and _is_own_weight(graph, user)
+        reads = layer and user.args[0] is node and _is_read_by_layers_only(graph, user)
         own = len(shape_of(node)) - (
             1 if user.target is LINEAR else len(shape_of(user.args[1])) - 1
         )
         return -1 if reads and dim == own else None
     if user.target not in RULES or user.target in MIXING:
         return None
-    step = _STEPS.get(user.target)
-    if step is not None:
-        return None if user in given else step(user, dim)
-    if user.target in _REFUSED:
+    dim_after = _DIM_AFTER.get(user.target)
+    if dim_after is not None:
+        return None if user in given else dim_after(user, dim)
+    if user.target in _NEEDS_ALL:
         return None
     others = [other for other in user.all_input_nodes if other is not node]
     if user.target in ops.BATCH_NORMS:
         return dim if dim == 1 and all(other.name in graph.sources for other in others) else None
-    alike = all(_alike(other, node, dim, other in given) for other in others)
-    return dim if alike else None
+    separate = all(_has_channels(other, node, dim, other in given) for other in others)
+    return dim if separate else None
 
 
-def _alike(other: fx.Node, node: fx.Node, dim: int, given: bool) -> bool:
-    """Whether an operand has the node's channels, rather than one for all, or its own numbers."""
+def _has_channels(other: fx.Node, node: fx.Node, dim: int, given: bool) -> bool:
+    """Whether an operand has the node's channels, or is a single number for all of them."""
     if math.prod(shape_of(other)) == 1:
         return True
     from_right = dim - len(shape_of(node))
@@ -122,7 +125,7 @@ def _alike(other: fx.Node, node: fx.Node, dim: int, given: bool) -> bool:
 
 
 def _after_reshape(user: fx.Node, dim: int) -> int | None:
-    """Flattening keeps a channel's values together, and leaving out sizes of 1 changes nothing."""
+    """Flattening keeps a channel's values together, and so does removing dimensions of size 1."""
     before, after = shape_of(user.args[0]), shape_of(user)
     flat = (before[0], math.prod(before[1:]))
     return 1 if dim == 1 and after == flat else None
@@ -158,7 +161,7 @@ def _after_item(user: fx.Node, dim: int) -> int | None:
     return dim if user.args[1] == 0 else None
 
 
-_STEPS: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
+_DIM_AFTER: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
     **dict.fromkeys(ops.RESHAPING, _after_reshape),
     **dict.fromkeys(ops.REDUCTIONS, _after_reduction),
     aten.permute.default: _after_permute,
@@ -166,7 +169,7 @@ _STEPS: Mapping[Any, Callable[[fx.Node, int], int | None]] = {
     **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _after_padding),
     ops.ITEM: _after_item,
 }
-_REFUSED = {
+_NEEDS_ALL = {
     *ops.SPLITTING,
     *(aten.transpose.int, aten.t.default, aten.expand.default),
     *(aten.select.int, aten.slice.Tensor),

@@ -1,13 +1,13 @@
-"""Files of compact models: dense, smaller than any model that timm builds, and loaded all the same.
+"""Files of compact models: dense models, smaller than those that timm builds.
 
-Compaction changes the shapes of tensors, never the code that uses them. So a file needs no more
-than the tensors and the name of the model that was cut: that model is built, its layers are given
-the shapes of the file's tensors, and nothing in a file is executed.
+Compaction changes the shapes of tensors, never the code that uses them. So a file holds only the
+tensors and the name of the original model: that model is built, and its layers are resized to the
+shapes of the file's tensors. Nothing in a file is executed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.compact.compaction import CompactReport, compact
+from starfire_prune.serialization.architecture import Shapes, build_architecture
 from starfire_prune.serialization.container import MAX_BYTES
 from starfire_prune.serialization.entries import decode_tensors
 from starfire_prune.serialization.pruned import StrPath, read_pruned_file, save_pruned
 from starfire_prune.serialization.state import check_tied
 from starfire_prune.structure.graph import dense_copy
-from starfire_prune.utils.errors import CheckpointError, ExportError
+from starfire_prune.utils.errors import CheckpointError, DamageError, ExportError
 from starfire_prune.utils.files import checked_file, replaced_file
-from starfire_prune.utils.modules import model_bytes
+from starfire_prune.utils.modules import classifier_keys, is_depthwise, weight_key
+from starfire_prune.utils.outputs import compare_outputs
 
 __all__ = ["load_compact", "save_compact"]
 
 
-_FOLLOWED = frozenset({"name", "num_classes", "in_chans"})
-_TOLERANCE = 1e-5  # of the largest output: the tensors are the same, bit for bit
-_WAY_OUT = "build it by starfire_prune.models.create_model and pass it as `model`"
+_TOLERANCE = 1e-5  # of the largest output: the tensors are equal bit for bit
 
 
 def save_compact(
@@ -40,25 +40,26 @@ def save_compact(
     *,
     deflate: bool = False,
 ) -> CompactReport:
-    """Compact a model, whose outputs are compared, and write what is left of it.
+    """Compact a model and write the smaller model to a file.
 
-    What zeros are still there is stored in the encoding of the fewest bytes, as by `save_pruned`
-    with `format="compressed"`. The file is loaded again before it appears.
+    The remaining zeros are stored in the encoding that takes the fewest bytes, as by `save_pruned`
+    with `format="compressed"`. The file is loaded again, and its model's outputs are compared,
+    before it appears.
 
     Args:
-        model: of timm, in any phase of pruning; it is left as it is.
-        path: of the file.
-        example_input: a small batch of images.
-        architecture: the arguments of `timm.create_model` that build the model.
-        deflate: as in `save_pruned`.
+        model: A timm model in any phase of pruning; it is not changed.
+        path: Path of the file.
+        example_input: A small batch of images.
+        architecture: The arguments of `timm.create_model` that build the model.
+        deflate: Whether parts are deflated, as in `save_pruned`.
 
     Returns:
         What compaction did.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: as `compact`.
-        ExportError: if the file would be another model.
-        CheckpointError: if it can't be written.
+        ModuleNotFoundError, RuntimeError: As `compact`.
+        ExportError: If the model in the file has other outputs.
+        CheckpointError: If the file can't be written.
 
     Example:
         >>> architecture = {"name": "resnet18", "num_classes": 10}
@@ -71,7 +72,7 @@ def save_compact(
             save_pruned(
                 smaller, temporary, "compressed", deflate=deflate, architecture=dict(architecture)
             )
-        except CheckpointError as error:  # such as of a full disk
+        except CheckpointError as error:  # for example because the disk is full
             raise CheckpointError(str(error).replace(str(temporary), str(path))) from error
         loaded = load_compact(temporary, dense_copy(model))
         _check_same(smaller, loaded, example_input)
@@ -84,17 +85,18 @@ def load_compact(
     """Load a model from a file of `save_compact`.
 
     Args:
-        path: of the file.
-        model: the model that was compacted, with any weights, on the CPU; its layers are cut to
-            the shapes of the file. By default timm builds it by the name in the file.
-        max_bytes: as in `load_pruned`; also what the model may take before it is cut.
+        path: Path of the file.
+        model: The model that was compacted, with any weights, on the CPU; its layers are resized
+            to the shapes in the file. By default timm builds it by the name in the file.
+        max_bytes: Most bytes that all tensors may take, as in `load_pruned`, and also the model
+            before it is resized.
 
     Returns:
         `model`, or a new one, in eval mode.
 
     Raises:
-        CheckpointError: naming the file, if anything is damaged, names no model that timm can
-            build, or is no part of the model.
+        CheckpointError: If the file is damaged, does not name a model that timm can build, or its
+            tensors do not fit the model; the message names the file.
 
     Example:
         >>> model = load_compact("small.safetensors")  # doctest: +SKIP
@@ -103,13 +105,10 @@ def load_compact(
     shapes = {name: entry.shape for name, entry in file.entries.items()}
     try:
         if model is None:
-            model = _built(file.model, shapes, max_bytes)
-        _check_part(model, shapes)
-    except ExportError as error:
-        raise CheckpointError(f"{path} can't be loaded: {error}") from error
-    _cut(model, shapes)
-    state = decode_tensors(file.entries)
-    try:
+            model = build_architecture(file.model, shapes, max_bytes, _check_fits)
+        _check_fits(model, shapes)
+        _resize(model, shapes)
+        state = decode_tensors(file.entries)
         check_tied(model.state_dict(), state.__getitem__)
     except ValueError as error:
         raise CheckpointError(f"{path} can't be loaded: {error}") from error
@@ -117,95 +116,56 @@ def load_compact(
     return model.eval()
 
 
-def _built(
-    architecture: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]], max_bytes: int
-) -> nn.Module:
-    """The model that a file names; first on the device meta, where it takes no memory."""
-    from starfire_prune.models import create_model  # not before: it loads timm
-
-    if architecture is None or not isinstance(architecture.get("name"), str):
-        raise ExportError(f"it names no model of timm: {_WAY_OUT}")
-    if others := architecture.keys() - _FOLLOWED:
-        raise ExportError(f"its model has the argument {min(others)!r}: {_WAY_OUT}")
-    try:
-        with torch.device("meta"):
-            sketch = create_model(**{"num_classes": 1000, **architecture})
-        _check_part(sketch, shapes)
-        if (size := model_bytes(sketch)) > max_bytes:
-            raise ExportError(
-                f"its model takes {size:,} bytes before it is cut, and `max_bytes` "
-                f"(={max_bytes:,}) allows no more: raise it if you trust the file"
-            )
-        return create_model(**{"num_classes": 1000, **architecture})
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ExportError):
-            raise
-        raise ExportError(
-            f"its model {architecture['name']!r} can't be built ({error}): {_WAY_OUT}"
-        ) from error
-
-
-def _check_part(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ExportError if tensors of these shapes can't be cut out of the model's."""
+def _check_fits(model: nn.Module, shapes: Shapes) -> None:
+    """Raise DamageError unless removing channels can give the model's tensors these shapes."""
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    classifier = _classifier_keys(own, model)
-    unlike = sorted(
+    classifier = classifier_keys(model)
+    wrong = sorted(
         name
         for name in {*own, *shapes}
         if name not in own
         or name not in shapes
         or not _is_part(shapes[name], own[name])
-        or (name in classifier and shapes[name][0] != own[name][0])  # classes are never cut
+        or (name in classifier and shapes[name][0] != own[name][0])  # classes are never removed
     )
-    if unlike:
-        name = unlike[0]
-        raise ExportError(
-            f"it is no part of this model: {name!r} is {shapes.get(name, 'missing')} in the file "
-            f"and {own.get(name, 'missing')} in the model"
+    if wrong:
+        name = wrong[0]
+        raise DamageError(
+            f"tensor {name!r} does not fit: {shapes.get(name, 'missing')} in the file, "
+            f"{own.get(name, 'missing')} in the model"
         )
 
 
-def _classifier_keys(names: Iterable[str], model: nn.Module) -> set[str]:
-    """The tensors of a timm model's classifier, of one or several layers."""
-    told = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    layers = {told} if isinstance(told, str) else set(told)
-    return {name for name in names if name.rpartition(".")[0] in layers}
-
-
-def _is_part(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
-    """Whether channels were cut: no other dimensions differ, and something is left."""
-    pairs = list(zip(shape, of, strict=False))
-    return len(shape) == len(of) and all(
-        size == full or (1 <= size < full and place < 2) for place, (size, full) in enumerate(pairs)
+def _is_part(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether a shape has fewer channels, but at least one, and otherwise equal dimensions."""
+    return len(shape) == len(full) and all(
+        size == whole or (1 <= size < whole and dim < 2)
+        for dim, (size, whole) in enumerate(zip(shape, full, strict=True))
     )
 
 
 @torch.no_grad()
-def _cut(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Give parameters and buffers other shapes, and layers the numbers of channels to match."""
-    cut: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
+def _resize(model: nn.Module, shapes: Shapes) -> None:
+    """Give parameters and buffers new shapes, and layers the numbers of channels to match."""
+    resized: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        depthwise = _is_depthwise(module)
+        depthwise = is_depthwise(module)
         for name, parameter in list(module._parameters.items()):
-            shape = shapes.get(f"{prefix}.{name}" if prefix else name)
+            shape = shapes.get(weight_key(prefix, name))
             if parameter is not None and shape is not None and shape != tuple(parameter.shape):
-                key = (id(parameter), shape)  # one that modules share stays shared
-                if key not in cut:
-                    cut[key] = nn.Parameter(parameter.new_empty(shape), parameter.requires_grad)
-                module._parameters[name] = cut[key]
+                key = (id(parameter), shape)  # modules that share a parameter still do
+                if key not in resized:
+                    resized[key] = nn.Parameter(parameter.new_empty(shape), parameter.requires_grad)
+                module._parameters[name] = resized[key]
         for name, buffer in list(module._buffers.items()):
-            shape = shapes.get(f"{prefix}.{name}" if prefix else name)
+            shape = shapes.get(weight_key(prefix, name))
             if buffer is not None and shape is not None and shape != tuple(buffer.shape):
                 module._buffers[name] = buffer.new_empty(shape)
-        _renumber(module, depthwise)
+        _set_channels(module, depthwise)
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
-
-
-def _renumber(module: nn.Module, depthwise: bool) -> None:
-    """Set the numbers of channels that a layer keeps beside its tensors."""
+def _set_channels(module: nn.Module, depthwise: bool) -> None:
+    """Set the numbers of channels that a layer stores beside its tensors."""
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = module.weight.shape[:2]
         if depthwise and not module.transposed:
@@ -225,20 +185,19 @@ def _renumber(module: nn.Module, depthwise: bool) -> None:
 
 @torch.no_grad()
 def _check_same(model: nn.Module, loaded: nn.Module, images: Tensor) -> None:
-    """Raise ExportError if a model that was loaded again is not the one that was written."""
+    """Raise ExportError unless a loaded model has the outputs of the model that was written."""
     images = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
     expected = model(images)
     try:
-        output = loaded(images)
-        difference = (output - expected).abs().max()
+        compare_outputs(expected, loaded(images), _TOLERANCE)
     except RuntimeError as error:
-        raise _refusal(f"does not run ({error})") from error
-    if not difference <= _TOLERANCE * expected.abs().max():
-        raise _refusal(f"differs by {difference:.2g} in its outputs")
+        raise _export_error(f"the model does not run ({error})") from error
+    except ValueError as error:
+        raise _export_error(f"the model's outputs {error} before") from error
 
 
-def _refusal(told: str) -> ExportError:
+def _export_error(text: str) -> ExportError:
     return ExportError(
-        f"the compact model {told} when it is loaded again: its layers keep numbers of channels "
-        f"that loading doesn't know; write it by --format onnx --compact"
+        f"when the compact file is loaded again, {text}: its layers store numbers of channels that "
+        f"loading can't restore; use --format onnx --compact"
     )

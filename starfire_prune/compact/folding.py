@@ -1,4 +1,4 @@
-"""Weights that read constant channels: dropped where the constant is zero, folded where not."""
+"""Folding: weights that read constant channels become zero, and other tensors compensate."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from starfire_prune.structure.channels import LayerChannels
 from starfire_prune.structure.graph import Graph, dense_copy, layer_of
 from starfire_prune.structure.ops import BATCH_NORMS
 from starfire_prune.structure.rules import bias_of
-from starfire_prune.utils.modules import clean_name, unwrap
+from starfire_prune.utils.modules import clean_name, unwrap, weight_key
 
 __all__ = ["FoldReport", "FoldedLayer", "fold_constants", "fold_in_place"]
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldedLayer:
-    """What became of a layer's weights that read constants.
+    """What happened to a layer's weights that read constants.
 
     Attributes:
-        name: of the module.
-        useless: non-zero weights that read a constant of zero, now zero.
-        folded: non-zero weights that read another constant, now zero.
-        into: the parameter or buffer that took their part; None where there were none.
-        left: non-zero weights that read a constant and stay.
-        reason: why they stay; None where there are none.
+        name: Name of the module.
+        redundant: Number of weights that read a constant zero; they are zero now.
+        folded: Number of weights that read another constant; they are zero now.
+        into: Name of the parameter or buffer that they were folded into; None if there were none.
+        left: Number of non-zero weights that still read a constant.
+        reason: Why they were not folded; None if there are none.
     """
 
     name: str
-    useless: int
+    redundant: int
     folded: int
     into: str | None
     left: int
@@ -42,48 +42,47 @@ class FoldedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class FoldReport:
-    """What folding did, a `FoldedLayer` for each layer that reads constants.
+    """What folding did.
 
     Attributes:
-        layers: in the order of use.
-        unknown: operations that the analysis has no rule for, as in `ConstantChannels`.
+        layers: A `FoldedLayer` for each layer that reads constants, in the order of use.
+        unknown: Operations that the analysis has no rule for, as in `ConstantChannels`.
     """
 
     layers: tuple[FoldedLayer, ...]
     unknown: tuple[str, ...]
 
     @property
-    def useless(self) -> int:
-        """Weights dropped because they read zeros."""
-        return sum(layer.useless for layer in self.layers)
+    def redundant(self) -> int:
+        """Number of weights set to zero because they read zeros."""
+        return sum(layer.redundant for layer in self.layers)
 
     @property
     def folded(self) -> int:
-        """Weights folded into biases and running means."""
+        """Number of weights folded into biases and running means."""
         return sum(layer.folded for layer in self.layers)
 
 
 def fold_constants(
     model: nn.Module, example_input: Tensor | tuple[Any, ...]
 ) -> tuple[nn.Module, FoldReport]:
-    """A copy of a model without the weights that read constants, of equal outputs in eval mode.
+    """A copy of a model without the weights that read constants; outputs in eval mode are equal.
 
-    A weight that reads a constant zero is useless and becomes zero. One that reads another
-    constant becomes zero too, and its part goes into the layer's bias, or where it has none into
-    the running mean of the batch norm right after it. Where the layer pads its input by zeros such
-    weights stay: at the border they read the padding. So do weights that the model uses for
-    anything but their layer, and those of a layer whose bias it does. This is for export: while a
-    model trains, its batch norms use other statistics.
+    A weight that reads a constant zero is redundant and becomes zero. A weight that reads another
+    constant becomes zero, too, and its contribution is added to the layer's bias, or without a bias
+    to the running mean of the batch norm directly after the layer. It is kept if the layer pads its
+    input by zeros, since it reads the padding at the border, and if the model also uses the weight
+    or the layer's bias elsewhere.
 
-    The outputs are equal for inputs of the example's shape, whatever the size of the batch, and
-    for the same Python arguments.
+    This is for export: in training, batch norms use other statistics. The outputs are equal for
+    inputs of the example's shape with any batch size, and for the same Python arguments.
 
     Args:
-        model: in any phase of pruning; it is left as it is.
-        example_input: a small batch, or the tuple of the model's arguments.
+        model: A model in any phase of pruning; it is not changed.
+        example_input: A small batch, or the tuple of the model's arguments.
 
     Returns:
-        The copy, its pruning permanent, and what was done.
+        The copy, with pruning made permanent, and what was done.
 
     Example:
         >>> conv = nn.Conv2d(1, 2, 3)
@@ -104,11 +103,12 @@ def fold_in_place(
     """`fold_constants` on the model itself, which must have no pruning hooks.
 
     Args:
-        model: is changed.
-        analysis: of this model.
-        merge: where constants can't be folded, as under padding, let one constant channel stand
-            for all that a layer (or each of its groups) reads. That is exact at the border too and
-            never adds weights, but it puts them where pruning may have taken them.
+        model: The model, which is changed.
+        analysis: The analysis of this model.
+        merge: Whether weights that can't be folded, for example because of padding, are moved to
+            the weights of one of the constant channels that a layer (or each of its groups) reads.
+            That is exact at the border, too, and never adds weights, but may make pruned weights
+            non-zero.
     """
     channels = analysis.run()
     calls = _calls(analysis.graph)
@@ -122,7 +122,7 @@ def fold_in_place(
 
 @dataclasses.dataclass(frozen=True)
 class _Sink:
-    """The bias or running mean that takes a layer's constants."""
+    """The bias or running mean to which the contribution of a layer's constants is added."""
 
     name: str
     values: Tensor
@@ -140,15 +140,15 @@ def _fold(
     weight: Tensor = module.weight
     constants = over_weight(layer.inputs.to(weight.device), weight)
     present = (weight != 0) & weight.isfinite()
-    useless = present & (constants == 0)
+    redundant = present & (constants == 0)
     constant = constants.isfinite() & (constants != 0)
     foldable = present & constant
-    number, dropped = int(foldable.sum()), int(useless.sum())
-    if not number and not dropped:
+    number, n_redundant = int(foldable.sum()), int(redundant.sum())
+    if not number and not n_redundant:
         return None
     if layer.shared is not None:
-        return FoldedLayer(layer.name, 0, 0, None, number + dropped, layer.shared)
-    weight.masked_fill_(useless, 0.0)
+        return FoldedLayer(layer.name, 0, 0, None, number + n_redundant, layer.shared)
+    weight.masked_fill_(redundant, 0.0)
     sink = _sink(model, layer, own, norm) if number else None
     if sink is not None:
         sink.add((weight * constants.nan_to_num(nan=0.0)).flatten(1).sum(1))
@@ -156,10 +156,10 @@ def _fold(
     elif merge:
         _merge(weight, layer.inputs.to(weight.device))
     left = int(((weight != 0) & constant).sum())
-    into = _dotted(layer.name, "weight") if sink is None else sink.name
+    into = weight_key(layer.name, "weight") if sink is None else sink.name
     return FoldedLayer(
         name=layer.name,
-        useless=dropped,
+        redundant=n_redundant,
         folded=number - left,
         into=into if left < number else None,
         left=left,
@@ -168,7 +168,7 @@ def _fold(
 
 
 def _merge(weight: Tensor, inputs: Tensor) -> None:
-    """Give the weights that read constants to the largest constant, in each group."""
+    """In each group, move weights that read constants to those that read the largest constant."""
     groups = len(inputs) // weight.shape[1]
     for kernels, values in zip(weight.chunk(groups), inputs.view(groups, -1), strict=True):
         constant = (values.isfinite() & (values != 0)).nonzero().flatten()
@@ -185,28 +185,24 @@ def _sink(model: nn.Module, layer: LayerChannels, own: bool, norm: str | None) -
     if layer.padded or not own:
         return None
     if bias is not None:
-        return _Sink(_dotted(layer.name, "bias"), bias, 1)
+        return _Sink(weight_key(layer.name, "bias"), bias, 1)
     if norm is not None:
-        name = _dotted(norm, "running_mean")
+        name = weight_key(norm, "running_mean")
         return _Sink(name, model.get_buffer(name), -1)
     return None
 
 
 def _own_bias(model: nn.Module, name: str) -> Tensor | None:
-    """The bias that a layer's module has, also if `torch.compile` wraps it."""
+    """The bias of a layer's module, also if `torch.compile` wraps it."""
     return unwrap(model.get_submodule(name))._parameters.get("bias")
-
-
-def _dotted(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
 
 
 def _why_left(layer: LayerChannels, own: bool) -> str:
     if layer.padded:
         return "it pads its input by zeros, so that its output differs at the border"
     if not own:
-        return "its bias is not its own: the model uses it elsewhere, or adds another one"
-    return "it has neither a bias nor a batch norm of its own right after it"
+        return "the model uses its bias elsewhere, too, or adds another one"
+    return "it has neither a bias nor a batch norm that only it uses directly after it"
 
 
 def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
@@ -220,26 +216,26 @@ def _calls(graph: Graph) -> dict[str, list[fx.Node]]:
 
 
 def _has_own_bias(graph: Graph, model: nn.Module, name: str, calls: list[fx.Node]) -> bool:
-    """Whether a layer's calls add its module's bias, used for nothing else, or it has none."""
+    """Whether a layer has no bias, or its calls add one that nothing else uses."""
     biases = [bias_of(call) for call in calls]
     if _own_bias(model, name) is None:
         return all(bias is None for bias in biases)
     return all(
         isinstance(bias, fx.Node)
-        and clean_name(graph.sources.get(bias.name, "")) == _dotted(name, "bias")
+        and clean_name(graph.sources.get(bias.name, "")) == weight_key(name, "bias")
         and all(_is_bias_of(placeholder, user, calls) for user, placeholder in graph.users(bias))
         for bias in biases
     )
 
 
 def _is_bias_of(placeholder: fx.Node, user: fx.Node, calls: list[fx.Node]) -> bool:
-    """Whether one of the calls reads a placeholder, as its bias alone."""
+    """Whether one of the calls reads a placeholder, only as its bias."""
     read = [argument for argument in user.args if argument is placeholder]
     return user in calls and len(read) == 1 and bias_of(user) is placeholder
 
 
 def _norms_after(graph: Graph, calls: Mapping[str, list[fx.Node]]) -> dict[str, str]:
-    """The batch norm that alone reads a layer's output, and nothing else, by the layer's name."""
+    """The batch norm that is the only user of a layer's output, by the layer's name."""
     after = {}
     for name, nodes in calls.items():
         users = [user for node in nodes for user in node.users]

@@ -1,4 +1,4 @@
-"""Cutting channels out of a model along the dependency graph of Torch-Pruning."""
+"""Removing coupled channels from a model by the dependency graph of Torch-Pruning."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from starfire_prune.utils.modules import prunable_layers
+from starfire_prune.utils.text import first_few
 
 __all__ = ["Surgery"]
 
 
 class Surgery:
-    """Removes the channels that no layer reads, and remembers why others stay.
+    """Removes the channels that no layer reads, and records why other dead channels are kept.
 
     Args:
-        pruning: the module `torch_pruning`.
-        model: is cut in place; its parameters must require gradients.
-        example: the model's arguments.
-        pinned: layers whose output channels all stay, and why.
-        unfolded: layers that go on reading constants, and why.
+        pruning: The module `torch_pruning`.
+        model: The model, which is changed in place; its parameters must require gradients.
+        example: The model's arguments.
+        required: Layers whose output channels must all be kept, and why.
+        unfolded: Layers that still read constants, and why.
     """
 
     def __init__(
@@ -31,11 +32,11 @@ class Surgery:
         pruning: Any,
         model: nn.Module,
         example: tuple[Any, ...],
-        pinned: Mapping[str, str],
+        required: Mapping[str, str],
         unfolded: Mapping[str, str],
     ) -> None:
         self._types = pruning.ops.OPTYPE
-        self._pinned = pinned
+        self._required = required
         self._unfolded = unfolded
         self._layers = prunable_layers(model)
         self._names = {module: name for name, module in self._layers.items()}
@@ -45,12 +46,12 @@ class Surgery:
         self._reasons: dict[str, str] = {}
 
     def run(self) -> None:
-        """Remove channels until nothing more can go: what a removed channel read may go next."""
+        """Remove channels until none is left to remove: one removal can make others possible."""
         while sum(self._shrink_group(root) for root in self._roots()):
             pass
 
-    def stayed(self) -> dict[str, tuple[int, str | None]]:
-        """How many output channels of each layer have no weight; why, where there are any."""
+    def dead_kept(self) -> dict[str, tuple[int, str | None]]:
+        """The number of each layer's dead output channels, and why they were kept, if any."""
         numbers = {name: len(_dead(module)) for name, module in self._layers.items()}
         unseen = "it is not in the dependency graph"
         return {
@@ -62,10 +63,14 @@ class Surgery:
         """A layer for each set of coupled channels."""
         covered: set[nn.Module] = set()
         for name, module in self._layers.items():
-            if module in covered or module not in self._graph.module2node or _is_depthwise(module):
+            if (
+                module in covered
+                or module not in self._graph.module2node
+                or _has_one_output_a_group(module)
+            ):
                 continue
-            if name in self._pinned:
-                self._reasons[name] = self._pinned[name]
+            if name in self._required:
+                self._reasons[name] = self._required[name]
                 continue
             for item in self._group(module, range(len(_weight(module)))).items:
                 member = item.dep.target.module
@@ -79,30 +84,30 @@ class Surgery:
         return self._graph.get_pruning_group(root, prune, list(channels))
 
     def _reads(self, item: Any) -> bool:
-        """Whether it is the inputs of a layer that the item is about."""
+        """Whether an item stands for the input channels of a layer, not for its output channels."""
         module = item.dep.target.module
-        if module not in self._names or _is_depthwise(module):
+        if module not in self._names or _has_one_output_a_group(module):
             return False
         pruner = self._graph.get_pruner_of_module(module)
         return bool(item.dep.handler == pruner.prune_in_channels)
 
     def _shrink_group(self, root: nn.Module) -> int:
-        """Remove what can go of the channels coupled with a layer's outputs; how many did."""
+        """Remove unread channels among those coupled with a layer's outputs; returns how many."""
         items = self._group(root, range(len(_weight(root)))).items
         obstacle = self._obstacle(items)
         if obstacle is not None:
-            self._note(items, obstacle)
+            self._record(items, obstacle)
             return 0
         readers = self._readers(items)
         self._explain(items, readers)
-        free = self._balanced(items, set(range(len(_weight(root)))).difference(readers))
-        if free:
-            for item in self._group(root, sorted(free)).items:
+        removable = self._balanced(items, set(range(len(_weight(root)))).difference(readers))
+        if removable:
+            for item in self._group(root, sorted(removable)).items:
                 self._cut(item)
-        return len(free)
+        return len(removable)
 
     def _obstacle(self, items: list[Any]) -> str | None:
-        """Why none of the coupled channels can go, if so."""
+        """Why all the coupled channels must be kept, or None."""
         plain = {
             *(self._types.CONV, self._types.DEPTHWISE_CONV, self._types.LINEAR, self._types.BN),
             *(self._types.CONCAT, self._types.ELEMENTWISE, self._types.RESHAPE),
@@ -110,16 +115,18 @@ class Surgery:
         for item in items:
             module = item.dep.target.module
             name = self._names.get(module)
-            if name is not None and name in self._pinned and not self._reads(item):
-                return self._pinned[name]
+            if name is not None and name in self._required and not self._reads(item):
+                return self._required[name]
             if item.dep.target.type not in plain or isinstance(module, _ConvTransposeNd):
                 return f"its channels are coupled with {item.dep.target.name.partition('(')[0]}"
-            if _is_depthwise(module) and module.in_channels != module.groups:
-                return f"its channels are coupled with {name}, a convolution of one output a group"
+            if _has_one_output_a_group(module) and module.in_channels != module.groups:
+                return (
+                    f"its channels are coupled with {name}, a convolution with one output per group"
+                )
         return None
 
     def _readers(self, items: list[Any]) -> dict[int, set[str]]:
-        """The layers whose weights read each channel of the root, where there are any."""
+        """The layers whose weights read a channel of the root, by channel, if there are any."""
         readers: dict[int, set[str]] = {}
         for item in items:
             if self._reads(item):
@@ -130,32 +137,32 @@ class Surgery:
                         readers.setdefault(channel, set()).add(self._names[module])
         return readers
 
-    def _balanced(self, items: list[Any], free: set[int]) -> set[int]:
-        """Of the channels that can go, as many in each group of grouped convolutions; not all."""
+    def _balanced(self, items: list[Any], removable: set[int]) -> set[int]:
+        """Fewer removable channels: equally many in each group of a convolution, and never all."""
         while True:
-            balanced = free
+            balanced = removable
             for item in items:
                 if _is_grouped(item.dep.target.module):
                     balanced = self._balanced_in(item, balanced)
                 elif balanced.issuperset(item.root_idxs):
                     balanced = balanced - set(item.root_idxs[:1])
-            if balanced == free:
+            if balanced == removable:
                 return balanced
-            free = balanced
+            removable = balanced
 
-    def _balanced_in(self, item: Any, free: set[int]) -> set[int]:
+    def _balanced_in(self, item: Any, removable: set[int]) -> set[int]:
         module = item.dep.target.module
         reads = self._reads(item)
         size = (module.in_channels if reads else module.out_channels) // module.groups
         members: list[list[int]] = [[] for _ in range(module.groups)]
         for index, channel in sorted(zip(item.idxs, item.root_idxs, strict=True)):
-            if channel in free:
+            if channel in removable:
                 members[index // size].append(channel)
-        # A single output channel a group would look like a depthwise convolution
+        # With a single output channel per group it would look like a depthwise convolution
         spare = min(size - (1 if reads else 2), *map(len, members))
         covered = set(item.root_idxs)
-        kept = {channel for group in members for channel in group[: max(spare, 0)]}
-        return {channel for channel in free if channel in kept or channel not in covered}
+        chosen = {channel for group in members for channel in group[: max(spare, 0)]}
+        return {channel for channel in removable if channel in chosen or channel not in covered}
 
     def _cut(self, item: Any) -> None:
         module = item.dep.target.module
@@ -171,12 +178,12 @@ class Surgery:
             if name is not None and not self._reads(item):
                 yield name, item
 
-    def _note(self, items: list[Any], obstacle: str) -> None:
+    def _record(self, items: list[Any], obstacle: str) -> None:
         for name, _ in self._sources(items):
             self._reasons[name] = obstacle
 
     def _explain(self, items: list[Any], readers: dict[int, set[str]]) -> None:
-        """Note for each layer with dead outputs why they stay, should they stay."""
+        """Record for each layer with dead outputs why they are kept, in case they are."""
         for name, item in self._sources(items):
             dead = set(_dead(item.dep.target.module))
             pairs = zip(item.idxs, item.root_idxs, strict=True)
@@ -186,15 +193,14 @@ class Surgery:
 
     def _read_by(self, names: list[str]) -> str:
         if not names:
-            return "the groups of a convolution can't spare equally many, or a layer would be empty"
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return "removal would leave a convolution's groups unequal, or a layer without channels"
         reasons = [self._unfolded[name] for name in names if name in self._unfolded]
         why = f" ({reasons[0]})" if reasons else ""
-        return f"read by {', '.join(names[:3])}{more}{why}"
+        return f"read by {first_few(names)}{why}"
 
 
 def _traced(output: Any) -> list[Tensor]:
-    """The tensors that the dependency graph can be followed back from."""
+    """The tensors from which the dependency graph can be traced back."""
     leaves = tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
@@ -209,7 +215,7 @@ def _dead(module: nn.Module) -> list[int]:
 
 
 def _columns_read(module: nn.Module) -> list[bool]:
-    """Whether a weight reads it, for each of a layer's input channels."""
+    """For each of a layer's input channels, whether a weight reads it."""
     weight = _weight(module)
     kernels = weight.flatten(2).any(2) if weight.ndim > 2 else weight
     groups = kernels.chunk(getattr(module, "groups", 1))
@@ -217,22 +223,24 @@ def _columns_read(module: nn.Module) -> list[bool]:
     return read
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def _has_one_output_a_group(module: nn.Module) -> bool:
+    """Whether Torch-Pruning takes a module for a depthwise convolution."""
     return isinstance(module, _ConvNd) and module.groups == module.out_channels > 1
 
 
 def _is_grouped(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
+    return isinstance(module, _ConvNd) and module.groups > 1 and not _has_one_output_a_group(module)
 
 
-def _cut_grouped_inputs(module: _ConvNd, gone: set[int]) -> None:
-    """Remove input channels, equally many of each group but not at the same places."""
+def _cut_grouped_inputs(module: _ConvNd, removed: set[int]) -> None:
+    """Remove input channels: equally many in each group, in any places there."""
     size = module.in_channels // module.groups
     kept = [
-        [i for i in range(size) if group * size + i not in gone] for group in range(module.groups)
+        [i for i in range(size) if group * size + i not in removed]
+        for group in range(module.groups)
     ]
     parts = _weight(module).chunk(module.groups)
     module.weight = nn.Parameter(
         torch.cat([part[:, index] for part, index in zip(parts, kept, strict=True)])
     )
-    module.in_channels -= len(gone)
+    module.in_channels -= len(removed)

@@ -8,7 +8,6 @@ and nothing else, so that what is zero stays zero.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import shutil
 import textwrap
@@ -28,7 +27,9 @@ from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, s
 from starfire_prune.structure.graph import dense_copy, without_autocast
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
-from starfire_prune.utils.modules import prunable_layers
+from starfire_prune.utils.modules import prunable_layers, weight_key
+from starfire_prune.utils.optional import import_optional
+from starfire_prune.utils.outputs import compare_outputs
 
 __all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "data_files", "export_onnx"]
 
@@ -106,7 +107,7 @@ def export_onnx(
         >>> export_onnx(model, path, size, fold_bn=True).deviation  # doctest: +SKIP
         1.4e-06
     """
-    onnx, _, runtime = (_module(name) for name in _PACKAGES)
+    onnx, _, runtime = (import_optional(name, "onnx", "export to ONNX") for name in _PACKAGES)
     model = dense_copy(model).eval()
     proto = _exported(model, input_size)
     weights = Weights(onnx, proto.graph)
@@ -133,18 +134,9 @@ def export_onnx(
     )
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"ONNX files need {error.name}: pip install 'starfire-prune[onnx]'", name=error.name
-        ) from error
-
-
 def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
     """The `ModelProto` of a model for batches of any size."""
-    optimizer = importlib.import_module("onnxscript.optimizer")
+    optimizer = import_optional("onnxscript.optimizer", "onnx", "export to ONNX")
     try:
         with warnings.catch_warnings(), without_autocast():
             warnings.simplefilter("ignore")  # of the exporter about its own code
@@ -196,7 +188,7 @@ def _checked_zeros(
     unchecked = []
     for layer, module in prunable_layers(model).items():
         weight = effective_weight(module).cpu().numpy()
-        array = _array_of(f"{layer}.weight" if layer else "weight", weight, weights)
+        array = _array_of(weight_key(layer), weight, weights)
         if array is None:
             unchecked.append(layer)
             continue
@@ -229,23 +221,22 @@ def _checked_outputs(
     """
     session = _session(runtime, file)
     generator = torch.Generator().manual_seed(0)
-    deviation = largest = 0.0
+    expected: list[Tensor] = []
+    outputs: list[Tensor] = []
     for batch in _BATCHES:
         images = torch.randn(batch, *input_size, generator=generator)
-        expected: Tensor = model(images)
+        expected.append(model(images))
         try:
             (output,) = session.run(["logits"], {"images": images.numpy()})
         except Exception as error:  # of a kind for each failure
             raise ExportError(f"ONNX Runtime can't run the exported model: {error}") from error
-        difference = (torch.from_numpy(output) - expected).abs().nan_to_num(nan=torch.inf)
-        deviation = max(deviation, float(difference.max()))
-        largest = max(largest, float(expected.abs().max()))
-    if not deviation <= _TOLERANCE * largest:
+        outputs.append(torch.from_numpy(output))
+    try:
+        return compare_outputs(expected, outputs, _TOLERANCE)
+    except ValueError as error:
         raise ExportError(
-            f"ONNX Runtime's outputs differ by {deviation:.2g} from torch's, whose largest is "
-            f"{largest:.2g}: torch's exporter gets this model wrong"
-        )
-    return deviation, largest
+            f"ONNX Runtime's outputs {error} in torch: torch's exporter gets this model wrong"
+        ) from error
 
 
 def _session(runtime: Any, file: Path) -> Any:

@@ -45,7 +45,12 @@ from starfire_prune.serialization.metadata import (
     pruning_metadata,
     recipe_metadata,
 )
-from starfire_prune.serialization.state import known_masks, masks_of_zeros, plain_state_dict
+from starfire_prune.serialization.state import (
+    describe_mismatch,
+    known_masks,
+    masks_of_zeros,
+    plain_state_dict,
+)
 from starfire_prune.serialization.store import store_tensors
 from starfire_prune.utils.errors import CheckpointError, CodecError, DamageError
 from starfire_prune.utils.files import reason, replaced_file, writing
@@ -313,8 +318,8 @@ def is_pruned_file(path: Path) -> bool:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} is no whole safetensors file ({reason(error)}): restore it, export it anew, "
-            f"or convert it by safetensors.torch.save_file"
+            f"{path} is not a complete safetensors file ({reason(error)}): restore it, export it "
+            f"again, or convert it by safetensors.torch.save_file"
         ) from error
     return any(key.startswith(f"{METADATA_KEY}.") for key in metadata)
 
@@ -362,25 +367,11 @@ def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     own = {clean_name(name): value for name, value in unwrap(model).state_dict().items()}
     if any(value.is_meta for value in own.values()):
         raise ValueError("`model` is on the device meta: call model.to_empty(device='cpu') first")
-    differing = [
-        f"{name} {entries[name].shape} for {tuple(own[name].shape)}"
-        for name in own
-        if name in entries and entries[name].shape != tuple(own[name].shape)
-    ]
-    problems = {
-        "lacks": [name for name in own if name not in entries],
-        "also holds": [repr(name) for name in entries if name not in own],
-        "has other shapes:": differing,
-    }
-    told = [f"{what} {_few(names)}" for what, names in problems.items() if names]
-    if told:
-        raise DamageError(f"it is of another model: it {' and '.join(told)}")
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    held = {name: entry.shape for name, entry in entries.items()}
+    if mismatch := describe_mismatch(shapes, held):
+        raise DamageError(f"it is of another model: it {mismatch}")
     fill_tensors(own, entries)
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _check_format(format: str, deflate: bool) -> None:

@@ -17,12 +17,14 @@ from starfire_prune.utils.modules import (
     named_modules_with_duplicates,
     prunable_layers,
     unwrap,
+    weight_key,
 )
+from starfire_prune.utils.text import first_few
 
 if TYPE_CHECKING:
     from starfire_prune.engine.pruner import Pruner
 
-__all__ = ["check_tied", "known_masks", "masks_of_zeros", "plain_state_dict"]
+__all__ = ["check_tied", "describe_mismatch", "known_masks", "masks_of_zeros", "plain_state_dict"]
 
 
 def plain_state_dict(
@@ -61,7 +63,7 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
     if pruner is not None:
         own, layers = pruner.masks(), prunable_layers(model)
         for name in pruner.layers:
-            key = f"{name}.weight" if name else "weight"
+            key = weight_key(name)
             ones = torch.ones(layer_weight(layers[name]).shape, dtype=torch.bool)
             masks[key] = own.get(key, ones).bool().cpu()
     return masks
@@ -108,10 +110,41 @@ def check_tied(targets: Mapping[str, Tensor], content: Callable[[str], Tensor]) 
                 )
 
 
+def describe_mismatch(
+    own: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """How the tensors of a file differ from a model's, as the predicate of a sentence.
+
+    Args:
+        own: Shapes of the model's tensors by name.
+        held: Shapes of the file's tensors by name.
+
+    Returns:
+        The text, or None if names and shapes are the same.
+
+    Example:
+        >>> describe_mismatch({"a": (2,), "b": (1,)}, {"a": (3,)})
+        'lacks b and has other shapes: a (3,) instead of (2,)'
+    """
+    shared = [name for name in own if name in held]
+    parts = {
+        "lacks": [name for name in own if name not in held],
+        "also holds": [repr(name) for name in held if name not in own],
+        "has other shapes:": [
+            f"{name} {held[name]} instead of {own[name]}"
+            for name in shared
+            if held[name] != own[name]
+        ],
+    }
+    return (
+        " and ".join(f"{what} {first_few(names)}" for what, names in parts.items() if names) or None
+    )
+
+
 def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of parameters that a hook of `torch.nn.utils.prune` prunes, by plain name."""
     return {
-        f"{prefix}.{name}" if prefix else name: mask.bool().contiguous().cpu()
+        weight_key(prefix, name): mask.bool().contiguous().cpu()
         for prefix, module in named_modules_with_duplicates(model)
         for name, mask in _masks_of(module)
     }
@@ -120,7 +153,7 @@ def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:
 def _prunable_weights(model: nn.Module) -> list[str]:
     layers = set(prunable_layers(model).values())
     return [
-        f"{name}.weight" if name else "weight"
+        weight_key(name)
         for name, module in named_modules_with_duplicates(model)
         if module in layers
     ]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 __all__ = [
+    "classifier_keys",
     "clean_name",
     "is_depthwise",
     "layer_weight",
@@ -61,6 +62,13 @@ def clean_name(name: str) -> str:
 
 def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+
+
+def classifier_keys(model: nn.Module) -> tuple[str, ...]:
+    """The state dict keys of a timm model's classifier, one or several layers; none of others."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    return tuple(key for key in model.state_dict() if key.startswith(prefixes))
 
 
 def named_modules_with_duplicates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,12 +8,13 @@ from typing import Any
 __all__ = ["import_optional"]
 
 
-def import_optional(module: str, extra: str = "train") -> Any:
+def import_optional(module: str, extra: str = "train", needed_by: str = "this data set") -> Any:
     """Import a module of an optional package; these are slow, so only where they are used.
 
     Args:
         module: The module's full name.
         extra: The extra of this package that installs it.
+        needed_by: What needs it, the subject of the error's sentence.
 
     Returns:
         The module.
@@ -30,5 +31,5 @@ def import_optional(module: str, extra: str = "train") -> Any:
     except ModuleNotFoundError as error:
         package = (error.name or module).partition(".")[0]
         raise ModuleNotFoundError(
-            f"this data set needs {package}: pip install 'starfire-prune[{extra}]'", name=error.name
+            f"{needed_by} needs {package}: pip install 'starfire-prune[{extra}]'", name=error.name
         ) from error

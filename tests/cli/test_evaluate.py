@@ -540,7 +540,7 @@ def test_a_file_needs_a_recipe(tool, run):
 def test_damaged_weights_are_refused(tool, run):
     weights = weights_of(run)
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert refusal(tool(run)).startswith(f"{weights} is no whole safetensors file (")
+    assert refusal(tool(run)).startswith(f"{weights} is not a complete safetensors file (")
 
 
 def test_weights_of_another_model_are_refused_with_some_of_their_keys(tool, run):

@@ -107,7 +107,7 @@ def test_compact_writes_what_load_compact_reads(tool, finished, sparse, tmp_path
     settings = find_source(finished).architecture
     loaded = load_compact(output, create_model(**settings))  # type: ignore[arg-type]
     assert difference(sparse, loaded, images(size=16)) < 1e-5
-    assert "largest deviation of the outputs" in ended.stdout
+    assert "largest difference of the outputs" in ended.stdout
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in sparse.parameters())
 
 

@@ -129,7 +129,7 @@ def test_one_constant_channel_stands_for_all_under_padding():
     smaller, report = compact(model, images(size=8))
     assert smaller[0].out_channels == 3
     assert -3.0 in smaller[0].bias.tolist()
-    assert report["0"].stayed == 1
+    assert report["0"].dead_kept == 1
     with torch.no_grad():
         torch.testing.assert_close(smaller(images(size=8)), model(images(size=8)))
 
@@ -162,7 +162,7 @@ def test_groups_lose_equally_many_channels(dead, left):
     smaller: Any
     smaller, report = compact(model, images(size=8))
     assert (smaller[0].out_channels, smaller[1].in_channels, smaller[1].groups) == (left, left, 4)
-    assert report["0"].stayed == len(dead) - (12 - left)
+    assert report["0"].dead_kept == len(dead) - (12 - left)
     with torch.no_grad():
         torch.testing.assert_close(smaller(images(size=8)), model(images(size=8)))
 
@@ -173,11 +173,11 @@ def test_the_report_says_why_dead_channels_stay():
         model[0].weight[:2] = 0
         model[1].weight[3] = 0
     _, report = compact(model, images(size=8))
-    assert (report["0"].stayed, report["0"].reason) == (
+    assert (report["0"].dead_kept, report["0"].reason) == (
         1,
         "read by 1 (it pads its input by zeros, so that its output differs at the border)",
     )
-    assert (report["1"].stayed, report["1"].reason) == (1, "its channels are the model's output")
+    assert (report["1"].dead_kept, report["1"].reason) == (1, "its channels are the model's output")
 
 
 def test_channels_that_a_norm_mixes_stay():
@@ -360,7 +360,7 @@ def test_channels_that_anything_but_a_layer_reads_stay(build):
     model = build()
     smaller, report = compact(model, images(size=8))
     assert report["source"].outputs == (8, 8)
-    assert report["source"].stayed == 2
+    assert report["source"].dead_kept == 2
     assert_same_outputs(model, smaller)
 
 

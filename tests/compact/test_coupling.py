@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from starfire_prune.compact.coupling import pinned_layers
+from starfire_prune.compact.coupling import required_outputs
 from starfire_prune.structure.analysis import ChannelAnalysis
 from tests.support.sparse_networks import images
 
@@ -66,22 +66,22 @@ NEEDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def pinned(model: nn.Module) -> dict[str, str]:
-    return pinned_layers(ChannelAnalysis(model, images(size=8)).graph)
+def required(model: nn.Module) -> dict[str, str]:
+    return required_outputs(ChannelAnalysis(model, images(size=8)).graph)
 
 
 @pytest.mark.parametrize("operation", FREE.values(), ids=FREE)
 def test_operations_on_each_channel_pin_nothing(operation):
-    assert set(pinned(Between(operation))) == {"reader"}
+    assert set(required(Between(operation))) == {"reader"}
 
 
 @pytest.mark.parametrize("operation", NEEDED.values(), ids=NEEDED)
 def test_operations_that_need_all_channels_pin_the_layer_before(operation):
-    assert "needs them all" in pinned(Between(operation))["source"]
+    assert "needs all its channels" in required(Between(operation))["source"]
 
 
-def test_outputs_of_the_model_are_pinned():
-    assert pinned(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) == {
+def test_outputs_of_the_model_must_be_kept():
+    assert required(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())) == {
         "0": "its channels are the model's output"
     }
 
@@ -107,23 +107,23 @@ INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("partner", INPUTS.values(), ids=INPUTS)
-def test_the_models_input_as_a_partner_pins_the_layer(partner):
+def test_the_models_input_as_a_partner_makes_all_channels_required(partner):
     model = Network(lambda source, reader, x: reader(partner(source(x).relu(), x)))
-    assert "needs them all" in pinned(model)["source"]
+    assert "needs all its channels" in required(model)["source"]
 
 
-def test_the_joined_input_as_a_partner_pins_the_layer():
+def test_the_joined_input_as_a_partner_makes_all_channels_required():
     def forward(source: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
         return reader(source(x) * torch.cat([x[:, :1], source(x)[:, 1:]], 1))  # type: ignore[no-any-return]
 
-    assert "aten.mul" in pinned(Network(forward))["source"]
+    assert "aten.mul" in required(Network(forward))["source"]
 
 
-def test_layers_pin_their_partners_where_their_weight_is_read_elsewhere():
+def test_a_layer_whose_weight_is_read_elsewhere_needs_all_channels():
     def forward(source: nn.Module, reader: nn.Module, x: Tensor) -> Tensor:
         return reader(source(x)) * reader.get_parameter("weight").sum()  # type: ignore[no-any-return]
 
-    assert pinned(Network(forward)) == {
-        "source": "its channels reach aten.conv2d.default in reader, which needs them all",
-        "reader": "its weight is read elsewhere too",
+    assert required(Network(forward)) == {
+        "source": "aten.conv2d.default in reader needs all its channels",
+        "reader": "its weight is also read elsewhere",
     }

@@ -62,7 +62,7 @@ def test_folded_networks_give_the_same_outputs(name, dtype):
         folded, report = fold_again(name, model)
         inputs = images(dtype, size_for(name), seed=seed + 1)
         assert difference(model, folded, inputs) < TOLERANCES[dtype]
-        assert report.useless > 0
+        assert report.redundant > 0
         assert report.folded > 0
         assert report.unknown == ()
 
@@ -95,7 +95,7 @@ def test_folded_networks_of_full_size_give_the_same_outputs(name, dtype):
     model = sparse_network(FULL[name], dtype=dtype)
     folded, report = fold_constants(model, images(dtype, 64))
     assert difference(model, folded, images(dtype, 64, seed=1)) < TOLERANCES[dtype]
-    assert report.useless + report.folded > 0
+    assert report.redundant + report.folded > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_constants_go_into_the_bias():
     expected = model[1].bias + 2 * model[1].weight[:, 0].sum((1, 2))
     torch.testing.assert_close(folded[1].bias, expected)
     (layer,) = report.layers
-    assert (layer.name, layer.useless, layer.folded, layer.into) == ("1", 0, 36, "1.bias")
+    assert (layer.name, layer.redundant, layer.folded, layer.into) == ("1", 0, 36, "1.bias")
     assert (layer.left, layer.reason) == (0, None)
 
 
@@ -173,7 +173,7 @@ def test_constants_go_into_the_running_mean_where_there_is_no_bias():
 def test_weights_that_read_zero_go_under_padding_too():
     _, folded, report = folded_chain(nn.Conv2d(2, 4, 3, padding=1), constant=0.0)
     assert not folded[1].weight[:, 0].any()
-    assert (report.layers[0].useless, report.layers[0].folded, report.layers[0].into) == (
+    assert (report.layers[0].redundant, report.layers[0].folded, report.layers[0].into) == (
         36,
         0,
         None,
@@ -251,7 +251,7 @@ def test_a_network_without_constants_is_not_changed():
     folded, report = fold_constants(model, images(size=8))
     assert equal_states(snapshot(model), snapshot(folded))
     assert report.layers == ()
-    assert (report.useless, report.folded) == (0, 0)
+    assert (report.redundant, report.folded) == (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def folded_pair(model: nn.Module) -> FoldReport:
 @pytest.mark.parametrize("build", [ScaledByWeight, WeightAsOutput])
 def test_weights_that_something_else_uses_stay(build):
     (layer,) = folded_pair(build()).layers
-    assert (layer.useless, layer.folded, layer.left) == (0, 0, 8)
+    assert (layer.redundant, layer.folded, layer.left) == (0, 0, 8)
     assert str(layer.reason).startswith("its weight is ")
     assert not ChannelAnalysis(build(), images(size=8)).zero_inputs()[layer.name].any()
 
@@ -386,8 +386,8 @@ def test_weights_that_something_else_uses_stay(build):
 )
 def test_biases_that_something_else_uses_take_no_constants(build):
     (layer,) = folded_pair(build()).layers
-    assert (layer.useless, layer.folded, layer.left) == (4, 0, 4)
-    assert "bias is not its own" in str(layer.reason)
+    assert (layer.redundant, layer.folded, layer.left) == (4, 0, 4)
+    assert "uses its bias elsewhere" in str(layer.reason)
 
 
 def test_layers_of_other_kinds_may_have_no_bias():
@@ -412,7 +412,7 @@ def test_weights_that_are_not_finite_stay():
     folded: Any
     folded, report = fold_constants(model.eval(), images(size=8))
     assert folded.d.weight[:, 1].isinf().all()
-    assert report.useless == 0
+    assert report.redundant == 0
 
 
 def test_compiled_layers_fold():
@@ -424,4 +424,4 @@ def test_compiled_layers_fold():
 
 def test_a_model_that_is_a_layer_with_another_inside_folds_into_its_own_bias():
     (layer,) = folded_pair(Outer()).layers
-    assert (layer.name, layer.into, layer.folded, layer.useless) == ("", "bias", 4, 4)
+    assert (layer.name, layer.into, layer.folded, layer.redundant) == ("", "bias", 4, 4)

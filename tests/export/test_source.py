@@ -195,7 +195,9 @@ def test_a_foreign_file_without_a_model_is_not_written(foreign, tmp_path):
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"no tensors in here")
-    with pytest.raises(CheckpointError, match=r"no.safetensors is no whole safetensors file \("):
+    with pytest.raises(
+        CheckpointError, match=r"no.safetensors is not a complete safetensors file \("
+    ):
         find_source(tmp_path / "no.safetensors")
 
 
@@ -203,7 +205,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 def test_a_file_that_is_cut_short_is_refused(kind, request):
     path = request.getfixturevalue(kind)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"is no whole safetensors file \("):
+    with pytest.raises(CheckpointError, match=r"is not a complete safetensors file \("):
         find_source(path)
 
 

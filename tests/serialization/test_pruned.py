@@ -251,7 +251,11 @@ def other_model(kind: str) -> tuple[nn.Module, str]:
         ck_structured(model.body, amount=0.5)
         return model, "it lacks body.weight_orig, body.weight_mask and also holds 'body.weight'"
     model.head = nn.Linear(8, 7)
-    return model, "it has other shapes: head.weight (10, 8) for (7, 8), head.bias (10,) for (7,)"
+    return (
+        model,
+        "it has other shapes: head.weight (10, 8) instead of (7, 8), "
+        "head.bias (10,) instead of (7,)",
+    )
 
 
 @pytest.mark.parametrize("kind", ["fewer", "more", "hooked", "shapes"])

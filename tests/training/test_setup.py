@@ -235,9 +235,9 @@ def test_a_file_that_is_no_safetensors_file_is_refused_with_its_path(refusal, tm
     file = tmp_path / "model.pth"
     torch.save({"fc.bias": torch.zeros(10)}, file)
     sentence = refusal(f"model.pretrained={file}")
-    assert sentence.startswith(f"model.pretrained: {file} is no whole safetensors file (")
+    assert sentence.startswith(f"model.pretrained: {file} is not a complete safetensors file (")
     assert sentence.endswith(
-        "): restore it, export it anew, or convert it by safetensors.torch.save_file"
+        "): restore it, export it again, or convert it by safetensors.torch.save_file"
     )
 
 
@@ -246,7 +246,7 @@ def test_the_weights_of_another_model_are_refused_with_their_path(refusal, weigh
     sentence = refusal(f"model.pretrained={weights}", f"model.options={options}")
     assert sentence.startswith(
         f"model.pretrained: {weights} is of another model: it has other shapes: "
-        f"layer4.0.conv1.weight (16, 16, 3, 3) for (24, 16, 3, 3), "
+        f"layer4.0.conv1.weight (16, 16, 3, 3) instead of (24, 16, 3, 3), "
     )
     assert sentence.endswith(" and 12 more")
 
