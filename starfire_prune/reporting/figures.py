@@ -1,4 +1,4 @@
-"""Pictures of several runs: curves over epochs or epsilon, points of variants, bars of layers.
+"""Figures of several runs: curves over epochs or epsilon, points of variants, bars of layers.
 
 They need matplotlib: `pip install 'starfire-prune[plots]'`.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,19 +19,28 @@ from starfire_prune.engine.sparsity import LayerSparsity
 from starfire_prune.reporting.curves import Curve, mean_curve
 from starfire_prune.reporting.style import WIDTH_INCHES, Images, Line, Theme, rendered
 
-__all__ = ["Points", "Series", "bars", "curves", "points", "shortened", "spread_positions"]
+__all__ = ["Points", "Series", "bars", "curves", "points", "shortened"]
 
 
 _LABEL_POINTS: Final = 8.5
-_LABEL_INCHES: Final = _LABEL_POINTS * 1.25 / 72
-_LETTER_INCHES: Final = 0.074  # of a label, on average
-_LONGEST: Final = 22  # letters of a label
+_LETTER_INCHES: Final = 0.074  # average width of a letter in a label
+_HEIGHT: Final = 3.5  # inches of a figure of curves
+_LONGEST: Final = 22  # most letters of a label
+_LEGEND: Final[Mapping[str, Any]] = {
+    "bbox_to_anchor": (1.0, 1.0),
+    "frameon": False,
+    "fontsize": _LABEL_POINTS,
+    "handletextpad": 0.4,
+    "columnspacing": 1.2,
+    "borderaxespad": 0.2,
+    "handlelength": 1.4,
+}
 _KINDS: Final = {"3×3 and larger": "#0072b2", "1×1": "#56b4e9", "linear": "#e69f00"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """The curves of a variant, one a run."""
+    """The curves of a variant, one per run."""
 
     label: str
     line: Line
@@ -40,13 +49,13 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """The values of a variant, one a run.
+    """The values of a variant, one per run.
 
     Attributes:
-        label: of the variant.
-        line: whose colour they have.
-        filled: values that are shown as dots.
-        hollow: values that are shown as rings, or as upright strokes.
+        label: Name of the variant.
+        line: The line whose colour the marks have.
+        filled: Values that are shown as dots.
+        hollow: Values that are shown as rings, or as upright strokes.
     """
 
     label: str
@@ -61,45 +70,43 @@ def curves(
     *,
     x_from: float | None = None,
     verticals: Sequence[float] = (),
-    whole: bool = False,
+    to_100: bool = False,
     marked: bool = False,
 ) -> Images:
-    """Draw the mean curve of each variant, a band from its lowest to its highest run behind it.
+    """Draw the mean curve of each variant over a band from its lowest to its highest run.
 
     Args:
-        series: a variant each; their names stand at the ends of their curves.
-        labels: of the axes, x and y.
-        x_from: draw what comes from there on only.
-        verticals: places of dotted upright lines.
-        whole: let y go from 0 to 100.
-        marked: mark the points that the curves join.
+        series: The variants.
+        labels: Labels of the x and the y axis.
+        x_from: The lowest x that is shown; default: the lowest of the curves.
+        verticals: The x of dotted vertical lines.
+        to_100: Show y from 0 to 100.
+        marked: Mark the points of the curves.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, height, right=_label_width([own.label for own in series]))
+        axes = _axes(figure, _HEIGHT, right=0.15 + _label_width([own.label for own in series]))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        for own in series:
-            _draw_series(axes, own, theme, marked)
+        lines = [_draw_series(axes, own, theme, marked) for own in series]
         for x in verticals:
             axes.axvline(x, color=theme.muted, lw=1, ls=":")
-        _limit(axes, series, x_from, whole)
-        _label_ends(axes, series, theme, height)
+        _limit(axes, series, x_from, to_100)
+        _name_curves(axes, series, lines)
 
-    height = max(3.5, 0.9 + 1.1 * _LABEL_INCHES * len(series))
-    return rendered(draw, height)
+    return rendered(draw, _HEIGHT)
 
 
 def points(
     variants: Sequence[Points], label: str, legend: tuple[str, str], *, strokes: bool = False
 ) -> Images:
-    """Draw two kinds of values of each variant, variants below each other.
+    """Draw two kinds of values for each variant, in a row per variant.
 
     Args:
-        variants: from top to bottom.
-        label: of the x axis.
-        legend: what filled and hollow marks are.
-        strokes: draw the second kind as upright strokes rather than rings, from 0 to 100.
+        variants: The variants, from top to bottom.
+        label: Label of the x axis.
+        legend: Names of the filled and of the hollow marks.
+        strokes: Draw hollow marks as upright strokes, on an x axis from 0 to 100.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -130,19 +137,18 @@ def points(
     return rendered(draw, height)
 
 
-def bars(layers: Sequence[LayerSparsity], asked: float, colour: str | None = None) -> Images:
+def bars(layers: Sequence[LayerSparsity], asked: float) -> Images:
     """Draw the sparsity of each layer as a bar, as in the paper's Figure 5.
 
     Args:
-        layers: in the model's order.
-        asked: the sparsity asked for, in percent, as a dashed line.
-        colour: of all bars; by default those of kinds of layers differ.
+        layers: The layers in the model's order.
+        asked: The sparsity asked for, in percent, drawn as a dashed line.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = _axes(figure, 3.2, top=0.4)
         kinds = [_kind(layer) for layer in layers]
-        colours = [colour or _KINDS[kind] for kind in kinds]
+        colours = [_KINDS[kind] for kind in kinds]
         axes.bar(range(len(layers)), [100 * layer.sparsity for layer in layers], 0.8, color=colours)
         axes.axhline(asked, color=theme.ink, lw=1, ls="--")
         axes.set_ylim(0, 100)
@@ -161,58 +167,17 @@ def bars(layers: Sequence[LayerSparsity], asked: float, colour: str | None = Non
     return rendered(draw, 3.2)
 
 
-def spread_positions(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near those wanted, in the same order, at least a gap apart, within low and high.
-
-    Where there is no room for that, they are spread evenly from low to high.
-
-    Example:
-        >>> spread_positions([1.0, 1.0, 5.0], 1.0, 0.0, 10.0)
-        [0.5, 1.5, 5.0]
-    """
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    if len(wanted) > 1 and gap * (len(wanted) - 1) > high - low:
-        gap = (high - low) / (len(wanted) - 1)
-    groups: list[list[float]] = []  # sums of what is wanted less the offset in the group, counts
-    for index in order:
-        groups.append([wanted[index], 1])
-        while len(groups) > 1 and _end(groups[-2], gap, low, high) > _start(
-            groups[-1], gap, low, high
-        ):
-            total, count = groups.pop()
-            groups[-1][0] += total - count * groups[-1][1] * gap
-            groups[-1][1] += count
-    placed = [
-        _start(group, gap, low, high) + gap * step
-        for group in groups
-        for step in range(int(group[1]))
-    ]
-    by_index = dict(zip(order, placed, strict=True))
-    return [by_index[index] for index in range(len(wanted))]
-
-
 def shortened(label: str, longest: int = _LONGEST) -> str:
-    """A label with its middle left out where it is too long.
+    """A label, without its middle if it is too long.
 
     Example:
         >>> shortened("a-name-that-is-too-long-for-a-label", 12)
-        'a-nam…-label'
+        'a-name…label'
     """
     if len(label) <= longest:
         return label
     tail = (longest - 1) // 2
     return f"{label[: longest - 1 - tail]}…{label[-tail:]}"
-
-
-def _start(group: Sequence[float], gap: float, low: float, high: float) -> float:
-    """Where the first of a group stands that is centred on what its members want."""
-    total, count = group
-    return min(max(total / count, low), high - gap * (count - 1))
-
-
-def _end(group: Sequence[float], gap: float, low: float, high: float) -> float:
-    """Where the next one after a group may stand."""
-    return _start(group, gap, low, high) + gap * group[1]
 
 
 def _axes(
@@ -233,7 +198,7 @@ def _label_width(labels: Sequence[str]) -> float:
     return 0.36 + _LETTER_INCHES * max((len(shortened(label)) for label in labels), default=0)
 
 
-def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> None:
+def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> Line2D:
     colour = series.line.colour_on(theme)
     x, mean = mean_curve(series.curves)
     if len(series.curves) > 1:
@@ -243,12 +208,13 @@ def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> None
         axes.fill_between(x, lowest, highest, color=colour, alpha=0.13, lw=0)
     mark = "o" if marked or len(x) < 2 else ""
     (line,) = axes.plot(x, mean, marker=mark, ms=3.5, color=colour, lw=1.6, label=series.label)
-    line.set_clip_on(not marked)  # marks at the edges are whole
+    line.set_clip_on(not marked)  # so that marks at the edges are complete
     if series.line.dashes:
         line.set_dashes(series.line.dashes)
+    return line
 
 
-def _limit(axes: Axes, series: Sequence[Series], x_from: float | None, whole: bool) -> None:
+def _limit(axes: Axes, series: Sequence[Series], x_from: float | None, to_100: bool) -> None:
     all_x = [x for own in series for curve in own.curves for x in curve[0]]
     if not all_x:
         return
@@ -263,29 +229,20 @@ def _limit(axes: Axes, series: Sequence[Series], x_from: float | None, whole: bo
     ]
     axes.set_xlim(first, last if last > first else first + 1)
     pad = 0.05 * (max(seen) - min(seen)) or 1.0
-    axes.set_ylim(*((-2, 102) if whole else (min(seen) - pad, max(seen) + pad)))
+    axes.set_ylim(*((-2, 102) if to_100 else (min(seen) - pad, max(seen) + pad)))
     if all(x == int(x) for x in all_x):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _label_ends(axes: Axes, series: Sequence[Series], theme: Theme, height: float) -> None:
-    """Write the names of variants to the right of the axes, each joined to its curve's end."""
-    means = [(own, mean_curve(own.curves)) for own in series]
-    ends = [(own, x[-1], y[-1]) for own, (x, y) in means if x]
-    low, high = axes.get_ylim()
-    gap = _LABEL_INCHES * (high - low) / (height * axes.get_position().height)
-    places = spread_positions([end[2] for end in ends], gap, low, high)
-    left, right = axes.get_xlim()
-    for (own, x, y), place in zip(ends, places, strict=True):
-        colour = own.line.colour_on(theme)
-        reach = right + 0.06 * (right - left)
-        if x < right:  # it has ended before the others: nothing is drawn that looks like a value
-            axes.plot([x, right], [y, y], color=colour, lw=0.8, ls=":")
-        axes.plot([right, reach], [y, place], color=colour, lw=1, clip_on=False)
-        text = shortened(own.label)
-        at = (reach + 0.015 * (right - left), place)
-        axes.text(*at, text, fontsize=_LABEL_POINTS, va="center", color=theme.ink)
-    axes.set_xlim(left, right)
+def _name_curves(axes: Axes, series: Sequence[Series], lines: Sequence[Line2D]) -> None:
+    """Name the variants to the right of the axes, the highest last value first."""
+    ends = [mean_curve(own.curves)[1][-1:] for own in series]
+    order = sorted(range(len(series)), key=lambda index: ends[index], reverse=True)
+    axes.legend(
+        [lines[index] for index in order],
+        [shortened(series[index].label) for index in order],
+        **{**_LEGEND, "loc": "upper left", "borderaxespad": 0.5},
+    )
 
 
 def _mark_legend(axes: Axes, theme: Theme, labels: tuple[str, str], mark: str) -> None:
@@ -299,18 +256,7 @@ def _mark_legend(axes: Axes, theme: Theme, labels: tuple[str, str], mark: str) -
 
 
 def _legend(axes: Axes, handles: Sequence[Line2D]) -> None:
-    axes.legend(
-        handles=handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=_LABEL_POINTS,
-        handletextpad=0.4,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-        handlelength=1.4,
-    )
+    axes.legend(handles=handles, **_LEGEND, loc="lower right", ncols=len(handles))
 
 
 def _kind(layer: LayerSparsity) -> str:
@@ -320,7 +266,7 @@ def _kind(layer: LayerSparsity) -> str:
 
 
 def _name_stages(axes: Axes, names: Sequence[str], theme: Theme) -> None:
-    """Name the groups of neighbouring layers under their bars, apart by thin lines."""
+    """Name the groups of neighbouring layers under their bars, with thin lines between them."""
     depth = next((d for d in (1, 2) if len({_stage(name, d) for name in names}) > 2), 1)
     start, centres, stages = 0, [], []
     for stage, members in itertools.groupby(names, lambda name: _stage(name, depth)):

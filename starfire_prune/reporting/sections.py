@@ -85,7 +85,7 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
             f"{_band(part)}Settings: {settings_text(part)}.",
             f"Curves of sparsity over the epochs. After the last: {_told_ends(part, _reached)}.",
             curves(
-                _series(part, lines, "sparsity_network"), ("epoch", "zero weights [%]"), whole=True
+                _series(part, lines, "sparsity_network"), ("epoch", "zero weights [%]"), to_100=True
             ),
         )
         for part_name, suffix, part in _parts(variants)

@@ -1,7 +1,6 @@
-"""Pictures of several runs: that they show what they were given, on light and dark pages."""
+"""Figures of several runs: what they show, on light and dark pages."""
 
 import io
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from starfire_prune.reporting.figures import (
     curves,
     points,
     shortened,
-    spread_positions,
 )
 from starfire_prune.reporting.style import DARK, DENSE_LINE, LIGHT, Line, lines_of
 
@@ -52,6 +50,10 @@ def lines_labelled(axes: Any) -> dict[str, Any]:
     return {line.get_label(): line for line in axes.lines}
 
 
+def legend_names(figure: Any) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
 # Curves
 
 
@@ -69,10 +71,17 @@ def test_a_band_goes_from_the_lowest_to_the_highest_run(figures):
     assert (box.y0, box.y1) == (50.0, 64.0)
 
 
-def test_names_stand_at_the_ends_of_curves_in_their_order(figures):
-    curves(SERIES, ("epoch", "top-1 [%]"))
-    heights = {text.get_text(): text.get_position()[1] for text in figures[0].axes[0].texts}
-    assert heights["dense"] > heights["ck"]
+def test_the_legend_names_curves_in_the_order_of_their_last_values(figures):
+    empty, low = Series("empty", BLUE, ()), Series("low", BLUE, (((1.0,), (0.0,)),))
+    curves([empty, low, *reversed(SERIES)], ("epoch", "top-1 [%]"))
+    assert legend_names(figures[0]) == ["dense", "ck", "low", "empty"]
+
+
+def test_the_legend_shows_the_lines_of_the_curves(figures):
+    dashed = Line("#0072b2", (5, 2))
+    curves([Series("ck", dashed, SERIES[0].curves)], ("epoch", "top-1 [%]"))
+    (line,) = figures[0].axes[0].get_legend().get_lines()
+    assert (line.get_color(), line._dash_pattern[1] is not None) == ("#0072b2", True)
 
 
 def test_pictures_have_the_colours_of_their_page(figures):
@@ -84,10 +93,10 @@ def test_pictures_have_the_colours_of_their_page(figures):
     assert (light["dense"].get_color(), dark["dense"].get_color()) == (LIGHT.ink, DARK.ink)
 
 
-def test_a_name_of_any_signs_is_written_as_it_is(figures):
-    name = "$x_{ _界\\"
+def test_a_name_of_any_characters_is_written_verbatim(figures):
+    name = "_$x_{ _界\\"
     curves([Series(name, BLUE, SERIES[0].curves)], ("epoch", "top-1 [%]"))
-    assert [text.get_text() for text in figures[0].axes[0].texts] == [name]
+    assert legend_names(figures[0]) == [name]
 
 
 def test_a_closer_picture_shows_what_its_epochs_reach(figures):
@@ -101,29 +110,12 @@ def test_a_curve_that_ends_before_the_others_is_not_drawn_on(figures):
     curves([*SERIES, Series("half", BLUE, (((1.0,), (45.0,)),))], ("epoch", "top-1 [%]"))
     axes = figures[0].axes[0]
     assert list(lines_labelled(axes)["half"].get_xdata()) == [1.0]
-    (rest,) = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert list(rest.get_ydata()) == [45.0, 45.0]
 
 
 @pytest.mark.parametrize("own", [(), (((), ()),), (((1.0,), (50.0,)),)])
 def test_runs_of_no_or_one_epoch_have_a_picture(own, figures):
     curves([Series("ck", BLUE, own)], ("epoch", "top-1 [%]"))
     assert len(figures) == 2
-
-
-def test_places_of_names_are_apart_near_and_in_order():
-    assert spread_positions([5.0, 1.0, 1.0], 1.0, 0.0, 10.0) == [5.0, 0.5, 1.5]
-    assert spread_positions([9.9, 9.8], 1.0, 0.0, 10.0) == [10.0, 9.0]
-
-
-@given(st.lists(st.floats(0, 100), max_size=20), st.floats(0.1, 20))
-def test_places_of_names_keep_their_distance_and_stay_inside(wanted, gap):
-    placed = spread_positions(wanted, gap, 0.0, 100.0)
-    room = min(gap, 100.0 / max(len(wanted) - 1, 1))
-    ranked = sorted(range(len(wanted)), key=lambda index: wanted[index])
-    ordered = [placed[index] for index in ranked]
-    assert all(after - before > room - 1e-6 for before, after in pairwise(ordered))
-    assert all(-1e-6 <= place <= 100.0 + 1e-6 for place in placed)
 
 
 @given(st.text(max_size=60), st.integers(3, 30))
