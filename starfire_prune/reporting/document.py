@@ -1,4 +1,4 @@
-"""What a report says, and how it is written in Markdown and CSV: one structure for all forms."""
+"""The contents of a report, and their forms in Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import io
 from collections.abc import Sequence
+
+from starfire_prune.utils.text import ABSENT
 
 __all__ = ["Grid", "Picture", "Report", "Section", "csv_text", "markdown_text"]
 
@@ -15,12 +17,12 @@ class Grid:
     """A table.
 
     Attributes:
-        caption: what it shows.
-        header: of each column.
-        rows: a cell a column, as it is written everywhere.
-        left: the columns of words, which are aligned to the left.
-        swatches: for each row the colour (None for the ink's) and the dashes of its lines in the
-            pictures; none at all, or one a row.
+        caption: What the table shows.
+        header: Headings of the columns.
+        rows: The text of the cells, a tuple per row.
+        left: Indices of the columns of words, which are left-aligned.
+        swatches: For each row the colour (None for the text's) and the dashes of its lines in the
+            pictures; empty for a table without them.
     """
 
     caption: str
@@ -32,15 +34,15 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture with its words.
+    """A picture with its title, caption and description.
 
     Attributes:
-        name: of its file, without the ending.
-        title: in a few words.
-        caption: what one sees, of which runs.
-        alt: what it shows, for those who don't see it.
-        light, dark: PNG files' bytes, on a light and on a dark page.
-        width, height: of both, in pixels.
+        name: Name of its file, without the ending.
+        title: Title, in a few words.
+        caption: What the picture shows, and of which runs.
+        alt: Description for readers who don't see the picture.
+        light, dark: PNG files' bytes, for a light and for a dark page.
+        width, height: Size of both, in pixels.
     """
 
     name: str
@@ -58,46 +60,46 @@ class Section:
     """A part of a report under a heading.
 
     Attributes:
-        heading: of the part.
-        text: a paragraph before the rest; empty for none.
-        grids: its tables.
-        pictures: that follow them.
-        folded: whether the tables are shown on demand only, where that is possible.
+        heading: Heading of the section.
+        text: A paragraph before the tables; empty for none.
+        grids: Tables of the section.
+        pictures: Pictures after the tables.
+        collapsed: Whether the tables are collapsed until a reader opens them, in HTML.
     """
 
     heading: str
     text: str = ""
     grids: tuple[Grid, ...] = ()
     pictures: tuple[Picture, ...] = ()
-    folded: bool = False
+    collapsed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A report in words, tables and pictures.
+    """The contents of a report.
 
     Attributes:
-        title: of the report.
-        summary: sentences that tell the most important, each on its own.
-        notes: sentences on what limits a comparison; often none.
-        sections: in order.
-        runs: the table with a line a run, which is the CSV file too.
+        title: Title of the report.
+        summary: Sentences with the most important results.
+        caveats: Sentences on what limits a comparison; often none.
+        sections: Sections in their order.
+        runs: The table with a line per run, which is also the CSV file.
     """
 
     title: str
     summary: tuple[str, ...]
-    notes: tuple[str, ...]
+    caveats: tuple[str, ...]
     sections: tuple[Section, ...]
     runs: Grid
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Of all sections."""
+        """The pictures of all sections."""
         return tuple(picture for section in self.sections for picture in section.pictures)
 
 
 def csv_text(grid: Grid) -> str:
-    r"""A table as comma-separated values, with empty cells where there is no number.
+    r"""A table as comma-separated values, with empty cells for absent numbers.
 
     Example:
         >>> csv_text(Grid("", ("run", "top-1"), (("a,b", "-"),)))
@@ -106,27 +108,32 @@ def csv_text(grid: Grid) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(grid.header)
-    writer.writerows(["" if cell == "-" else cell for cell in row] for row in grid.rows)
+    writer.writerows(["" if cell == ABSENT else cell for cell in row] for row in grid.rows)
     return file.getvalue()
 
 
-def markdown_text(report: Report) -> str:
-    """A report in Markdown; its pictures are the PNG files beside it."""
+def markdown_text(report: Report, pictures: str) -> str:
+    """A report in Markdown.
+
+    Args:
+        report: The report.
+        pictures: Folder of the pictures' PNG files, relative to the Markdown file.
+    """
     parts = [f"# {_plain(report.title)}"]
-    parts += [_listed(report.summary)] if report.summary else []
-    parts += ["\n".join(f"> {_plain(note)}  " for note in report.notes)] if report.notes else []
+    parts += [_bullets(report.summary)] if report.summary else []
+    parts += ["\n".join(f"> {_plain(own)}  " for own in report.caveats)] if report.caveats else []
     for section in report.sections:
         parts.append(f"## {_plain(section.heading)}")
         parts += [_plain(section.text)] if section.text else []
         for grid in section.grids:
             parts += [f"{_plain(grid.caption)}", _table(grid)]
         for picture in section.pictures:
-            parts.append(f"![{_plain(picture.alt)}]({picture.name}.png)")
+            parts.append(f"![{_plain(picture.alt)}]({pictures}/{picture.name}.png)")
             parts.append(f"**{_plain(picture.title)}.** {_plain(picture.caption)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _listed(sentences: Sequence[str]) -> str:
+def _bullets(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {_plain(sentence)}" for sentence in sentences)
 
 
@@ -137,7 +144,7 @@ def _table(grid: Grid) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in which nothing is Markdown's, nor ends the line."""
+    """Text in one line, with Markdown's characters escaped."""
     for sign in "\\`*_[]<>|#~":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +25,14 @@ from starfire_prune.reporting.tables import (
     runs_grid,
     variants_grid,
 )
-from starfire_prune.utils.files import replaced_file, write_text
+from starfire_prune.utils.files import replaced_folder, write_text
 from starfire_prune.utils.text import number_text, spread_text
 
 __all__ = ["build_report", "write_report"]
 
 
-_PICTURE: Final = re.compile(r"^!\[.*\]\(([\w.-]+)\.png\)$", re.MULTILINE)
+PICTURES: Final = "report_pictures"
+"""Name of the folder with the pictures of a report."""
 
 
 def build_report(
@@ -68,57 +67,36 @@ def build_report(
         sparsity_section(variants, lines),
         robustness_section(variants, lines),
         layers_section(variants, layer),
-        Section("Each run", grids=(grid,), folded=True),
+        Section("Each run", grids=(grid,), collapsed=True),
     ]
     return Report(
         title=_title(variants, comparison),
         summary=tuple(_summary(variants)),
-        notes=tuple(_notes(variants, comparison)),
+        caveats=tuple(_caveats(variants, comparison)),
         sections=tuple(section for section in sections if section is not None),
         runs=grid,
     )
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write `report.html`, `report.md`, `report.csv` and the pictures; where the page is.
+    """Write `report.html`, `report.md`, `report.csv` and the folder `report_pictures`.
 
-    Pictures of the report that is replaced go, unless they were changed since.
+    The folder replaces the one of an earlier report, with all that it contains.
+
+    Returns:
+        The path of the HTML page.
 
     Raises:
-        OSError: if a file can't be written.
+        OSError: If a file can't be written.
     """
-    for picture in report.pictures:
-        with replaced_file(folder / f"{picture.name}.png") as temporary:
-            temporary.write_bytes(picture.light)
-    for path in _outdated(folder, {picture.name.lower() for picture in report.pictures}):
-        path.unlink()
+    with replaced_folder(folder / PICTURES) as pictures:
+        for picture in report.pictures:
+            (pictures / f"{picture.name}.png").write_bytes(picture.light)
     write_text(folder / "report.csv", csv_text(report.runs))
-    write_text(folder / "report.md", markdown_text(report))
+    write_text(folder / "report.md", markdown_text(report, PICTURES))
     page = folder / "report.html"
     write_text(page, html_text(report))
     return page
-
-
-def _outdated(folder: Path, names: Set[str]) -> list[Path]:
-    """The files of an earlier report's pictures: named in its Markdown, and the same in its page.
-
-    Args:
-        folder: of the report.
-        names: of the new report's pictures, in lower case.
-    """
-    page, markdown = (_earlier(folder / f"report.{ending}") for ending in ("html", "md"))
-    files = [folder / f"{name}.png" for name in _PICTURE.findall(markdown)]
-    return [
-        path
-        for path in dict.fromkeys(files)
-        if path.stem.lower() not in names
-        and path.is_file()
-        and f',{base64.b64encode(path.read_bytes()).decode()}"' in page
-    ]
-
-
-def _earlier(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list[Variant]:
@@ -223,7 +201,7 @@ def _to_dense(variant: Variant, variants: Sequence[Variant]) -> str:
     return "" if above is None else f" ({number_text(above, sign=True)} points to dense)"
 
 
-def _notes(variants: Sequence[Variant], comparison: Comparison | None) -> Iterator[str]:
+def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iterator[str]:
     """What limits a comparison of the runs."""
     yield from _unlike("data sets", variants, data_text, ": their accuracies can't be compared")
     yield from _unlike("models", variants, lambda recipe: recipe.model.name)

@@ -129,8 +129,9 @@ def test_numbers_of_the_csv_file_are_those_of_the_page_and_of_markdown(report):
 
 
 def test_pictures_beside_the_page_are_those_of_markdown(report):
-    named = re.findall(r"\]\(([\w-]+\.png)\)", (report / "report.md").read_text(encoding="utf-8"))
-    assert sorted(named) == sorted(path.name for path in report.glob("*.png"))
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\(report_pictures/([\w-]+\.png)\)", markdown)
+    assert sorted(named) == sorted(path.name for path in (report / "report_pictures").iterdir())
     assert {"accuracy.png", "robustness-fgsm.png", "layers-ck.png", "masks-ck.png"} <= set(named)
     for name in named:
         with Image.open(report / name) as image:

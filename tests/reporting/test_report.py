@@ -1,7 +1,6 @@
 """The report of runs: what its words say, and which pictures it has."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from starfire_prune.reporting import mask_figures as mask_pictures
 from starfire_prune.reporting.document import Report
 from starfire_prune.reporting.labels import file_name, numbered
 from starfire_prune.reporting.layer_section import chosen_layer
-from starfire_prune.reporting.report import build_report, write_report
+from starfire_prune.reporting.report import PICTURES, build_report, write_report
 from starfire_prune.reporting.runs import ReportedRun, ReportError, read_run
 from starfire_prune.reporting.style import Images
 from tests.support.reported import TOP1, leave_dense, leave_evaluation, leave_run
@@ -58,7 +57,7 @@ def test_a_report_of_several_variants(left):
         "Pruned training ends at 75.00 % top-1 (+25.00 points to dense).",
         "ck is furthest from the sparsity asked for: 60.0 % asked, 61.3 % reached.",
     )
-    assert report.notes == ()
+    assert report.caveats == ()
     assert headings(report) == ["Results", "Accuracy", "Sparsity", "Layers and masks", "Each run"]
     assert names(report) == [
         *("accuracy", "top5", "last-and-best", "sparsity", "asked-and-reached"),
@@ -92,7 +91,7 @@ def test_runs_of_different_data_are_told_and_not_ranked(left, tmp_path):
         "folder-ck", "data.name=folder", f"data.root={tmp_path}/birds", "pruning.amount=0.5"
     )
     report = build_report([left("ck"), other])
-    assert report.notes[0] == (
+    assert report.caveats[0] == (
         "The runs are of different data sets: their accuracies can't be compared (digits (10 "
         "classes, 16 px): ck; birds (10 classes, 16 px): folder-ck)."
     )
@@ -108,13 +107,13 @@ def test_shards_in_different_folders_are_different_data(left):
         told.append(dataclasses.replace(run, recipe=recipe))
     assert (
         "(wds/x in birds (10 classes, 16 px): ck; wds/x in cars (10 classes, 16 px): window)"
-        in (build_report(told).notes[0])
+        in (build_report(told).caveats[0])
     )
 
 
 def test_a_seed_that_is_there_twice_is_told(left, tmp_path):
     runs = [left("ck-seed0", "seed=0"), left("ck-seed1", "seed=1"), left("copied", "seed=0")]
-    assert build_report(runs).notes == (
+    assert build_report(runs).caveats == (
         f"Of the same settings and the same seed 0: {tmp_path}/ck-seed0, {tmp_path}/copied. If "
         f"they are copies, means count one run several times, and deviations are too small.",
     )
@@ -136,19 +135,19 @@ def test_runs_of_a_table_come_in_its_order_and_others_of_their_names_behind(left
 def test_runs_of_different_lengths_are_told(left):
     runs = [left("ck"), left("long", "epochs=5", top1=(0.5,) * 5)]
     assert "The runs are of different numbers of epochs (4: ck; 5: long)." in (
-        build_report(runs).notes
+        build_report(runs).caveats
     )
 
 
 def test_unfinished_runs_are_told_and_have_no_masks(left):
     report = build_report([left("ck", top1=TOP1[:2], exports=False)])
-    assert report.notes[0].startswith("Not finished: ck (2 of 4 epochs). They count in means")
+    assert report.caveats[0].startswith("Not finished: ck (2 of 4 epochs). They count in means")
     assert "Layers and masks" not in headings(report)
 
 
 def test_a_run_that_has_done_no_epoch_is_reported(left):
     report = build_report([left("ck", top1=(), exports=False)])
-    assert "Not finished: ck (0 of 4 epochs)" in report.notes[0]
+    assert "Not finished: ck (0 of 4 epochs)" in report.caveats[0]
     assert report.runs.rows[0][report.runs.header.index("top-1, last epoch [%]")] == "-"
 
 
@@ -156,7 +155,7 @@ def test_the_average_of_weights_is_told_apart(left):
     run = left("dense")
     rows = [{**row, "ema_top1": 0.8125} for row in run.metrics]
     report = build_report([ReportedRun(run.folder, run.recipe, rows)])
-    assert "Exported with a moving average of the weights: dense. Its top-1" in report.notes[0]
+    assert "Exported with a moving average of the weights: dense. Its top-1" in report.caveats[0]
     column = report.runs.header.index("top-1 of the average [%]")
     assert report.runs.rows[0][column] == "81.25"
 
@@ -233,32 +232,30 @@ def test_pictures_of_like_names_have_files_of_their_own(left):
     assert file_name("…") == "run"
 
 
-def test_pictures_of_an_earlier_report_go(left, tmp_path):
+def test_the_pictures_replace_those_of_an_earlier_report(left, tmp_path):
     output = tmp_path / "out"
     write_report(build_report([left("ck")]), output)
-    assert (output / "masks-ck.png").exists()
+    assert (output / PICTURES / "masks-ck.png").exists()
     report = build_report([left("dense")])
     write_report(report, output)
-    pictures = {path.stem for path in output.glob("*.png")}
-    assert pictures == set(names(report))
+    assert {path.stem for path in (output / PICTURES).iterdir()} == set(names(report))
 
 
-def test_files_that_no_report_has_written_stay(left, tmp_path):
+def test_other_files_in_the_folder_are_kept(left, tmp_path):
     output = tmp_path / "out"
+    output.mkdir()
+    (output / "masks-ck.png").write_bytes(b"mine")
     write_report(build_report([left("ck")]), output)
-    shutil.copy(output / "masks-ck.png", output / "copied.png")
-    (output / "masks-ck.png").write_bytes(b"drawn over")
-    (output / "notes.png").write_bytes(b"mine")
     write_report(build_report([left("dense")]), output)
-    kept = {name: (output / f"{name}.png").read_bytes() for name in ("copied", "masks-ck", "notes")}
-    assert kept == {"copied": b"light", "masks-ck": b"drawn over", "notes": b"mine"}
+    assert (output / "masks-ck.png").read_bytes() == b"mine"
 
 
-def test_what_is_written_is_the_page_its_tables_and_the_pictures(left, tmp_path):
+def test_a_report_is_written_as_a_page_its_tables_and_pictures(left, tmp_path):
     report = build_report([left("ck")])
     page = write_report(report, tmp_path / "out")
     assert page == tmp_path / "out" / "report.html"
-    assert {path.name for path in page.parent.iterdir()} == {
+    written = {path.relative_to(page.parent).as_posix() for path in page.parent.rglob("*.*")}
+    assert written == {
         *("report.html", "report.md", "report.csv"),
-        *(f"{name}.png" for name in names(report)),
+        *(f"{PICTURES}/{name}.png" for name in names(report)),
     }
