@@ -134,7 +134,7 @@ def test_pictures_beside_the_page_are_those_of_markdown(report):
     assert sorted(named) == sorted(path.name for path in (report / "report_pictures").iterdir())
     assert {"accuracy.png", "robustness-fgsm.png", "layers-ck.png", "masks-ck.png"} <= set(named)
     for name in named:
-        with Image.open(report / name) as image:
+        with Image.open(report / "report_pictures" / name) as image:
             assert image.width == 960
 
 
