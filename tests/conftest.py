@@ -27,17 +27,16 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def native_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The kernels of sparse inference, built once, in the cache that a variable names if any."""
-    from starfire_prune.sparse import BuildError, build
+    from starfire_prune.sparse import BuildError, build, load_kernels
 
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get(build.CACHE_VARIABLE):
             patch.setenv(build.CACHE_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
         try:
-            build.native()
+            load_kernels()
         except BuildError as error:
             pytest.skip(str(error))
         yield
-        build.native.cache_clear()
 
 
 @pytest.fixture

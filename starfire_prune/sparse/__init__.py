@@ -1,11 +1,12 @@
-"""Inference on the CPU that is faster the sparser a model is.
+"""Inference on the CPU that gets faster with a model's sparsity.
 
 `compile` turns a pruned model into one whose convolutions and linear layers skip their zeros. The
-kernels are C++, built at first use; without a compiler the model stays dense, and runs.
+kernels are C++ and are built at first use; without a compiler the model runs on torch, as dense.
 """
 
 from starfire_prune.sparse.build import BuildError
 from starfire_prune.sparse.compiler import compile
 from starfire_prune.sparse.module import CompiledModel, Segment
+from starfire_prune.sparse.ops import load_kernels
 
-__all__ = ["BuildError", "CompiledModel", "Segment", "compile"]
+__all__ = ["BuildError", "CompiledModel", "Segment", "compile", "load_kernels"]

@@ -1,242 +1,166 @@
-"""The native kernels: compiled at first use, kept in a cache, loaded through ctypes.
+"""Compiles the native kernels at first use and keeps the library in a cache.
 
-Only a C++ compiler is needed, and torch's own headers and libraries. What is built is kept by the
-sources' hash, the compiler, torch's version and the machine, so that it is built once on each.
+A library is cached by the hash of everything it depends on: the sources, the compiler, its options,
+torch's version and the machine.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-__all__ = ["BuildError", "Native", "native"]
+__all__ = ["BuildError", "built_library"]
 
 
 SOURCES = Path(__file__).with_name("native")
-MAIN = "sparse.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS_VARIABLE = "STARFIRE_SPARSE_FLAGS"  # more of them, such as -fsanitize=address
+FLAGS_VARIABLE = "STARFIRE_SPARSE_FLAGS"  # more options, such as -fsanitize=address
 CACHE_VARIABLE = "STARFIRE_SPARSE_CACHE"
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class BuildError(RuntimeError):
     """The native kernels can't be built or loaded on this machine."""
 
 
-class Native:
-    """The library's functions; addresses are those of tensors' data."""
-
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-        size, address = ctypes.c_int64, ctypes.c_void_p
-        self.isa = _function(library.starfire_isa, size)
-        self.arena = _function(library.starfire_arena, size, address, size, size)
-        self.fill = _function(library.starfire_fill, None, address, size, address)
-        self.takes = _function(library.starfire_takes, size, address, size, address, size, address)
-        self.run = _function(
-            library.starfire_run, None, *(address, address, size, size, *[address] * 4)
-        )
-        self.best: int = self.isa()
-
-
-def _function(function: ctypes._NamedFuncPointer, result: type | None, *arguments: type):  # type: ignore[no-untyped-def]
-    function.restype, function.argtypes = result, list(arguments)
-    return function
-
-
-@functools.cache
-def native() -> Native:
-    """The native kernels, built if they aren't in the cache yet.
+def built_library() -> Path:
+    """The path of the native library, which is built if it is not in the cache.
 
     Raises:
-        BuildError: if there is no C++ compiler, or it can't build them, or they can't be loaded, or
-            others could have written them.
+        BuildError: If there is no C++ compiler, if it can't build the kernels, or if the cache
+            can't be written or is not safe.
     """
-    command = _command()
-    path = _cache() / f"{_key(command)}.so"
-    _build(command, path)
+    command = [*_compiler(), *_options()]
+    folder = _cache()
+    path = folder / f"{_key(command)}.so"
     try:
-        return Native(path)
-    except (OSError, AttributeError) as error:
-        raise BuildError(f"{path} can't be loaded: {error}; delete it to build it anew") from error
+        for parent in (*reversed(folder.parents), folder):
+            parent.mkdir(mode=0o700, exist_ok=True)
+        _check_cache(folder)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                _build(command, Path(temporary)).replace(path)  # atomic: others may build it too
+    except OSError as error:
+        raise BuildError(
+            f"the native kernels can't be built in {folder}: {error}; "
+            f"set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
+    return path
 
 
 def _words(variable: str) -> list[str]:
-    """The words of a variable, as a shell splits them; none if it isn't set.
-
-    Raises:
-        BuildError: if a quotation in it doesn't end.
-    """
+    """The words of an environment variable, split like a shell does."""
     value = os.environ.get(variable, "")
     try:
         return shlex.split(value)
     except ValueError as error:
-        raise BuildError(
-            f"{variable} (={value!r}) can't be split into words: {error}; correct or unset it"
-        ) from error
+        raise BuildError(f"{variable} (={value!r}) can't be split into words: {error}") from error
 
 
 def _compiler() -> list[str]:
-    """The compiler's name and the options that `CXX` gives it."""
+    """The compiler and the options that `CXX` gives it."""
     value = os.environ.get("CXX")
-    if not value:
-        found = next(filter(shutil.which, COMPILERS), None)
-        if found is None:
-            raise BuildError(
-                f"there is no C++ compiler: none of {', '.join(COMPILERS)} is in the PATH; "
-                "install one, or set CXX to one"
-            )
-        return [found]
-    words = _words("CXX")
+    words = _words("CXX") if value else [next(filter(shutil.which, COMPILERS), "")]
     if not words or shutil.which(words[0]) is None:
-        raise BuildError(
-            f"there is no C++ compiler: CXX (={value!r}) names no program that can be run; "
-            "set it to a compiler, or unset it"
-        )
+        names = ", ".join(COMPILERS)
+        reason = f"CXX (={value!r}) is not a program" if value else f"{names} are not in the PATH"
+        raise BuildError(f"there is no C++ compiler: {reason}; install one, or set CXX to one")
     return words
 
 
-def _command() -> list[str]:
-    """The compiler's command, but for the file that it writes."""
+def _options() -> list[str]:
+    """Options for the compiler and the linker."""
     folder, includes = (Path(torch.__file__).with_name(name) for name in ("lib", "include"))
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    flags = [*FLAGS, abi, *_words(FLAGS_VARIABLE)]
-    # torch's own OpenMP, if it brings one: with another there would be two sets of threads
-    openmp = [str(path) for path in sorted(folder.glob("libgomp*.so*"))]
-    libraries = [f"-L{folder}", "-lc10", "-ltorch_cpu", *openmp, f"-Wl,-rpath,{folder}"]
-    return [*_compiler(), *flags, f"-I{includes}", str(SOURCES / MAIN), *libraries]
+    linking = (f"-L{folder}", f"-Wl,-rpath,{folder}")
+    return [*FLAGS, abi, *_words(FLAGS_VARIABLE), f"-I{includes}", f"-I{SOURCES}", *linking]
 
 
 def _key(command: Sequence[str]) -> str:
-    """Of all that the built library depends on."""
+    """Cache key: a hash of everything that the library depends on."""
     sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
-    version = _run([*_compiler(), "--version"]).stdout.encode()  # with ccache, of both
-    machine = [platform.machine(), sysconfig.get_platform(), torch.__version__]
-    facts = [*sources, version, *(os.fsencode(text) for text in (*command, *machine))]
+    version = _run([*_compiler(), "--version"]).stdout  # with ccache, of both
+    machine = (platform.machine(), sysconfig.get_platform(), torch.__version__)
+    facts = [*sources, *(os.fsencode(text) for text in (*command, version, *machine))]
     return hashlib.sha256(b"\0".join(facts)).hexdigest()[:32]
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a compiler, whatever it answers.
-
-    Raises:
-        BuildError: if the system can't run it.
-    """
+    """Run the compiler, whatever its exit status."""
+    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        return subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        return subprocess.run(command, check=False, errors="replace", **options)  # type: ignore[call-overload,no-any-return]
     except OSError as error:
         raise BuildError(
-            f"{command[0]} can't be run: {error}{_settings()}; set CXX to a C++ compiler that can"
+            f"{command[0]} can't be run: {error}; set CXX to another C++ compiler"
         ) from error
 
 
-def _settings() -> str:
-    """What the user's variables say of the command, for messages."""
-    variables = [name for name in ("CXX", FLAGS_VARIABLE) if os.environ.get(name)]
-    text = ", ".join(f"{name} (={os.environ[name]!r})" for name in variables)
-    return f", with {text}" if text else ""
-
-
 def _cache() -> Path:
-    """The folder of built libraries, absolute.
-
-    Raises:
-        BuildError: if the user has no home and no variable names a folder.
-    """
-    base = os.environ.get(CACHE_VARIABLE, "")
+    """The absolute path of the folder for built libraries."""
+    value = os.environ.get(CACHE_VARIABLE, "")
     try:
-        if base:
-            return Path(base).expanduser().absolute()
-        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored
+        if value:
+            return Path(value).expanduser().absolute()
+        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored if relative, by its standard
         home = shared if shared.is_absolute() else Path.home() / ".cache"
         return (home / "starfire_prune").absolute()
     except (OSError, RuntimeError) as error:
         raise BuildError(
-            f"{CACHE_VARIABLE} (={base!r}) leads to no folder: {error}; "
+            f"{CACHE_VARIABLE} (={value!r}) does not lead to a folder: {error}; "
             f"set {CACHE_VARIABLE} to a folder that can be written"
         ) from error
 
 
-def _distrusted(status: os.stat_result, user: int) -> str | None:
-    """Why others than the user and root could have written what has this status, if so."""
-    if status.st_uid not in (user, 0):
-        return f"belongs to another user ({status.st_uid}, and you are {user})"
-    if status.st_mode & OTHERS_WRITE:
-        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
-    return None
-
-
-def _check_trusted(path: Path) -> None:
-    """Refuse what others could have written: a library that is loaded runs as the user.
-
-    Raises:
-        BuildError: if `path` isn't the user's or root's, or group or others can write it.
-    """
-    if not hasattr(os, "getuid"):  # no POSIX
-        return
-    status, user = path.stat(), os.getuid()
-    if reason := _distrusted(status, user):
-        ours = status.st_uid in (user, 0)
-        way_out = f"`chmod go-w {shlex.quote(str(path))}` if you trust what is in it, or " * ours
+def _check_cache(folder: Path) -> None:
+    """Refuse a folder that other users can write: a library in it runs as the user."""
+    status = folder.stat()
+    if hasattr(os, "getuid") and (status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022):
         raise BuildError(
-            f"{path} {reason}, who could run code in this process; "
-            f"{way_out}set {CACHE_VARIABLE} to a folder that you alone can write"
+            f"{folder} can be written by other users (owner {status.st_uid}, "
+            f"mode {status.st_mode & 0o7777:04o}), who could run code in this process; "
+            f"set {CACHE_VARIABLE} to a folder that only you can write"
         )
 
 
-def _build(command: Sequence[str], path: Path) -> None:
-    """Build the library and put it at `path`, whole, unless it is there.
-
-    Raises:
-        BuildError: if it can't be built, or others could have written it.
-    """
-    try:
-        for folder in (*reversed(path.parent.parents), path.parent):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        _check_trusted(path.parent)
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-                built = Path(temporary) / path.name
-                _compile(command, built)
-                built.chmod(built.stat().st_mode & ~OTHERS_WRITE)  # whatever the umask
-                built.replace(path)  # whoever else builds it too
-        _check_trusted(path)
-    except OSError as error:
-        raise BuildError(
-            f"the native kernels can't be built in {path.parent}: {error}; "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
-        ) from error
+def _build(command: Sequence[str], folder: Path) -> Path:
+    """Compile the sources in parallel and link them; returns the library."""
+    objects = {source: folder / f"{source.stem}.o" for source in SOURCES.glob("*.cpp")}
+    # torch's own OpenMP, if it brings one: with another there would be two sets of threads
+    openmp = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
+    libraries = ["-lc10", "-ltorch_cpu", *map(str, openmp)]
+    library = folder / "library.so"
+    with ThreadPoolExecutor() as threads:
+        compiling = [
+            threads.submit(_compile, command, ["-c", str(source)], output)
+            for source, output in objects.items()
+        ]
+    for each in compiling:
+        each.result()
+    _compile(command, [*map(str, objects.values()), *libraries], library)
+    library.chmod(0o755)  # whatever the umask
+    return library
 
 
-def _compile(command: Sequence[str], built: Path) -> None:
-    done = _run([*command, "-o", str(built)])
-    if done.returncode != 0 or not built.is_file():
+def _compile(command: Sequence[str], arguments: Sequence[str], output: Path) -> None:
+    done = _run([*command, *arguments, "-o", str(output)])
+    if done.returncode != 0 or not output.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines()
-        errors = [line for line in lines if "error" in line] or lines or ["no message"]
-        flags = f", or unset {FLAGS_VARIABLE}" if os.environ.get(FLAGS_VARIABLE) else ""
+        error = next((line for line in lines if "error" in line), (lines or ["no message"])[0])
+        flags = os.environ.get(FLAGS_VARIABLE)
+        hint = f", or unset {FLAGS_VARIABLE} (={flags!r})" if flags else ""
         raise BuildError(
-            f"{command[0]} can't build the native kernels: {errors[0]}{_settings()}; "
-            f"set CXX to another C++ compiler{flags}"
+            f"{command[0]} can't build the native kernels: {error}; "
+            f"set CXX to another C++ compiler{hint}"
         )

@@ -1,4 +1,4 @@
-"""The steps of an inference: what the graph's operations become once they are joined."""
+"""The compiler's intermediate representation (IR): operations on values, already fused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from starfire_prune.sparse.layout import Window
 
-__all__ = ["Convolution", "Copy", "Flatten", "Linear", "Mean", "Pooling", "Step", "Value"]
+__all__ = ["Convolution", "Copy", "Flatten", "Layer", "Linear", "Mean", "Op", "Pooling", "Value"]
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """An intermediate: `channels` of `height` x `width` for each image of the batch."""
+    """An intermediate result: `channels` of `height` x `width` for each image of the batch."""
 
     channels: int
     height: int = 1
@@ -29,15 +29,15 @@ class Value:
 
 
 @dataclasses.dataclass(eq=False)
-class Step:
-    """Something that makes `output` of `source`.
+class Op:
+    """An operation that computes `output` from `source`.
 
     Attributes:
-        source: what it reads.
-        output: what it makes.
-        residual: what is added to it, of the output's shape.
-        low: what it is clamped to, in the end.
-        high: likewise.
+        source: The value it reads.
+        output: The value it computes.
+        residual: A value that is added to the result, of the output's shape.
+        low: Lower bound that the result is clamped to in the end.
+        high: Upper bound, likewise.
     """
 
     source: Value
@@ -48,39 +48,39 @@ class Step:
 
     @property
     def is_clamped(self) -> bool:
-        """Whether there are bounds, after which nothing can be joined."""
+        """Whether there are bounds, after which nothing can be fused."""
         return (self.low, self.high) != (-math.inf, math.inf)
 
 
 @dataclasses.dataclass(eq=False)
-class Layer(Step):
+class Layer(Op):
     """A layer with a weight `(K, C / groups, R, S)` or `(K, C)` and a bias `(K,)`, in float64."""
 
     weight: NDArray[Any] = dataclasses.field(kw_only=True)
     bias: NDArray[Any] = dataclasses.field(kw_only=True)
 
     def rescale(self, scale: NDArray[Any], shift: NDArray[Any]) -> None:
-        """Make its output channels `scale` times what they were, and `shift` more."""
+        """Multiply its output channels by `scale` and add `shift`, both `(K,)`."""
         self.weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
         self.bias = self.bias * scale + shift
 
 
 @dataclasses.dataclass(eq=False)
 class Convolution(Layer):
-    """A convolution; a 1x1 one has no stride, since a `Copy` before it leaves pixels out."""
+    """A convolution; a 1x1 one has stride 1, since a `Copy` before it drops the other pixels."""
 
     groups: int = dataclasses.field(kw_only=True)
     window: Window = dataclasses.field(kw_only=True)
 
     @property
-    def is_point(self) -> bool:
-        """Whether it is a product of a matrix with each pixel."""
-        return self.window.is_point and self.groups == 1
+    def is_pointwise(self) -> bool:
+        """Whether it multiplies each pixel by a matrix."""
+        return self.window.is_pointwise and self.groups == 1
 
     @property
     def is_linear(self) -> bool:
         """Whether it is a linear layer, on images of one pixel."""
-        return self.is_point and self.output.size == (1, 1) and self.residual is None
+        return self.is_pointwise and self.output.size == (1, 1) and self.residual is None
 
 
 class Linear(Layer):
@@ -88,31 +88,31 @@ class Linear(Layer):
 
 
 @dataclasses.dataclass(eq=False)
-class Pooling(Step):
-    """The largest of a window (`scale` None) or its sum times a scale."""
+class Pooling(Op):
+    """The maximum of a window (`scale` is None), or its sum times `scale`."""
 
     window: Window = dataclasses.field(kw_only=True)
     fill: float = dataclasses.field(kw_only=True)
     scale: float | None = dataclasses.field(kw_only=True)
 
 
-class Mean(Step):
+class Mean(Op):
     """The mean of each channel."""
 
 
-class Flatten(Step):
+class Flatten(Op):
     """The channels, rows and columns as channels of one pixel."""
 
 
 @dataclasses.dataclass(eq=False)
-class Copy(Step):
-    """Every `stride`-th pixel, times a scale, plus a shift, as channels `first` on of the output.
+class Copy(Op):
+    """Every `stride`-th pixel, times `scale`, plus `shift`.
 
     Attributes:
-        stride: vertical and horizontal.
-        scale: of each channel, `(C,)`, or None.
-        shift: of each channel, `(C,)`; None where `scale` is.
-        first: channel of the output, where it has more than are copied.
+        stride: Vertical and horizontal stride.
+        scale: Factor of each channel, `(C,)`, or None.
+        shift: Summand of each channel, `(C,)`; None if `scale` is None.
+        first: First channel of the output to write, if that has more channels than the source.
     """
 
     stride: tuple[int, int] = (1, 1)
@@ -121,7 +121,7 @@ class Copy(Step):
     first: int = 0
 
     def rescale(self, scale: NDArray[Any], shift: NDArray[Any]) -> None:
-        """Make its channels `scale` times what they were, and `shift` more."""
+        """Multiply its channels by `scale` and add `shift`, both `(C,)`."""
         ones, zeros = np.ones(len(scale)), np.zeros(len(scale))
         self.shift = (zeros if self.shift is None else self.shift) * scale + shift
         self.scale = (ones if self.scale is None else self.scale) * scale

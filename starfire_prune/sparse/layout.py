@@ -1,9 +1,9 @@
-"""How intermediates lie in memory while a compiled model runs.
+"""Memory layouts of intermediate results.
 
-`TILES` serve 1x1 convolutions: the pixels of the flattened image go in tiles of up to 112, and a
-tile holds those of all channels, so that it stays in the cache while output channels use it.
-`PLANES` serve all that slides a window: each channel is padded once, and where the window moves in
-steps, split into phases, so that the window moves by one in each of them.
+`TILES` are for 1x1 convolutions: the flattened image is cut into tiles of up to 112 pixels, and a
+tile has the pixels of all channels, so that it stays in the cache while all output channels use it.
+`PLANES` are for sliding windows: each channel is padded once and, where the window has a stride,
+split into phases, so that within each phase the window moves by one.
 """
 
 from __future__ import annotations
@@ -13,34 +13,20 @@ import math
 import struct
 from typing import NamedTuple
 
-__all__ = [
-    "LANES",
-    "PLANES",
-    "TILES",
-    "Geometry",
-    "Window",
-    "float_bits",
-    "offset_of",
-    "padded",
-    "plain",
-    "tiles",
-]
+from starfire_prune.sparse.program_format import LANES, MAX_TILE, PLANES, TILES
 
-
-LANES = 16  # floats that tiles and rows are counted in, on every machine
-LARGEST_TILE = 112
-PLANES, TILES = 0, 1
+__all__ = ["Geometry", "Window", "float_bits", "offset_of", "padded", "plain", "tiles"]
 
 
 class Window(NamedTuple):
-    """What a convolution or a pooling slides over an image; pairs are (vertical, horizontal).
+    """The window of a convolution or a pooling; pairs are (vertical, horizontal).
 
     Attributes:
-        size: of the window.
-        stride: in which it moves.
-        dilation: distance of its taps.
-        before: padding above and left of the image.
-        after: padding below and right of it that the window reaches.
+        size: Number of taps.
+        stride: Distance of neighbouring outputs, in pixels.
+        dilation: Distance of neighbouring taps, in pixels.
+        before: Padding above and left of the image.
+        after: Padding below and right of the image that the window reaches.
     """
 
     size: tuple[int, int]
@@ -50,25 +36,25 @@ class Window(NamedTuple):
     after: tuple[int, int]
 
     @property
-    def is_point(self) -> bool:
+    def is_pointwise(self) -> bool:
         """Whether it is one pixel, without padding."""
         return self.size == (1, 1) and not any((*self.before, *self.after))
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How each channel of an image of `height` x `width` is stored.
+    """The memory layout of each channel of an image.
 
     Attributes:
         kind: `PLANES` or `TILES`.
-        height: of the image.
-        width: of the image.
-        tile: pixels a tile; 0 for planes.
-        phases: vertical and horizontal ones; (1, 1) for tiles.
-        before: padding above and to the left.
-        row: floats from row to row of a phase.
-        plane: floats from phase to phase.
-        fill: what padding holds.
+        height: Height of the image.
+        width: Width of the image.
+        tile: Pixels per tile; 0 for planes.
+        phases: Number of vertical and horizontal phases; (1, 1) for tiles.
+        before: Padding above and to the left.
+        row: Floats from row to row of a phase.
+        plane: Floats from phase to phase.
+        fill: Value of the padding.
     """
 
     kind: int
@@ -83,7 +69,7 @@ class Geometry:
 
     @property
     def channel(self) -> int:
-        """Floats from channel to channel; for tiles, in all tiles together."""
+        """Floats per channel; for tiles, the sum over all tiles."""
         if self.kind == TILES:
             return self.tile * -(-self.height * self.width // self.tile)
         return math.prod(self.phases) * self.plane
@@ -95,7 +81,7 @@ class Geometry:
 
     @property
     def is_padded(self) -> bool:
-        """Whether there is padding that has to keep its value."""
+        """Whether there is padding, which must keep its value."""
         return self.kind == PLANES and self.channel != self.height * self.width
 
     def fields(self) -> list[int]:
@@ -104,29 +90,29 @@ class Geometry:
 
 
 def plain(height: int, width: int) -> Geometry:
-    """As torch stores a contiguous image."""
+    """The layout of a contiguous image in torch."""
     return Geometry(PLANES, height, width, row=width, plane=height * width)
 
 
 def tiles(height: int, width: int) -> Geometry:
-    """Tiles of equal size, as large as they may be."""
+    """Tiles of equal size, as large as allowed."""
     vectors = -(-height * width // LANES)
-    number = -(-vectors * LANES // LARGEST_TILE)
+    number = -(-vectors * LANES // MAX_TILE)
     return Geometry(TILES, height, width, tile=LANES * -(-vectors // number))
 
 
 def padded(height: int, width: int, window: Window, fill: float = 0.0) -> Geometry:
-    """Planes for a window: padded, a phase for each step of its stride.
+    """Planes for a window: padded, with a phase for each step of its stride.
 
-    The padding to the right of a row may be that to the left of the next one. Rows are of 16 or
-    a multiple of it, or of 4 or 8, several of which fill a register. Planes of longer rows are 16
-    longer than their rows, so that the same place in other channels is in other sets of a cache.
+    The padding to the right of a row may serve as the padding to the left of the next one. A row
+    has 4 or 8 floats, several of which fill a register, or a multiple of 16. Planes of longer rows
+    have 16 additional floats, so that the same place in other channels is in other cache sets.
     """
     (above, left), (below, right) = window.before, window.after
-    high, wide = window.stride
-    shared = wide == 1 and right <= left
-    columns = left + width if shared else -(-(left + width + right) // wide)
-    rows = -(-(above + height + below) // high)
+    stride_h, stride_w = window.stride
+    shared = stride_w == 1 and right <= left
+    columns = left + width if shared else -(-(left + width + right) // stride_w)
+    rows = -(-(above + height + below) // stride_h)
     row = next((size for size in (4, 8) if columns <= size), LANES * -(-columns // LANES))
     return Geometry(
         PLANES,
@@ -147,8 +133,8 @@ def float_bits(value: float) -> int:
 
 
 def offset_of(geometry: Geometry, tap: tuple[int, int], dilation: tuple[int, int]) -> int:
-    """Floats from a padded channel's first one to what a tap reads for the first output."""
-    down, high = divmod(tap[0] * dilation[0], geometry.phases[0])
-    across, wide = divmod(tap[1] * dilation[1], geometry.phases[1])
-    phase = high * geometry.phases[1] + wide
-    return phase * geometry.plane + down * geometry.row + across
+    """Floats from the start of a padded channel to the input of a tap for the first output."""
+    row, phase_h = divmod(tap[0] * dilation[0], geometry.phases[0])
+    column, phase_w = divmod(tap[1] * dilation[1], geometry.phases[1])
+    phase = phase_h * geometry.phases[1] + phase_w
+    return phase * geometry.plane + row * geometry.row + column

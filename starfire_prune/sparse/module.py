@@ -11,57 +11,61 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from starfire_prune.sparse.ops import new_arena, sparse_inference
-from starfire_prune.sparse.workspace import Arenas
+from starfire_prune.sparse.ops import load_kernels, new_workspace, sparse_inference
+from starfire_prune.sparse.workspace import WorkspacePool
 from starfire_prune.structure.graph import without_autocast
 
-__all__ = ["CompiledModel", "Constant", "ExpectedInput", "Segment"]
+__all__ = ["CompiledModel", "ExpectedConstant", "ExpectedTensor", "Segment"]
 
 
-NOTHING_KNOWN = (
-    "the kernels know none of the model's operations: these are convolutions, linear layers and "
-    "what goes with them, in torch.float32"
+NOTHING_SUPPORTED = (
+    "the kernels support none of the model's operations: they support convolutions and linear "
+    "layers, and the operations around them, in torch.float32"
 )
 
 
 class Segment(nn.Module):
     """A part of a model, or all of it, that the native kernels run in one call.
 
-    Threads may call it at once: each call has an arena of its own.
+    Several threads may call it at once: each call has its own workspace.
 
     Args:
-        program: the words of the program.
-        constants: its weights and indices.
-        sizes: of each output, the number of dimensions and each but the first.
+        program: The program, `(n,)` in int64.
+        constants: Its weights and indices, `(bytes,)` in uint8.
+        output_shapes: For each output, the number of dimensions and all sizes but the first.
     """
 
     program: Tensor
     constants: Tensor
 
-    def __init__(self, program: Tensor, constants: Tensor, sizes: Sequence[int]) -> None:
+    def __init__(self, program: Tensor, constants: Tensor, output_shapes: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("program", program)
         self.register_buffer("constants", constants)
-        self.sizes = list(sizes)
-        self.isa = 0  # the best one
-        self._arenas = Arenas()
+        self.output_shapes = list(output_shapes)
+        self.isa = 0  # the widest one
+        self._workspaces = WorkspacePool()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        load_kernels()  # in the process that unpickles it
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Tensor) -> Any:
-        """The outputs, one by itself or a list of them."""
-        fixed = (self.program, self.constants, self.sizes)
+        """The outputs: one tensor, or a list of several."""
+        fixed = (self.program, self.constants, self.output_shapes)
         if _is_traced():
             outputs = sparse_inference(list(inputs), *fixed, None, self.isa)
         else:
             batch = inputs[0].shape[0]
-            arena = self._arenas.take(batch)
-            arena = new_arena(self.program, batch) if arena is None else arena
-            outputs = sparse_inference(list(inputs), *fixed, arena, self.isa)
-            self._arenas.give(batch, arena)
+            workspace = self._workspaces.acquire(batch)
+            workspace = new_workspace(self.program, batch) if workspace is None else workspace
+            outputs = sparse_inference(list(inputs), *fixed, workspace, self.isa)
+            self._workspaces.release(batch, workspace)
         return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit runs this, which know nothing of arenas."""
+    """Whether torch.compile, torch.export or torch.jit traces this; graphs hold no workspaces."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     exporting = getattr(torch.compiler, "is_exporting", None)  # not in torch 2.6
@@ -69,12 +73,11 @@ def _is_traced() -> bool:
 
 
 class CompiledModel(nn.Module):
-    """What `compile` makes of a model.
+    """The result of `compile`.
 
     Attributes:
-        network: the rewritten graph, whose segments are the native kernels' and whose other
-            operations are torch's.
-        reason: why no part of it is native, and what to do about it; None where some is.
+        network: The rewritten graph: segments run natively, other operations on torch.
+        reason: Why no part of it is native, and what to do about it; None if some part is.
     """
 
     def __init__(
@@ -82,9 +85,9 @@ class CompiledModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
-        self.reason = reason or (None if self.segments else NOTHING_KNOWN)
+        self.reason = reason or (None if self.segments else NOTHING_SUPPORTED)
         leaves, self._structure = tree_flatten(tuple(example))
-        self._expected = [ExpectedInput.of(value) for value in leaves]
+        self._expected = [_expected(value) for value in leaves]
         self._any_batch = not self.torch_operations and bool(self.segments)
         self.training = False
 
@@ -95,7 +98,7 @@ class CompiledModel(nn.Module):
 
     @property
     def torch_operations(self) -> list[str]:
-        """The operations that are torch's, in the order of execution."""
+        """The operations that run on torch, in the order of execution."""
         return [
             str(node.target)
             for node in self.network.graph.nodes
@@ -106,8 +109,8 @@ class CompiledModel(nn.Module):
         """The model's outputs.
 
         Raises:
-            TypeError: for inputs of another number, type or device than the example's.
-            ValueError: for inputs of another shape, or other values of what is no tensor.
+            TypeError: If the number, type or device of the inputs differs from the example's.
+            ValueError: If a shape, or the value of an input that isn't a tensor, differs.
         """
         self._check(inputs)
         if _is_traced():
@@ -116,73 +119,72 @@ class CompiledModel(nn.Module):
             return self.network(*inputs)
 
     def train(self, mode: bool = True) -> CompiledModel:
-        """Stay in eval mode.
+        """Refuse training mode.
 
         Raises:
-            ValueError: for training, which compiled models can't.
+            ValueError: If `mode` is True.
         """
         if mode:
-            raise ValueError("mode (=True) can't be: a compiled model is for inference alone")
+            raise ValueError("mode (=True) is not possible: a compiled model can't be trained")
         return self
 
     def _check(self, inputs: Sequence[Any]) -> None:
         leaves, structure = tree_flatten(tuple(inputs))
         if len(leaves) != len(self._expected) or structure != self._structure:
             wanted = len(self._expected)
-            raise TypeError(f"inputs must be {wanted}, as in the example, but were {len(leaves)}")
+            raise TypeError(f"there must be {wanted} inputs, as in the example, not {len(leaves)}")
         batches = []
-        for index, (given, expected) in enumerate(zip(leaves, self._expected, strict=True)):
-            expected.check(index, given, self._any_batch)
-            if isinstance(given, Tensor):
-                batches.append(given.shape[0] if given.ndim else 1)
+        for index, (value, expected) in enumerate(zip(leaves, self._expected, strict=True)):
+            expected.check(index, value, self._any_batch)
+            if isinstance(value, Tensor):
+                batches.append(value.shape[0] if value.ndim else 1)
         if self._any_batch and any(batch != batches[0] for batch in batches):
-            raise ValueError(f"inputs must be batches of one size, but are of {batches}")
+            raise ValueError(f"inputs must have one batch size, but have {batches}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpectedInput:
-    """What a tensor of the example was like."""
+class ExpectedTensor:
+    """The shape and dtype of a tensor in the example."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, value: Any) -> ExpectedInput | Constant:
-        """Of a tensor or another argument."""
-        if isinstance(value, Tensor):
-            return cls(tuple(value.shape), value.dtype)
-        return Constant(value)
-
-    def check(self, index: int, given: Any, any_batch: bool) -> None:
-        """Refuse what the compiled model can't take."""
-        if not isinstance(given, Tensor):
-            kind = type(given).__name__
-            raise TypeError(f"input {index} must be a tensor, as in the example, but is a {kind}")
-        if given.device.type != "cpu" or given.dtype != self.dtype:
+    def check(self, index: int, value: Any, any_batch: bool) -> None:
+        """Raise an error unless an input fits; `any_batch` allows any batch size."""
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"input {index} must be a tensor, as in the example, not {kind}")
+        if value.device.type != "cpu" or value.dtype != self.dtype:
             raise TypeError(
                 f"input {index} must be {self.dtype} on the CPU, as in the example, "
-                f"but is {given.dtype} on {given.device}"
+                f"but is {value.dtype} on {value.device}"
             )
-        shape, skipped = tuple(given.shape), int(any_batch)
-        alike = len(shape) == len(self.shape) and shape[skipped:] == self.shape[skipped:]
-        if not alike or (0 in shape and 0 not in self.shape):
-            wanted = f"(N, {str(self.shape[1:])[1:]}" if any_batch else str(self.shape)
+        shape, skipped = tuple(value.shape), int(any_batch)
+        same = len(shape) == len(self.shape) and shape[skipped:] == self.shape[skipped:]
+        if not same or (0 in shape and 0 not in self.shape):
+            expected = f"(N, {str(self.shape[1:])[1:]}" if any_batch else str(self.shape)
             raise ValueError(
-                f"input {index} has the shape {shape}, but the model is compiled for {wanted}; "
-                "compile it for other shapes by themselves"
+                f"input {index} has the shape {shape}, but the model is compiled for {expected}; "
+                "compile it again for other shapes"
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
-    """An argument of the example that is no tensor: torch.export has made it part of the model."""
+class ExpectedConstant:
+    """An argument of the example that isn't a tensor: torch.export made it part of the model."""
 
     value: Any
 
-    def check(self, index: int, given: Any, any_batch: bool) -> None:
-        """Refuse another value."""
-        if isinstance(given, Tensor) or given != self.value:
+    def check(self, index: int, value: Any, any_batch: bool) -> None:
+        """Raise an error unless an input has the value of the example."""
+        if isinstance(value, Tensor) or value != self.value:
             raise ValueError(
-                f"input {index} (={given!r}) must be {self.value!r}, as in the example: compile "
-                "the model for other values by themselves"
+                f"input {index} (={value!r}) must be {self.value!r}, as in the example; "
+                "compile the model again for other values"
             )
+
+
+def _expected(value: Any) -> ExpectedTensor | ExpectedConstant:
+    if isinstance(value, Tensor):
+        return ExpectedTensor(tuple(value.shape), value.dtype)
+    return ExpectedConstant(value)

@@ -1,132 +1,93 @@
-"""The operation `starfire_prune::sparse_inference`, which graphs of torch can hold."""
+"""The torch operations of the native kernels, such as `starfire_prune::sparse_inference`."""
 
 from __future__ import annotations
 
-import ctypes
-import math
+import functools
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from starfire_prune.sparse.build import native
+from starfire_prune.sparse.build import BuildError, built_library
+from starfire_prune.sparse.program_format import check_format
 
-__all__ = ["new_arena", "sparse_inference"]
-
-
-_LIBRARY = torch.library.Library("starfire_prune", "DEF")  # type: ignore[no-untyped-call]
-# The arena is written to, but what it holds means nothing before or after; as `Tensor(a!)?` torch
-# could not functionalize an operation that gives a list
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "sparse_inference(Tensor[] inputs, Tensor program, Tensor constants, int[] sizes, "
-    "Tensor? arena=None, int isa=0) -> Tensor[]"
-)
+__all__ = ["load_kernels", "new_workspace", "sparse_inference"]
 
 
-def _shapes(batch: int, sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Shapes of outputs, of which `sizes` has the number of dimensions and each but the first."""
-    shapes, rest = [], list(sizes)
-    while rest:
-        dims = rest[0]
-        shapes.append((batch, *rest[1:dims]))
-        rest = rest[dims:]
-    return shapes
+_LOCK = threading.Lock()
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+@functools.cache
+def load_kernels() -> None:
+    """Load the native kernels and register their operations with torch; build them at first use.
 
-
-def new_arena(program: Tensor, batch: int) -> Tensor:
-    """The memory that a program works in, for a batch of that size.
+    `compile` does this. Call it before loading an exported program that has such an operation.
 
     Raises:
-        ValueError: if it is no program.
+        BuildError: If the kernels can't be built or loaded.
     """
-    arena = torch.empty(_floats(program, batch), dtype=torch.float32)
-    native().fill(program.data_ptr(), batch, arena.data_ptr())
-    return arena
+    with _LOCK:
+        if not hasattr(torch.ops.starfire_prune, "sparse_inference"):
+            path = built_library()
+            try:
+                torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+            except OSError as error:
+                raise BuildError(
+                    f"{path} can't be loaded: {error}; delete it to build it again"
+                ) from error
+            torch.library.register_fake("starfire_prune::sparse_inference", _fake)
+        check_format(torch.ops.starfire_prune.program_format())
 
 
-def _floats(program: Tensor, batch: int) -> int:
-    """Of the arena."""
-    plain = program.device.type == "cpu" and program.dtype == torch.int64
-    floats: int = -1
-    if plain and program.is_contiguous():
-        floats = native().arena(program.data_ptr(), program.numel(), batch)
-    if floats < 0:
-        raise ValueError(
-            f"program (= {program.numel()} numbers of {program.dtype} on {program.device}) is no "
-            f"program of these kernels, which run on the CPU"
-        )
-    return floats
-
-
-def _check_tensors(
-    program: Tensor, constants: Tensor, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
-) -> None:
-    """Refuse tensors that are not those of a program, beyond which it would read or write."""
-    if constants.device.type != "cpu" or not constants.is_contiguous():
-        raise ValueError(f"constants (= {constants.device}) must be contiguous on the CPU")
-    sizes = [
-        (ctypes.c_int64 * len(tensors))(*[math.prod(tensor.shape[1:]) for tensor in tensors])
-        for tensors in (inputs, outputs)
-    ]
-    counts = len(inputs), len(outputs)
-    if not native().takes(program.data_ptr(), counts[0], sizes[0], counts[1], sizes[1]):
-        shapes = [tuple(tensor.shape) for tensor in inputs]
-        raise ValueError(
-            f"inputs (= {shapes}) are not of the shapes that the model is compiled for; compile it "
-            f"for other shapes by themselves"
-        )
-
-
-@torch.library.impl(_LIBRARY, "sparse_inference", "CPU")
-def _run(
-    inputs: list[Tensor],
-    program: Tensor,
-    constants: Tensor,
-    sizes: list[int],
-    arena: Tensor | None = None,
-    isa: int = 0,
-) -> list[Tensor]:
-    library = native()
-    batch = inputs[0].shape[0]
-    if any(tensor.shape[0] != batch or tensor.dtype != torch.float32 for tensor in inputs):
-        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in inputs]
-        raise ValueError(f"inputs (= {kinds}) must be float32 and batches of one size")
-    inputs = [tensor.contiguous() for tensor in inputs]
-    outputs = [torch.empty(shape, dtype=torch.float32) for shape in _shapes(batch, sizes)]
-    floats = _floats(program, batch)
-    _check_tensors(program, constants, inputs, outputs)
-    if arena is None:
-        arena = new_arena(program, batch)
-    elif arena.numel() < floats:
-        raise ValueError(f"arena (= {arena.numel()} floats) is too small for {batch} images")
-    library.run(
-        program.data_ptr(),
-        constants.data_ptr(),
-        batch,
-        min(isa or library.best, library.best),
-        arena.data_ptr(),
-        _pointers(inputs),
-        _pointers(outputs),
-        None,
-    )
-    return outputs
-
-
-@torch.library.register_fake("starfire_prune::sparse_inference", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(
     inputs: list[Tensor],
     program: Tensor,
     constants: Tensor,
-    sizes: list[int],
-    arena: Tensor | None = None,
+    output_shapes: list[int],
+    workspace: Tensor | None = None,
     isa: int = 0,
 ) -> list[Tensor]:
-    batch = inputs[0].shape[0]
-    return [inputs[0].new_empty(shape) for shape in _shapes(batch, sizes)]
+    """Outputs without values, for tracing."""
+    outputs, rest = [], list(output_shapes)
+    while rest:
+        dims = rest[0]
+        outputs.append(inputs[0].new_empty((inputs[0].shape[0], *rest[1:dims])))
+        rest = rest[dims:]
+    return outputs
 
 
-sparse_inference = torch.ops.starfire_prune.sparse_inference.default
+def new_workspace(program: Tensor, batch: int) -> Tensor:
+    """The memory for one call of a program with a batch of that size.
+
+    Raises:
+        ValueError: If `program` is not a program.
+    """
+    workspace: Tensor = torch.ops.starfire_prune.new_workspace.default(program, batch)
+    return workspace
+
+
+def sparse_inference(
+    inputs: Sequence[Tensor],
+    program: Tensor,
+    constants: Tensor,
+    output_shapes: Sequence[int],
+    workspace: Tensor | None = None,
+    isa: int = 0,
+) -> list[Tensor]:
+    """Run a program.
+
+    Args:
+        inputs: Float32 tensors with one batch size.
+        program: The program, `(n,)` in int64.
+        constants: The program's weights and indices, `(bytes,)` in uint8.
+        output_shapes: For each output, the number of dimensions and all sizes but the first.
+        workspace: Memory from `new_workspace`; a new one by default.
+        isa: Width of the instruction set: 512, 256 or 128; 0 for the widest one.
+
+    Raises:
+        ValueError: If the tensors do not fit the program.
+    """
+    operation = torch.ops.starfire_prune.sparse_inference.default
+    outputs: list[Tensor] = operation(inputs, program, constants, output_shapes, workspace, isa)
+    return outputs

@@ -1,4 +1,4 @@
-"""Weights of convolutions that slide a window, in the order in which the kernels read them."""
+"""Packs the weights of convolutions larger than 1x1 in the order the kernels read them."""
 
 from __future__ import annotations
 
@@ -10,112 +10,120 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from starfire_prune.sparse.layout import LANES, Geometry, Window, offset_of
+from starfire_prune.sparse.layout import Geometry, Window, offset_of
+from starfire_prune.sparse.program_format import LANES, RECTANGLE_RUN
 
-__all__ = ["BlockWeights", "pack_block", "rectangles", "rows_a_register"]
+__all__ = ["SpatialWeights", "pack_spatial", "rectangles", "rows_per_register"]
 
 
 Floats = NDArray[np.float32]
-RUN = np.dtype([("shape", "<i4", 2), ("count", "<i8"), ("offsets", "<i8"), ("weights", "<i8")])
-TALLEST, WIDEST = 4, 3  # the largest rectangle that has a kernel
-FIRST_CACHE_BYTES = 28 << 10  # of the input channels that stay there
-LINE_CYCLES = 2.0  # to get a line from the second cache
-USE_CYCLES = 4.0  # that a rectangle takes beside
+MAX_RECTANGLE_ROWS, MAX_RECTANGLE_COLUMNS = 4, 3  # the largest rectangle that has a kernel
+L1_BYTES = 28 << 10  # size of an input-channel tile, which stays in the L1 cache
+L2_LINE_CYCLES = 2.0  # to load a cache line from the L2 cache
+RECTANGLE_CYCLES = 4.0  # constant overhead of each use of a rectangle
 
 
-class BlockWeights(NamedTuple):
-    """Weights of a convolution: arrays of the program's `Block`, and into how many blocks its
-    input channels fall."""
+class SpatialWeights(NamedTuple):
+    """Weights of a convolution: arrays of the C++ structure `Spatial`, and `input_tiles`."""
 
     starts: NDArray[np.int32]
     runs: NDArray[Any]
     offsets: NDArray[np.int32]
     weights: Floats
-    blocks: int
+    input_tiles: int
 
 
 class _Rectangle(NamedTuple):
-    """Taps that one kernel does.
+    """A rectangle of filter taps that one kernel call handles.
 
     Attributes:
-        taps: their indices in the window, `(rows, columns)`.
-        offset: of the first one's input, in floats.
-        distance: from the input of a row to that of the next one, in floats.
+        taps: Indices of the taps in the window, `(rows, columns)`.
+        offset: Offset of the first tap's input, in floats.
+        row_stride: Floats from the input of a row to that of the next one.
     """
 
     taps: NDArray[np.int64]
     offset: int
-    distance: int
+    row_stride: int
 
-    def part(self, row: int, column: int, rows: int, columns: int) -> _Rectangle:
-        """A smaller one of it."""
+    def crop(self, row: int, column: int, rows: int, columns: int) -> _Rectangle:
+        """A smaller rectangle within this one."""
         taps = self.taps[row : row + rows, column : column + columns]
-        return _Rectangle(taps, self.offset + row * self.distance + column, self.distance)
+        return _Rectangle(taps, self.offset + row * self.row_stride + column, self.row_stride)
 
 
 class _Entries(NamedTuple):
-    """Rectangles' uses: the run that each is of, input offsets, weights `(n, rows * columns)`."""
+    """Uses of rectangles of one shape.
+
+    Attributes:
+        shape: Rows and columns of the rectangles.
+        runs: The run of each use: input tile times output channels, plus output channel, `(n,)`.
+        offsets: Offset of each input, `(n,)`.
+        weights: Weights, `(n, rows * columns)`.
+    """
 
     shape: tuple[int, ...]
-    outputs: NDArray[np.int64]
+    runs: NDArray[np.int64]
     offsets: NDArray[np.int64]
     weights: Floats
 
 
-class _Part(NamedTuple):
-    """A rectangle, where it is used `(K, C)`, and how its input channels go in blocks."""
+class _PlacedRectangle(NamedTuple):
+    """A rectangle, where it is used `(K, C)`, and the tiles of its input channels."""
 
     rectangle: _Rectangle
     used: NDArray[np.bool_]
-    first_block: int
-    block_size: int
+    first_tile: int
+    tile_size: int
 
 
 class _Cover(NamedTuple):
-    """Rectangles that cover all taps, their blocks, and the cycles that they take."""
+    """Rectangles that cover all kept taps, their input-channel tiles and their cost in cycles."""
 
-    parts: list[_Part]
-    blocks: int
+    rectangles: list[_PlacedRectangle]
+    input_tiles: int
     cycles: float
 
 
-def pack_block(
+def pack_spatial(
     weight: Floats, groups: int, geometry: Geometry, window: Window, rows: int
-) -> BlockWeights:
+) -> SpatialWeights:
     """Pack a weight `(K, C / groups, R, S)` for planes of that geometry.
 
-    The taps of each kernel that are not zero are covered by rectangles: by the largest, by rows,
-    or by columns, and these by single taps, whichever is fastest. Small rectangles do little with
-    what they read. So where there are many of them, input channels go in blocks that stay in the
-    first cache for all output channels of a chunk, whose sums are put aside meanwhile.
+    The nonzero taps of each kernel are covered by rectangles: by the largest one, by rows, or by
+    columns, with single taps for the rest, whichever is fastest. Small rectangles do little work
+    per load. Where many are needed, input channels are cut into tiles that stay in the L1 cache for
+    all output channels of a work item, whose sums are spilled to memory between the tiles.
 
     Args:
-        weight: float32.
-        groups: of the convolution.
-        geometry: of its input.
-        window: of its taps.
-        rows: accumulators of 16 floats that an item has.
+        weight: The weight, in float32.
+        groups: Groups of the convolution.
+        geometry: Layout of its input.
+        window: Window of its taps.
+        rows: Accumulators of 16 floats per work item.
     """
     flat = weight.reshape(*weight.shape[:2], -1)
-    found = rectangles(geometry, window)
-    cover = _covered(found, flat != 0, _Costs(geometry, rows, near=False))
+    candidates = rectangles(geometry, window)
+    cover = _cheapest_cover(candidates, flat != 0, _Costs(geometry, rows, in_l1=False))
     if groups == 1:
-        near = _covered(found, flat != 0, _Costs(geometry, rows, near=True))
-        cover = min(cover, near, key=lambda each: each.cycles)
+        tiled = _cheapest_cover(candidates, flat != 0, _Costs(geometry, rows, in_l1=True))
+        cover = min(cover, tiled, key=lambda each: each.cycles)
     inputs = np.arange(len(flat)) // (len(flat) // groups) * flat.shape[1]
-    alike: dict[tuple[int, ...], list[_Entries]] = {}
-    for part in cover.parts:
-        outputs, channels = part.used.nonzero()
-        rectangle, blocks = part.rectangle, part.first_block + channels // part.block_size
+    by_shape: dict[tuple[int, ...], list[_Entries]] = {}
+    for rectangle, used, first_tile, tile_size in cover.rectangles:
+        outputs, channels = used.nonzero()
+        input_tiles = first_tile + channels // tile_size
         offsets = (inputs[outputs] + channels) * geometry.channel + rectangle.offset
         weights = flat[outputs, channels][:, rectangle.taps.reshape(-1)]
-        entries = _Entries(rectangle.taps.shape, blocks * len(flat) + outputs, offsets, weights)
-        alike.setdefault(entries.shape, []).append(entries)
-    return _in_runs([_joined(entries) for entries in alike.values()], len(flat), cover.blocks)
+        runs = input_tiles * len(flat) + outputs
+        entries = _Entries(rectangle.taps.shape, runs, offsets, weights)
+        by_shape.setdefault(entries.shape, []).append(entries)
+    merged = [_merge(entries) for entries in by_shape.values()]
+    return _to_runs(merged, len(flat), cover.input_tiles)
 
 
-def _joined(entries: Sequence[_Entries]) -> _Entries:
-    """Entries of one shape in the order of their runs, and in these of what they read."""
+def _merge(entries: Sequence[_Entries]) -> _Entries:
+    """Entries of one shape, sorted by run and then by input offset."""
     runs, offsets = (np.concatenate([each[i] for each in entries]) for i in (1, 2))
     order = np.lexsort((offsets, runs))
     weights = np.concatenate([each.weights for each in entries])
@@ -123,25 +131,25 @@ def _joined(entries: Sequence[_Entries]) -> _Entries:
 
 
 def rectangles(geometry: Geometry, window: Window) -> list[_Rectangle]:
-    """The window's taps as rectangles, within a phase and of sizes that there are kernels for."""
-    per_row = rows_a_register(geometry)
-    rows = _ranges(window, geometry, 0, per_row, TALLEST)
-    columns = _ranges(window, geometry, 1, 1, WIDEST)
+    """The window's taps as rectangles, each within one phase and of a size that has a kernel."""
+    image_rows = rows_per_register(geometry)
+    rows = _ranges(window, geometry, 0, image_rows, MAX_RECTANGLE_ROWS)
+    columns = _ranges(window, geometry, 1, 1, MAX_RECTANGLE_COLUMNS)
     found = []
-    for down, across in itertools.product(rows, columns):
-        taps = np.add.outer(np.array(down) * window.size[1], np.array(across))
-        offset = offset_of(geometry, (down[0], across[0]), window.dilation)
-        found.append(_Rectangle(taps, offset, per_row * geometry.row))
+    for row_taps, column_taps in itertools.product(rows, columns):
+        taps = np.add.outer(np.array(row_taps) * window.size[1], np.array(column_taps))
+        offset = offset_of(geometry, (row_taps[0], column_taps[0]), window.dilation)
+        found.append(_Rectangle(taps, offset, image_rows * geometry.row))
     return found
 
 
-def rows_a_register(geometry: Geometry) -> int:
-    """Image rows that one register of 16 floats holds."""
+def rows_per_register(geometry: Geometry) -> int:
+    """Image rows that fit in one register of 16 floats."""
     return max(1, LANES // geometry.row)
 
 
 def _ranges(window: Window, geometry: Geometry, axis: int, step: int, most: int) -> list[list[int]]:
-    """Taps of one axis whose inputs are `step` apart within a phase, at most so many together."""
+    """Ranges of at most `most` taps of an axis whose inputs are `step` apart within a phase."""
     places = {}
     for tap in range(window.size[axis]):
         at, phase = divmod(tap * window.dilation[axis], geometry.phases[axis])
@@ -153,127 +161,130 @@ def _ranges(window: Window, geometry: Geometry, axis: int, step: int, most: int)
             while (phase, at) in places:
                 line.append(places[phase, at])
                 at += step
-            found += [part.tolist() for part in np.array_split(line, -(-len(line) // most))]
+            found += [taps.tolist() for taps in np.array_split(line, -(-len(line) // most))]
     return found
 
 
 class _Costs(NamedTuple):
-    """What rectangles cost.
+    """The cost model of rectangles.
 
     Attributes:
-        geometry: of the input.
-        rows: accumulators.
-        near: whether inputs come from the first cache, not from the second one.
+        geometry: Layout of the input.
+        rows: Number of accumulators.
+        in_l1: Whether inputs come from the L1 cache, rather than from L2.
     """
 
     geometry: Geometry
     rows: int
-    near: bool
+    in_l1: bool
 
-    def cycles(self, part: _Rectangle) -> float:
-        """Of one use: those of multiplying, or of reading where that takes longer."""
-        height, width = part.taps.shape
+    def cycles(self, rectangle: _Rectangle) -> float:
+        """Cycles of one use: for multiplying, or for loading if that takes longer."""
+        height, width = rectangle.taps.shape
         inputs = self.rows + height - 1
-        splits = part.offset % LANES + width > 1
-        if self.near:
-            reading = inputs * (width - 1 if width > 1 else 1.0 if splits else 0.5)
+        splits = rectangle.offset % LANES + width > 1
+        if self.in_l1:
+            loading = inputs * (width - 1 if width > 1 else 1.0 if splits else 0.5)
         else:
-            next_to = self.geometry.row <= LANES
-            reading = LINE_CYCLES * (inputs + splits if next_to else inputs * (1 + splits))
+            adjacent = self.geometry.row <= LANES
+            loading = L2_LINE_CYCLES * (inputs + splits if adjacent else inputs * (1 + splits))
         multiplying = self.rows * height * width / 2
-        return float(max(multiplying, reading) + USE_CYCLES)
+        return float(max(multiplying, loading) + RECTANGLE_CYCLES)
 
-    def block_size(self, rectangle: _Rectangle, channels: int) -> int:
-        """Input channels that a block has; all of them where they are far."""
-        if not self.near:
+    def tile_size(self, rectangle: _Rectangle, channels: int) -> int:
+        """Input channels per tile; all of them without tiles."""
+        if not self.in_l1:
             return channels
         lines = (self.rows + len(rectangle.taps)) * (1 if self.geometry.row <= LANES else 2)
-        if not self.apart:
+        if not self.tiles_per_rectangle:
             lines *= math.prod(self.geometry.phases)
-        return min(channels, max(1, FIRST_CACHE_BYTES // (4 * LANES * lines)))
+        return min(channels, max(1, L1_BYTES // (4 * LANES * lines)))
 
     @property
-    def apart(self) -> bool:
-        """Whether blocks are a rectangle's, which reads one phase of its channels.
+    def tiles_per_rectangle(self) -> bool:
+        """Whether each rectangle, which reads one phase of its channels, has its own tiles.
 
-        Where several image rows fill a register, accumulators are few, and to put them aside once
-        for all rectangles takes less.
+        Where several image rows share a register, there are few accumulators, and it is cheaper to
+        spill them once for all rectangles.
         """
-        return self.near and rows_a_register(self.geometry) == 1
+        return self.in_l1 and rows_per_register(self.geometry) == 1
 
-    def putting_aside(self, blocks: int, outputs: int) -> float:
-        """Cycles of putting sums aside and taking them again."""
-        return 4.0 * self.rows * outputs * blocks if blocks > 1 else 0.0
+    def spill_cycles(self, input_tiles: int, outputs: int) -> float:
+        """Cycles of storing sums between input-channel tiles and loading them again."""
+        return 4.0 * self.rows * outputs * input_tiles if input_tiles > 1 else 0.0
 
 
-def _covered(found: Sequence[_Rectangle], kept: NDArray[np.bool_], costs: _Costs) -> _Cover:
-    """Cover the taps kept, `(K, C, taps)`, by the cheapest rectangles."""
-    parts, blocks, cycles = [], 0, 0.0
+def _cheapest_cover(
+    candidates: Sequence[_Rectangle], kept: NDArray[np.bool_], costs: _Costs
+) -> _Cover:
+    """Cover the kept taps, `(K, C, taps)`, by the cheapest rectangles."""
+    placed, input_tiles, cycles = [], 0, 0.0
     outputs, channels, _ = kept.shape
-    smallest = min(costs.block_size(rectangle, channels) for rectangle in found)
-    for rectangle in found:
-        size = costs.block_size(rectangle, channels) if costs.apart else smallest
-        first = blocks if costs.apart else 0
-        blocks = first + -(-channels // size)
-        for part, used in _covers(rectangle, kept, costs):
-            parts.append(_Part(part, used, first, size))
-            cycles += costs.cycles(part) * float(used.sum())
-    return _Cover(parts, blocks, cycles + costs.putting_aside(blocks, outputs))
+    smallest = min(costs.tile_size(rectangle, channels) for rectangle in candidates)
+    for candidate in candidates:
+        own_tiles = costs.tiles_per_rectangle
+        size = costs.tile_size(candidate, channels) if own_tiles else smallest
+        first = input_tiles if own_tiles else 0
+        input_tiles = first + -(-channels // size)
+        for rectangle, used in _cover_within(candidate, kept, costs):
+            placed.append(_PlacedRectangle(rectangle, used, first, size))
+            cycles += costs.cycles(rectangle) * float(used.sum())
+    return _Cover(placed, input_tiles, cycles + costs.spill_cycles(input_tiles, outputs))
 
 
-def _covers(
+def _cover_within(
     rectangle: _Rectangle, kept: NDArray[np.bool_], costs: _Costs
 ) -> Iterator[tuple[_Rectangle, NDArray[np.bool_]]]:
-    """Rectangles that cover the taps kept, and where each is used, `(K, C)`."""
+    """Rectangles that cover the kept taps of a rectangle, and where each is used, `(K, C)`."""
     taps = kept[:, :, rectangle.taps]
     rows, columns = rectangle.taps.shape
-    singles = [[rectangle.part(r, c, 1, 1) for c in range(columns)] for r in range(rows)]
-    alone = np.array([[costs.cycles(part) for part in line] for line in singles]) * taps
+    singles = [[rectangle.crop(r, c, 1, 1) for c in range(columns)] for r in range(rows)]
+    single_cycles = np.array([[costs.cycles(each) for each in line] for line in singles]) * taps
     lines = {
-        2: [rectangle.part(r, 0, 1, columns) for r in range(rows)],
-        3: [rectangle.part(0, c, rows, 1) for c in range(columns)],
+        2: [rectangle.crop(r, 0, 1, columns) for r in range(rows)],
+        3: [rectangle.crop(0, c, rows, 1) for c in range(columns)],
     }
-    # By rows and by columns: a line for all its taps, or each by itself
+    # By rows and by columns: one line for all its taps, or single taps
     joined, total = {}, {}
     for axis, along in lines.items():
-        apart = alone.sum(5 - axis)
-        whole = np.array([costs.cycles(part) for part in along])
-        joined[axis] = apart > whole
-        total[axis] = np.where(joined[axis], whole, apart).sum(2)
+        as_singles = single_cycles.sum(5 - axis)
+        as_line = np.array([costs.cycles(line) for line in along])
+        joined[axis] = as_singles > as_line
+        total[axis] = np.where(joined[axis], as_line, as_singles).sum(2)
     cheapest = np.minimum(total[2], total[3])
     covered = taps.any((2, 3)) & (cheapest >= costs.cycles(rectangle))
     yield rectangle, covered
     left = taps & ~covered[..., None, None]
     for axis, along in lines.items():
         chosen = (total[2] <= total[3]) == (axis == 2)
-        for index, part in enumerate(along):
+        for index, line in enumerate(along):
             used = ~covered & chosen & joined[axis][..., index]
-            yield part, used
+            yield line, used
             left[(..., index, slice(None)) if axis == 2 else (..., index)] &= ~used[..., None]
-    for r, line in enumerate(singles):
-        for c, part in enumerate(line):
-            yield part, left[..., r, c]
+    for r, row in enumerate(singles):
+        for c, single in enumerate(row):
+            yield single, left[..., r, c]
 
 
-def _in_runs(entries: list[_Entries], outputs: int, blocks: int) -> BlockWeights:
-    """Sort the entries by block and output channel: a run for each of its rectangles."""
+def _to_runs(merged: list[_Entries], outputs: int, input_tiles: int) -> SpatialWeights:
+    """Sort entries by input tile and output channel, with a run for each shape of rectangle."""
     runs, offsets, weights, at, size = [], [], [], 0, 0
-    for entry in entries:
-        counts = np.bincount(entry.outputs, minlength=outputs * blocks)
+    for entries in merged:
+        counts = np.bincount(entries.runs, minlength=outputs * input_tiles)
         first = counts.cumsum() - counts
-        area = entry.weights.shape[1]
-        for output in counts.nonzero()[0]:
-            run = (entry.shape, counts[output], at + first[output], size + first[output] * area)
-            runs.append((output, run))
-        offsets.append(entry.offsets)
-        weights.append(entry.weights.reshape(-1))
-        at, size = at + len(entry.offsets), size + entry.weights.size
+        area = entries.weights.shape[1]
+        for index in counts.nonzero()[0]:
+            start = (at + first[index], size + first[index] * area)
+            runs.append((index, (*entries.shape, counts[index], *start)))
+        offsets.append(entries.offsets)
+        weights.append(entries.weights.reshape(-1))
+        at, size = at + len(entries.offsets), size + entries.weights.size
     runs.sort(key=lambda run: run[0])
-    starts = np.bincount([output for output, _ in runs], minlength=outputs * blocks).cumsum()
-    return BlockWeights(
+    starts = np.bincount([index for index, _ in runs], minlength=outputs * input_tiles).cumsum()
+    return SpatialWeights(
         starts=np.concatenate([[0], starts]).astype(np.int32),
-        runs=np.array([run for _, run in runs], RUN),
+        runs=np.array([run for _, run in runs], RECTANGLE_RUN),
         offsets=np.concatenate(offsets).astype(np.int32),
         weights=np.concatenate(weights),
-        blocks=blocks,
+        input_tiles=input_tiles,
     )

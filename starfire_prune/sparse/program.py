@@ -1,4 +1,4 @@
-"""Programs of the native interpreter: what native/program.h describes, put together."""
+"""Builds programs for the native interpreter, in the format of native/program.h."""
 
 from __future__ import annotations
 
@@ -9,57 +9,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starfire_prune.sparse.layout import Geometry, float_bits
+from starfire_prune.sparse.program_format import INPUT, MAGIC, OUTPUT, WORKSPACE, Opcode
 
-__all__ = ["ARENA", "INPUT", "OUTPUT", "Buffer", "Code", "Constants", "Program"]
-
-
-MAGIC = 0x5354415246495245
-ARENA, INPUT, OUTPUT = 0, 1, 2
+__all__ = ["Buffer", "ConstantPool", "Program"]
 
 
-class Code:
-    """Numbers of the operations."""
-
-    COPY, POINT, BLOCK, POOL, MEAN, LINEAR = range(1, 7)
-
-
-class Constants:
-    """The blob that holds a program's weights and indices."""
+class ConstantPool:
+    """The bytes of a program's weights and indices."""
 
     def __init__(self) -> None:
         self._parts: list[NDArray[np.uint8]] = []
         self._size = 0
 
     def add(self, values: NDArray[Any]) -> int:
-        """Append an array; returns its position in bytes, a multiple of 64."""
-        position = self._size
+        """Append an array; returns its offset in bytes, a multiple of 64."""
+        offset = self._size
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        gap = np.zeros(-len(data) % 64 + 64, np.uint8)  # kernels may read a little past an end
+        gap = np.zeros(-len(data) % 64 + 64, np.uint8)  # kernels may read a little past the end
         self._parts += [data, gap]
         self._size += len(data) + len(gap)
-        return position
+        return offset
 
-    def joined(self) -> NDArray[np.uint8]:
-        """All of them."""
+    def to_array(self) -> NDArray[np.uint8]:
+        """All bytes."""
         return np.concatenate([np.zeros(0, np.uint8), *self._parts])
 
 
 @dataclasses.dataclass(eq=False)
 class Buffer:
-    """Memory for an intermediate, in the arena or of the caller.
+    """Memory for an intermediate result, in the workspace or in a tensor of the caller.
 
     Attributes:
-        geometry: of each channel.
-        channels: how many.
-        place: `ARENA`, `INPUT` or `OUTPUT`.
-        index: of the caller's tensor; of the slot, once there is one.
-        first: operation that writes it.
-        last: operation that uses it last.
+        geometry: Layout of each channel.
+        channels: Number of channels.
+        place: `WORKSPACE`, `INPUT` or `OUTPUT`.
+        index: Index of the caller's tensor, or of the workspace slot once it is assigned.
+        first: Operation that writes it.
+        last: Operation that uses it last.
     """
 
     geometry: Geometry
     channels: int
-    place: int = ARENA
+    place: int = WORKSPACE
     index: int = -1
     first: int = -1
     last: int = -1
@@ -72,43 +63,43 @@ class Buffer:
 
 @dataclasses.dataclass(eq=False)
 class _Slot:
-    """Memory that buffers use one after another; padding is kept by such as have the same."""
+    """Memory that several buffers use in turn; padded ones must have the same layout."""
 
     geometry: Geometry
     image: int
     slack: int
     until: int
 
-    def takes(self, buffer: Buffer) -> bool:
+    def is_free_for(self, buffer: Buffer) -> bool:
         padded = self.geometry.is_padded or buffer.geometry.is_padded
-        alike = not padded or self.geometry == buffer.geometry
-        return alike and self.until < buffer.first
+        compatible = not padded or self.geometry == buffer.geometry
+        return compatible and self.until < buffer.first
 
     def fields(self) -> list[int]:
         return [self.image, self.slack, float_bits(self.geometry.fill)]
 
 
 class Program:
-    """A program while it grows.
+    """A program under construction.
 
     Attributes:
-        constants: what its operations refer to.
+        constants: The weights and indices of its operations.
     """
 
     def __init__(self) -> None:
-        self.constants = Constants()
+        self.constants = ConstantPool()
         self._buffers: list[Buffer] = []
         self._views: list[tuple[Buffer, Geometry, int, int]] = []
         self._operations: list[list[int]] = []
 
     def view(self, buffer: Buffer, geometry: Geometry, channels: int, first: int = 0) -> int:
-        """The number of a view of some of a buffer's channels, to be used by the next operation.
+        """The number of a view of a buffer's channels, for use by the next operation.
 
         Args:
-            buffer: the memory.
-            geometry: how it is read; that of the buffer, unless it has been flattened.
-            channels: how many.
-            first: of them in the buffer.
+            buffer: The memory.
+            geometry: The layout to read it in: the buffer's, unless it has been flattened.
+            channels: Number of channels.
+            first: First channel in the buffer.
         """
         if buffer not in self._buffers:
             self._buffers.append(buffer)
@@ -118,14 +109,14 @@ class Program:
         self._views.append((buffer, geometry, channels, first))
         return len(self._views) - 1
 
-    def add(self, code: int, *fields: int | float) -> None:
-        """Append an operation; floats become their bits."""
+    def add(self, opcode: Opcode, *fields: int | float) -> None:
+        """Append an operation; floats are stored as their bits."""
         numbers = [float_bits(f) if isinstance(f, float) else int(f) for f in fields]
-        self._operations.append([code, *numbers])
+        self._operations.append([opcode, *numbers])
 
-    def words(self) -> NDArray[np.int64]:
-        """The finished program."""
-        slots = self._slots()
+    def to_array(self) -> NDArray[np.int64]:
+        """The finished program, `(n,)`."""
+        slots = self._assign_slots()
         places = [buffer.place for buffer in self._buffers]
         header = [MAGIC, len(slots), len(self._views), len(self._operations)]
         header += [places.count(INPUT), places.count(OUTPUT)]
@@ -133,11 +124,11 @@ class Program:
         parts += [self._view_fields(*view) for view in self._views]
         return np.array([*header, *(n for part in [*parts, *self._operations] for n in part)])
 
-    def _slots(self) -> list[_Slot]:
+    def _assign_slots(self) -> list[_Slot]:
         slots: list[_Slot] = []
         for buffer in sorted(self._buffers, key=lambda buffer: buffer.first):
-            if buffer.place == ARENA:
-                free = [slot for slot in slots if slot.takes(buffer)]
+            if buffer.place == WORKSPACE:
+                free = [slot for slot in slots if slot.is_free_for(buffer)]
                 if not free:
                     slots.append(_Slot(buffer.geometry, 0, 0, -1))
                     free = slots[-1:]

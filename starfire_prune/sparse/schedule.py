@@ -1,4 +1,4 @@
-"""Programs from steps: layouts chosen, conversions put in, weights packed."""
+"""Schedules IR ops: chooses layouts, inserts conversions, packs weights and emits a program."""
 
 from __future__ import annotations
 
@@ -15,41 +15,49 @@ from starfire_prune.sparse.ir import (
     Layer,
     Linear,
     Mean,
+    Op,
     Pooling,
-    Step,
     Value,
 )
-from starfire_prune.sparse.layout import LANES, Geometry, Window, offset_of, padded, plain, tiles
-from starfire_prune.sparse.pack_pointwise import pack_linear, pack_point
-from starfire_prune.sparse.pack_spatial import pack_block, rows_a_register
-from starfire_prune.sparse.program import INPUT, OUTPUT, Buffer, Code, Program
+from starfire_prune.sparse.layout import Geometry, Window, offset_of, padded, plain, tiles
+from starfire_prune.sparse.pack_pointwise import pack_linear, pack_pointwise
+from starfire_prune.sparse.pack_spatial import pack_spatial, rows_per_register
+from starfire_prune.sparse.program import Buffer, Program
+from starfire_prune.sparse.program_format import (
+    INPUT,
+    LANES,
+    MAX_ROWS,
+    MAX_SPILLED,
+    MAXIMUM,
+    OUTPUT,
+    SUM,
+    Opcode,
+)
 
-__all__ = ["plan"]
+__all__ = ["schedule"]
 
 
-MOST_ROWS = 14  # accumulators of the block kernel
-MOST_PUT_ASIDE = 16  # output channels whose sums are, where input channels go in blocks
-ITEMS = 32  # that an operation falls into at least, so that threads have equal shares
+MIN_WORK_ITEMS = 32  # per operation, so that threads have equal shares
 NONE = -1
 INF = math.inf
 
 
-def plan(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value]) -> Program:
-    """The program that runs the steps.
+def schedule(ops: Sequence[Op], inputs: Sequence[Value], outputs: Sequence[Value]) -> Program:
+    """The program that runs the ops.
 
     Args:
-        steps: in an order in which they can run.
-        inputs: values that the caller gives.
-        outputs: values that the caller gets.
+        ops: The ops in an order in which they can run.
+        inputs: The values that the caller passes.
+        outputs: The values that the caller receives.
     """
-    planner = _Planner(_geometries(steps, outputs))
+    scheduler = _Scheduler(_choose_geometries(ops, outputs))
     for index, value in enumerate(inputs):
-        planner.give(value, index)
-    for step in steps:
-        PLANS[type(step)](planner, step)
+        scheduler.add_input(value, index)
+    for op in ops:
+        EMITTERS[type(op)](scheduler, op)
     for index, value in enumerate(outputs):
-        planner.take(value, index)
-    return planner.program
+        scheduler.add_output(value, index)
+    return scheduler.program
 
 
 # ---------------------------------------------------------------------------------------------
@@ -57,66 +65,66 @@ def plan(steps: Sequence[Step], inputs: Sequence[Value], outputs: Sequence[Value
 # ---------------------------------------------------------------------------------------------
 
 
-def _wanted(step: Step) -> Geometry | None:
-    """How a step wants its source; None where it takes any."""
-    size = step.source.size
-    if isinstance(step, Convolution) and step.is_point and not step.is_linear:
+def _required_geometry(op: Op) -> Geometry | None:
+    """The layout in which an op reads its source; None if it reads any."""
+    size = op.source.size
+    if isinstance(op, Convolution) and op.is_pointwise and not op.is_linear:
         return tiles(*size)
-    if isinstance(step, (Layer, Flatten)) and not _is_block(step):
+    if isinstance(op, (Layer, Flatten)) and not _is_spatial(op):
         return plain(*size)
-    if isinstance(step, Convolution):
-        return padded(*size, step.window)
-    if isinstance(step, Pooling):
-        return padded(*size, _in_place(step.window), step.fill)
+    if isinstance(op, Convolution):
+        return padded(*size, op.window)
+    if isinstance(op, Pooling):
+        return padded(*size, _pooling_window(op.window), op.fill)
     return None
 
 
-def _is_block(step: Step) -> bool:
-    return isinstance(step, Convolution) and not step.is_point
+def _is_spatial(op: Op) -> bool:
+    return isinstance(op, Convolution) and not op.is_pointwise
 
 
-def _geometries(steps: Sequence[Step], outputs: Sequence[Value]) -> Mapping[Value, Geometry]:
-    """A layout for each value that a step makes: what its first reader wants.
+def _choose_geometries(ops: Sequence[Op], outputs: Sequence[Value]) -> Mapping[Value, Geometry]:
+    """A layout for each value that an op computes: the one that its first reader requires.
 
-    Additions and copies want that of what they make, which is chosen before that of what they
-    read, from the last step on.
+    Additions and copies prefer the layout of their output, which is chosen before that of their
+    source because ops are visited from the last one to the first.
     """
-    wishes: dict[Value, list[Geometry]] = {value: [plain(*value.size)] for value in outputs}
-    weak: dict[Value, Geometry] = {}
+    required: dict[Value, list[Geometry]] = {value: [plain(*value.size)] for value in outputs}
+    preferred: dict[Value, Geometry] = {}
     chosen: dict[Value, Geometry] = {}
-    for step in reversed(steps):
-        value = step.output
+    for op in reversed(ops):
+        value = op.output
         if value not in chosen:
-            default = weak.get(value, plain(*value.size))
-            chosen[value] = wishes.get(value, [default])[-1]
-        wanted = _wanted(step)
-        if wanted is not None:
-            wishes.setdefault(step.source, []).append(wanted)
-        elif isinstance(step, Mean):
-            weak[step.source] = tiles(*step.source.size)
-        elif step.source.size == value.size:
-            weak[step.source] = chosen[value]
-        if step.residual is not None:
-            weak[step.residual] = chosen[value]
+            default = preferred.get(value, plain(*value.size))
+            chosen[value] = required.get(value, [default])[-1]
+        geometry = _required_geometry(op)
+        if geometry is not None:
+            required.setdefault(op.source, []).append(geometry)
+        elif isinstance(op, Mean):
+            preferred[op.source] = tiles(*op.source.size)
+        elif op.source.size == value.size:
+            preferred[op.source] = chosen[value]
+        if op.residual is not None:
+            preferred[op.residual] = chosen[value]
     return chosen
 
 
-class _Planner:
-    """Appends to a program what each step needs."""
+class _Scheduler:
+    """Adds to a program what each op needs."""
 
     def __init__(self, geometries: Mapping[Value, Geometry]) -> None:
         self.program = Program()
         self._geometries = geometries
         self._buffers: dict[Value, dict[Geometry, Buffer]] = {}
 
-    def give(self, value: Value, index: int) -> None:
-        """Take a tensor of the caller for a value."""
+    def add_input(self, value: Value, index: int) -> None:
+        """Let a value be the caller's tensor with that index."""
         geometry = plain(*value.size)
         self._buffers[value] = {geometry: Buffer(geometry, value.channels, INPUT, index)}
         self.any_view(value)
 
-    def take(self, value: Value, index: int) -> None:
-        """Give a value to the caller."""
+    def add_output(self, value: Value, index: int) -> None:
+        """Copy a value to the caller's tensor with that index."""
         geometry = plain(*value.size)
         buffer = Buffer(geometry, value.channels, OUTPUT, index)
         self._copy(self.any_view(value), self.program.view(buffer, geometry, value.channels))
@@ -126,8 +134,8 @@ class _Planner:
         geometry, buffer = next(iter(self._buffers[value].items()))
         return self.program.view(buffer, geometry, value.channels)
 
-    def prepare(self, value: Value, geometry: Geometry) -> None:
-        """Convert a value to a layout in the arena if it isn't there in that layout."""
+    def convert(self, value: Value, geometry: Geometry) -> None:
+        """Convert a value to a layout in the workspace, unless it is there already."""
         buffers = self._buffers[value]
         if geometry not in buffers or buffers[geometry].place == INPUT:
             source = self.any_view(value)
@@ -135,25 +143,25 @@ class _Planner:
             self._copy(source, self.program.view(buffer, geometry, value.channels))
             buffers[geometry] = buffer
 
-    def views(self, step: Step, geometry: Geometry | None) -> tuple[int, int, int]:
-        """Views of a step's source, in a layout or in any, its output and what it adds."""
-        target = self._geometries[step.output]
+    def views(self, op: Op, geometry: Geometry | None) -> tuple[int, int, int]:
+        """Views of an op's source, in a given or in any layout, of its output and its residual."""
+        target = self._geometries[op.output]
         if geometry is not None:
-            self.prepare(step.source, geometry)
-        if step.residual is not None:
-            self.prepare(step.residual, target)
-        source = self._view(step.source, geometry)
-        residual = NONE if step.residual is None else self._view(step.residual, target)
-        return source, self._output(step, target), residual
+            self.convert(op.source, geometry)
+        if op.residual is not None:
+            self.convert(op.residual, target)
+        source = self._view(op.source, geometry)
+        residual = NONE if op.residual is None else self._view(op.residual, target)
+        return source, self._output_view(op, target), residual
 
-    def alias(self, step: Flatten) -> None:
-        """Let a value be another one, read in another shape."""
-        geometry = plain(*step.source.size)
-        self.prepare(step.source, geometry)
-        self._buffers[step.output] = {plain(1, 1): self._buffers[step.source][geometry]}
+    def alias(self, op: Flatten) -> None:
+        """Let a value be another one that is read in another shape."""
+        geometry = plain(*op.source.size)
+        self.convert(op.source, geometry)
+        self._buffers[op.output] = {plain(1, 1): self._buffers[op.source][geometry]}
 
     def constant(self, values: Any, dtype: Any = np.float32) -> int:
-        """The position of constants of the program."""
+        """Add constants to the program; returns their offset."""
         return self.program.constants.add(np.asarray(values, dtype))
 
     def _view(self, value: Value, geometry: Geometry | None) -> int:
@@ -161,127 +169,130 @@ class _Planner:
             return self.any_view(value)
         return self.program.view(self._buffers[value][geometry], geometry, value.channels)
 
-    def _output(self, step: Step, geometry: Geometry) -> int:
-        value = step.output
+    def _output_view(self, op: Op, geometry: Geometry) -> int:
+        value = op.output
         buffers = self._buffers.setdefault(value, {})
         buffer = buffers.setdefault(geometry, Buffer(geometry, value.channels))
-        if isinstance(step, Copy):
-            return self.program.view(buffer, geometry, step.source.channels, step.first)
+        if isinstance(op, Copy):
+            return self.program.view(buffer, geometry, op.source.channels, op.first)
         return self.program.view(buffer, geometry, value.channels)
 
     def _copy(self, source: int, destination: int) -> None:
-        self.program.add(Code.COPY, source, destination, NONE, 1, 1, NONE, NONE, -INF, INF)
+        self.program.add(Opcode.COPY, source, destination, NONE, 1, 1, NONE, NONE, -INF, INF)
 
 
 # ---------------------------------------------------------------------------------------------
-# Operations
+# Emitting operations
 # ---------------------------------------------------------------------------------------------
 
 
-def _copy(planner: _Planner, step: Copy) -> None:
-    views = planner.views(step, None)
+def _emit_copy(scheduler: _Scheduler, op: Copy) -> None:
+    views = scheduler.views(op, None)
     scale, shift = NONE, NONE
-    if step.scale is not None:
-        scale, shift = planner.constant(step.scale), planner.constant(step.shift)
-    planner.program.add(Code.COPY, *views, *step.stride, scale, shift, step.low, step.high)
+    if op.scale is not None:
+        scale, shift = scheduler.constant(op.scale), scheduler.constant(op.shift)
+    scheduler.program.add(Opcode.COPY, *views, *op.stride, scale, shift, op.low, op.high)
 
 
-def _convolution(planner: _Planner, step: Convolution) -> None:
-    if step.is_linear:
-        _linear(planner, step)
-    elif step.is_point:
-        _point(planner, step)
+def _emit_convolution(scheduler: _Scheduler, op: Convolution) -> None:
+    if op.is_linear:
+        _emit_linear(scheduler, op)
+    elif op.is_pointwise:
+        _emit_pointwise(scheduler, op)
     else:
-        _block(planner, step)
+        _emit_spatial(scheduler, op)
 
 
-def _point(planner: _Planner, step: Convolution) -> None:
-    geometry = tiles(*step.source.size)
-    views = planner.views(step, geometry)
-    packed = pack_point(step.weight[:, :, 0, 0].astype(np.float32), geometry.tile)
-    bias = np.pad(step.bias, (0, -len(step.bias) % packed.chunk))
-    planner.program.add(
-        Code.POINT,
+def _emit_pointwise(scheduler: _Scheduler, op: Convolution) -> None:
+    geometry = tiles(*op.source.size)
+    views = scheduler.views(op, geometry)
+    packed = pack_pointwise(op.weight[:, :, 0, 0].astype(np.float32), geometry.tile)
+    bias = np.pad(op.bias, (0, -len(op.bias) % packed.output_tile_size))
+    scheduler.program.add(
+        Opcode.POINTWISE,
         *views,
-        planner.constant(bias),
-        planner.constant(packed.units, packed.units.dtype),
-        planner.constant(packed.indices, np.uint16),
-        planner.constant(packed.weights),
-        *(len(step.bias), packed.chunk, packed.block, packed.lists, packed.shared),
-        *(step.low, step.high),
+        scheduler.constant(bias),
+        scheduler.constant(packed.tiles, packed.tiles.dtype),
+        scheduler.constant(packed.indices, np.uint16),
+        scheduler.constant(packed.weights),
+        *(len(op.bias), packed.output_tile_size, packed.input_tile_size),
+        *(packed.index_lists, packed.outputs_per_list, op.low, op.high),
     )
 
 
-def _block(planner: _Planner, step: Convolution) -> None:
-    geometry = padded(*step.source.size, step.window)
-    views = planner.views(step, geometry)
-    per_row = rows_a_register(geometry)
-    all_rows = -(-step.output.height // per_row)
-    parts = -(-all_rows // MOST_ROWS)
-    rows = -(-all_rows // parts)
-    packed = pack_block(step.weight.astype(np.float32), step.groups, geometry, step.window, rows)
-    strips = 1 if per_row > 1 else -(-step.output.width // LANES)
-    chunks = min(-(-ITEMS // (parts * strips)), -(-len(step.bias) // 4))
-    if packed.blocks > 1:
-        chunks = max(chunks, -(-len(step.bias) // MOST_PUT_ASIDE))
-    planner.program.add(
-        Code.BLOCK,
+def _emit_spatial(scheduler: _Scheduler, op: Convolution) -> None:
+    geometry = padded(*op.source.size, op.window)
+    views = scheduler.views(op, geometry)
+    image_rows = rows_per_register(geometry)
+    all_rows = -(-op.output.height // image_rows)
+    row_tiles = -(-all_rows // MAX_ROWS)
+    rows = -(-all_rows // row_tiles)
+    packed = pack_spatial(op.weight.astype(np.float32), op.groups, geometry, op.window, rows)
+    column_tiles = 1 if image_rows > 1 else -(-op.output.width // LANES)
+    output_tiles = min(-(-MIN_WORK_ITEMS // (row_tiles * column_tiles)), -(-len(op.bias) // 4))
+    if packed.input_tiles > 1:
+        output_tiles = max(output_tiles, -(-len(op.bias) // MAX_SPILLED))
+    scheduler.program.add(
+        Opcode.SPATIAL,
         *views,
-        planner.constant(step.bias),
-        planner.constant(packed.starts, np.int32),
-        planner.constant(packed.runs, packed.runs.dtype),
-        planner.constant(packed.offsets, np.int32),
-        planner.constant(packed.weights),
-        *(len(step.bias), -(-len(step.bias) // chunks), packed.blocks),
-        *(rows, per_row * geometry.row, per_row),
-        *(step.low, step.high),
+        scheduler.constant(op.bias),
+        scheduler.constant(packed.starts, np.int32),
+        scheduler.constant(packed.runs, packed.runs.dtype),
+        scheduler.constant(packed.offsets, np.int32),
+        scheduler.constant(packed.weights),
+        *(len(op.bias), -(-len(op.bias) // output_tiles), packed.input_tiles),
+        *(rows, image_rows * geometry.row, image_rows),
+        *(op.low, op.high),
     )
 
 
-def _pooling(planner: _Planner, step: Pooling) -> None:
-    geometry = padded(*step.source.size, _in_place(step.window), step.fill)
-    source, output, _ = planner.views(step, geometry)
-    taps = np.ndindex(step.window.size)
-    offsets = [offset_of(geometry, tap, step.window.dilation) for tap in taps]
-    mode, scale = (0, 1.0) if step.scale is None else (1, step.scale)
-    at = planner.constant(offsets, np.int32)
-    columns = step.window.stride[1] // geometry.phases[1]
-    planner.program.add(
-        *(Code.POOL, source, output, mode, at, len(offsets), columns, scale),
-        *(step.low, step.high),
+def _emit_pooling(scheduler: _Scheduler, op: Pooling) -> None:
+    geometry = padded(*op.source.size, _pooling_window(op.window), op.fill)
+    source, output, _ = scheduler.views(op, geometry)
+    taps = np.ndindex(op.window.size)
+    offsets = [offset_of(geometry, tap, op.window.dilation) for tap in taps]
+    mode, scale = (MAXIMUM, 1.0) if op.scale is None else (SUM, op.scale)
+    offsets_at = scheduler.constant(offsets, np.int32)
+    columns = op.window.stride[1] // geometry.phases[1]
+    scheduler.program.add(
+        *(Opcode.POOL, source, output, mode, offsets_at, len(offsets), columns, scale),
+        *(op.low, op.high),
     )
 
 
-def _in_place(window: Window) -> Window:
-    """The window of a pooling, in whose rows every second column can be read where it lies."""
-    high, wide = window.stride
-    return window._replace(stride=(high, 1)) if wide == 2 else window
+def _pooling_window(window: Window) -> Window:
+    """The window for a pooling's layout: for horizontal stride 2, rows are not split into phases.
+
+    The kernel reads every second column of them.
+    """
+    vertical, horizontal = window.stride
+    return window._replace(stride=(vertical, 1)) if horizontal == 2 else window
 
 
-def _mean(planner: _Planner, step: Mean) -> None:
-    source, output, _ = planner.views(step, None)
-    planner.program.add(Code.MEAN, source, output)
+def _emit_mean(scheduler: _Scheduler, op: Mean) -> None:
+    source, output, _ = scheduler.views(op, None)
+    scheduler.program.add(Opcode.MEAN, source, output)
 
 
-def _linear(planner: _Planner, step: Layer) -> None:
-    source, output, _ = planner.views(step, plain(1, 1))
-    packed = pack_linear(step.weight.reshape(len(step.weight), -1).astype(np.float32))
-    bias, starts, indices = planner.constant(step.bias), NONE, NONE
+def _emit_linear(scheduler: _Scheduler, op: Layer) -> None:
+    source, output, _ = scheduler.views(op, plain(1, 1))
+    packed = pack_linear(op.weight.reshape(len(op.weight), -1).astype(np.float32))
+    bias, starts, indices = scheduler.constant(op.bias), NONE, NONE
     if packed.starts is not None:
-        starts = planner.constant(packed.starts, np.int32)
-        indices = planner.constant(packed.indices, np.int32)
-    weights = planner.constant(packed.weights)
-    planner.program.add(
-        *(Code.LINEAR, source, output, bias, starts, indices, weights),
-        *(len(step.bias), step.low, step.high),
+        starts = scheduler.constant(packed.starts, np.int32)
+        indices = scheduler.constant(packed.indices, np.int32)
+    weights = scheduler.constant(packed.weights)
+    scheduler.program.add(
+        *(Opcode.LINEAR, source, output, bias, starts, indices, weights),
+        *(len(op.bias), op.low, op.high),
     )
 
 
-PLANS: Mapping[type[Step], Callable[[_Planner, Any], None]] = {
-    Convolution: _convolution,
-    Copy: _copy,
-    Flatten: _Planner.alias,
-    Linear: _linear,
-    Mean: _mean,
-    Pooling: _pooling,
+EMITTERS: Mapping[type[Op], Callable[[_Scheduler, Any], None]] = {
+    Convolution: _emit_convolution,
+    Copy: _emit_copy,
+    Flatten: _Scheduler.alias,
+    Linear: _emit_linear,
+    Mean: _emit_mean,
+    Pooling: _emit_pooling,
 }

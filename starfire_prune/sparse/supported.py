@@ -1,4 +1,4 @@
-"""Which nodes of an exported graph can run natively."""
+"""Decides which nodes of an exported graph the native kernels support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
     "argument_of",
     "bounds",
     "convolution_window",
-    "is_readable",
+    "is_supported",
     "pooling_window",
     "shape_of",
 ]
@@ -26,8 +26,8 @@ __all__ = [
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-RENAMES = (operator.getitem, aten.view.default, aten.clone.default)  # same value, another name
-BOUNDS: dict[Any, tuple[float, float]] = {  # of activations that aren't given any
+ALIASES = (operator.getitem, aten.view.default, aten.clone.default)  # their value is the source's
+BOUNDS: dict[Any, tuple[float, float]] = {  # defaults of activations
     aten.relu.default: (0.0, math.inf),
     aten.relu6.default: (0.0, 6.0),
     aten.hardtanh.default: (-1.0, 1.0),
@@ -36,69 +36,74 @@ BOUNDS: dict[Any, tuple[float, float]] = {  # of activations that aren't given a
         (-math.inf, math.inf),
     ),
 }
-MOST_PHASES = 4  # of a window's stride
-MOST_FLOATS = 2**29  # of an image: padded, they are counted in 32 bits
-LARGEST = float(np.finfo(np.float32).max)
+MAX_STRIDE = 4
+MAX_IMAGE_FLOATS = 2**29  # floats of padded images are counted in 32 bits
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 Constants = Mapping[fx.Node, Tensor]
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """Of a node's tensor; empty where it isn't one."""
+    """The shape of a node's tensor; empty if its value isn't a tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def argument_of(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    """An argument of a node's operation, given by position or by name."""
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    """One number or a list of one or two as a pair."""
+    """A number or a list of one or two numbers as a pair."""
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return (numbers[0], numbers[-1])
 
 
 def bounds(node: fx.Node) -> tuple[float, float]:
-    """What an activation clamps to."""
+    """The lower and upper bound of an activation."""
     target: Any = node.target
     names = [argument.name for argument in target._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     low, high = BOUNDS[target]
     low = given.get("min", given.get("min_val", low))
     high = given.get("max", given.get("max_val", high))
-    return _single(-math.inf if low is None else low), _single(math.inf if high is None else high)
+    return _to_float32(-math.inf if low is None else low), _to_float32(
+        math.inf if high is None else high
+    )
 
 
-def _single(bound: float) -> float:
-    """A bound as float32 has it: infinite where it is beyond."""
-    return math.copysign(math.inf, bound) if abs(bound) > LARGEST else float(bound)
+def _to_float32(bound: float) -> float:
+    """A bound, or infinity if it exceeds the range of float32."""
+    return math.copysign(math.inf, bound) if abs(bound) > MAX_FLOAT32 else float(bound)
 
 
 def _window(
     node: fx.Node, size: Any, stride: Any, padding: Any, dilation: Any, output: tuple[int, ...]
 ) -> Window:
     size, stride, dilation = _pair(size), _pair(stride), _pair(dilation)
-    reach = [(s - 1) * d for s, d in zip(size, dilation, strict=True)]
-    before = [r // 2 if padding == "same" else 0 for r in reach]
+    extent = [(s - 1) * d for s, d in zip(size, dilation, strict=True)]
+    before = [e // 2 if padding == "same" else 0 for e in extent]
     if not isinstance(padding, str):
         before = list(_pair(padding))
     image = shape_of(node.args[0])[2:]
-    ends = [(o - 1) * s + r + 1 for o, s, r in zip(output[2:], stride, reach, strict=True)]
+    ends = [(o - 1) * s + e + 1 for o, s, e in zip(output[2:], stride, extent, strict=True)]
     after = [max(e - b - i, 0) for e, b, i in zip(ends, before, image, strict=True)]
     return Window(size, stride, dilation, _pair(before), _pair(after))
 
 
 def convolution_window(node: fx.Node) -> Window:
+    """The window of a convolution."""
     stride, padding = argument_of(node, 3, "stride", 1), argument_of(node, 4, "padding", 0)
     size = shape_of(node.args[1])[2:]
     return _window(node, size, stride, padding, argument_of(node, 5, "dilation", 1), shape_of(node))
 
 
 def pooling_window(node: fx.Node) -> Window:
+    """The window of a pooling; adaptive pooling must have equal windows."""
     size: Any = node.args[1]
     if node.target is aten.adaptive_avg_pool2d.default:
-        image, parts = shape_of(node.args[0])[2:], shape_of(node)[2:]
-        size = [pixels // number for pixels, number in zip(image, parts, strict=True)]
+        image, outputs = shape_of(node.args[0])[2:], shape_of(node)[2:]
+        size = [pixels // number for pixels, number in zip(image, outputs, strict=True)]
         return _window(node, size, size, 0, 1, shape_of(node))
     stride = argument_of(node, 2, "stride", None) or size
     dilation = argument_of(node, 4, "dilation", 1) if node.target is aten.max_pool2d.default else 1
@@ -107,12 +112,12 @@ def pooling_window(node: fx.Node) -> Window:
 
 
 # ---------------------------------------------------------------------------------------------
-# Which operations can be read
+# A rule for each operation
 # ---------------------------------------------------------------------------------------------
 
 
 def _is_image(node: Any) -> bool:
-    """Whether it is a batch of images or of vectors, in single precision on the CPU."""
+    """Whether it is a batch of images or vectors, in float32 on the CPU."""
     shape = shape_of(node)
     if len(shape) not in (2, 4) or 0 in shape:
         return False
@@ -125,53 +130,53 @@ def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
     return all(argument is None or argument in constants for argument in arguments)
 
 
-def _reads_convolution(node: fx.Node, constants: Constants) -> bool:
+def _supports_convolution(node: fx.Node, constants: Constants) -> bool:
     if not _all_constant(node, constants, 1, 2) or len(shape_of(node)) != 4:
         return False
-    if math.prod(shape_of(node.args[0])[1:]) > MOST_FLOATS:
+    if math.prod(shape_of(node.args[0])[1:]) > MAX_IMAGE_FLOATS:
         return False
-    return all(step <= MOST_PHASES for step in _pair(argument_of(node, 3, "stride", 1)))
+    return max(_pair(argument_of(node, 3, "stride", 1))) <= MAX_STRIDE
 
 
-def _reads_linear(node: fx.Node, constants: Constants) -> bool:
+def _supports_linear(node: fx.Node, constants: Constants) -> bool:
     return _all_constant(node, constants, 1, 2) and len(shape_of(node)) == 2
 
 
-def _reads_norm(node: fx.Node, constants: Constants) -> bool:
+def _supports_batch_norm(node: fx.Node, constants: Constants) -> bool:
     return _all_constant(node, constants, 1, 2, 3, 4) and _is_image(node.args[0])
 
 
-def _reads_part(node: fx.Node, constants: Constants) -> bool:
+def _supports_getitem(node: fx.Node, constants: Constants) -> bool:
     source: Any = node.args[0]
-    first = bool(source.target is BATCH_NORM and node.args[1] == 0)
-    return first and is_readable(source, constants)
+    is_output = bool(source.target is BATCH_NORM and node.args[1] == 0)
+    return is_output and is_supported(source, constants)
 
 
-def _reads_sum(node: fx.Node, constants: Constants) -> bool:
+def _supports_sum(node: fx.Node, constants: Constants) -> bool:
     one, other = node.args[:2]
     if node.kwargs or one in constants or other in constants:
         return False
-    alike = shape_of(one) == shape_of(other) == shape_of(node)
-    return alike and _is_image(one) and _is_image(other)
+    same_shape = shape_of(one) == shape_of(other) == shape_of(node)
+    return same_shape and _is_image(one) and _is_image(other)
 
 
-def _reads_join(node: fx.Node, constants: Constants) -> bool:
-    parts: Any = node.args[0]
-    images = all(_is_image(part) and part not in constants for part in parts)
+def _supports_concatenation(node: fx.Node, constants: Constants) -> bool:
+    sources: Any = node.args[0]
+    images = all(_is_image(source) and source not in constants for source in sources)
     return images and len(shape_of(node)) == 4 and argument_of(node, 1, "dim", 0) == 1
 
 
-def _reads_pooling(node: fx.Node, constants: Constants) -> bool:
+def _supports_pooling(node: fx.Node, constants: Constants) -> bool:
     if len(shape_of(node)) != 4:
         return False
     window = pooling_window(node)
-    if max(window.stride) > MOST_PHASES:
+    if max(window.stride) > MAX_STRIDE:
         return False
     average = node.target is aten.avg_pool2d.default
     return not average or not any((*window.before, *window.after, len(node.args) > 6))
 
 
-def _reads_mean(node: fx.Node, constants: Constants) -> bool:
+def _supports_mean(node: fx.Node, constants: Constants) -> bool:
     source: Any = node.args[0]
     if len(shape_of(source)) != 4 or node.kwargs.get("dtype") is not None:
         return False
@@ -179,49 +184,49 @@ def _reads_mean(node: fx.Node, constants: Constants) -> bool:
     return {dim % 4 for dim in dims} == {2, 3}
 
 
-def _reads_adaptive(node: fx.Node, constants: Constants) -> bool:
-    """Whether it is one mean, or means of windows that are all alike."""
-    image, parts = shape_of(node.args[0])[2:], shape_of(node)[2:]
-    if len(image) != 2 or any(i % n for i, n in zip(image, parts, strict=True)):
+def _supports_adaptive_pooling(node: fx.Node, constants: Constants) -> bool:
+    """Whether it is the mean of the image, or the means of equal windows."""
+    image, outputs = shape_of(node.args[0])[2:], shape_of(node)[2:]
+    if len(image) != 2 or any(i % n for i, n in zip(image, outputs, strict=True)):
         return False
-    return parts == (1, 1) or max(pooling_window(node).stride) <= MOST_PHASES
+    return outputs == (1, 1) or max(pooling_window(node).stride) <= MAX_STRIDE
 
 
-def _reads_flattening(node: fx.Node, constants: Constants) -> bool:
+def _supports_flatten(node: fx.Node, constants: Constants) -> bool:
     source: Any = node.args[0]
     shape, result = shape_of(source), shape_of(node)
     return len(shape) == 4 and len(result) == 2 and shape[0] == result[0]
 
 
-def _reads_any(node: fx.Node, constants: Constants) -> bool:
+def _supports_any_image(node: fx.Node, constants: Constants) -> bool:
     return _is_image(node.args[0])
 
 
-READABLE: dict[Any, Callable[[fx.Node, Constants], bool]] = {
-    **dict.fromkeys(CONVOLUTIONS, _reads_convolution),
-    aten.linear.default: _reads_linear,
-    BATCH_NORM: _reads_norm,
-    operator.getitem: _reads_part,
-    aten.add.Tensor: _reads_sum,
-    aten.cat.default: _reads_join,
-    aten.max_pool2d.default: _reads_pooling,
-    aten.avg_pool2d.default: _reads_pooling,
-    aten.adaptive_avg_pool2d.default: _reads_adaptive,
-    aten.mean.dim: _reads_mean,
-    aten.view.default: _reads_flattening,
-    **dict.fromkeys(BOUNDS, _reads_any),
-    aten.clone.default: _reads_any,
+RULES: dict[Any, Callable[[fx.Node, Constants], bool]] = {
+    **dict.fromkeys(CONVOLUTIONS, _supports_convolution),
+    aten.linear.default: _supports_linear,
+    BATCH_NORM: _supports_batch_norm,
+    operator.getitem: _supports_getitem,
+    aten.add.Tensor: _supports_sum,
+    aten.cat.default: _supports_concatenation,
+    aten.max_pool2d.default: _supports_pooling,
+    aten.avg_pool2d.default: _supports_pooling,
+    aten.adaptive_avg_pool2d.default: _supports_adaptive_pooling,
+    aten.mean.dim: _supports_mean,
+    aten.view.default: _supports_flatten,
+    **dict.fromkeys(BOUNDS, _supports_any_image),
+    aten.clone.default: _supports_any_image,
 }
 
 
-def is_readable(node: fx.Node, constants: Constants) -> bool:
-    """Whether an operation can be a step, or part of one.
+def is_supported(node: fx.Node, constants: Constants) -> bool:
+    """Whether an operation can become an IR op, or part of one.
 
     Args:
-        node: of an exported graph.
-        constants: the tensors that other nodes stand for.
+        node: A node of an exported graph.
+        constants: The tensors of the nodes that are constant.
     """
-    rule = READABLE.get(node.target)
+    rule = RULES.get(node.target)
     if node.op != "call_function" or rule is None:
         return False
     sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]

@@ -1,4 +1,4 @@
-"""The memory that calls of a compiled model work in, kept for later calls."""
+"""The scratch memory of a compiled model's calls, kept for later calls."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import threading
 
 from torch import Tensor
 
-__all__ = ["Arenas"]
+__all__ = ["WorkspacePool"]
 
 
-MOST_ARENAS = 16  # kept for later calls
+MAX_WORKSPACES = 16  # kept for later calls
 
 
-class Arenas:
-    """Arenas that no call uses, by the size of the batch; copies and pickles have none.
+class WorkspacePool:
+    """Unused workspaces by batch size. Thread-safe; copies and pickles are empty.
 
-    Any number of threads may take and give. The longest unused is dropped if there are too many.
+    The least recently used workspace is dropped when there are too many.
     """
 
     def __init__(self) -> None:
@@ -25,19 +25,19 @@ class Arenas:
     def __len__(self) -> int:
         return len(self._unused)
 
-    def __reduce__(self) -> tuple[type[Arenas], tuple[()]]:
-        return Arenas, ()
+    def __reduce__(self) -> tuple[type[WorkspacePool], tuple[()]]:
+        return WorkspacePool, ()
 
-    def take(self, batch: int) -> Tensor | None:
-        """One for batches of that size, the caller's from now on; None if there is none."""
+    def acquire(self, batch: int) -> Tensor | None:
+        """Remove and return a workspace for that batch size; None if there is none."""
         with self._lock:
             for index in reversed(range(len(self._unused))):
                 if self._unused[index][0] == batch:
                     return self._unused.pop(index)[1]
         return None
 
-    def give(self, batch: int, arena: Tensor) -> None:
-        """Keep one for later calls."""
+    def release(self, batch: int, workspace: Tensor) -> None:
+        """Keep a workspace for later calls."""
         with self._lock:
-            self._unused.append((batch, arena))
-            del self._unused[:-MOST_ARENAS]
+            self._unused.append((batch, workspace))
+            del self._unused[:-MAX_WORKSPACES]

@@ -1,6 +1,5 @@
-"""Building the native kernels: once for each machine, and with clear words where it fails."""
+"""The native kernels are built once for each machine, and failures have clear messages."""
 
-import functools
 import os
 import stat
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from starfire_prune import ck_structured, sparse
-from starfire_prune.sparse import BuildError, build
+from starfire_prune.sparse import BuildError, build, ops
 from tests.support.sparse_networks import difference, images
 
 FAKE = """#!/bin/sh
@@ -20,15 +19,14 @@ for last; do :; done
 {build}
 """
 FAILS = """echo "sparse.cpp:1: error: no room" >&2; exit 1"""
-BUILDS = """echo "no library" > "$last" """
+BUILDS = """echo "no library" > "$last" """  # whether to compile or to link
 
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """An empty cache, a compiler that builds nothing, and no library that is loaded."""
+    """An empty cache and a compiler that fails."""
     monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compiler(tmp_path))
-    monkeypatch.setattr(build, "native", functools.cache(build.native.__wrapped__))
     return tmp_path
 
 
@@ -39,67 +37,73 @@ def compiler(folder: Path, version: str = "fake 1.0", build: str = FAILS) -> str
     return str(path)
 
 
-def test_the_compilers_first_error_is_told(fresh):
+def command() -> list[str]:
+    return [*build._compiler(), *build._options()]
+
+
+def test_the_compilers_first_error_is_reported(fresh):
     with pytest.raises(BuildError, match=r"can't build the native kernels: .*error: no room"):
-        build.native()
+        build.built_library()
     assert not list((fresh / "cache").iterdir())
 
 
 def test_a_compilers_message_may_be_in_any_encoding(fresh):
     compiler(fresh, build=r"""printf 'error: gr\366\337er' >&2; exit 1""")
     with pytest.raises(BuildError, match=r"can't build the native kernels: error: gr\ufffd+er"):
-        build.native()
+        build.built_library()
 
 
-def test_a_compiler_that_writes_nothing_is_told(fresh):
+def test_a_compiler_that_writes_nothing_is_reported(fresh):
     compiler(fresh, build="exit 0")
-    with pytest.raises(BuildError, match=r"no message, with CXX \(='.*fake-1.0'\); set CXX to"):
-        build.native()
+    with pytest.raises(BuildError, match=r"fake-1.0 can't build .*: no message; set CXX to"):
+        build.built_library()
 
 
 def test_a_failed_build_names_the_users_flags(fresh, monkeypatch):
     monkeypatch.setenv(build.FLAGS_VARIABLE, "-O9 -wrong")
-    expected = rf"{build.FLAGS_VARIABLE} \(='-O9 -wrong'\); .*unset {build.FLAGS_VARIABLE}"
+    expected = rf"set CXX to .*, or unset {build.FLAGS_VARIABLE} \(='-O9 -wrong'\)"
     with pytest.raises(BuildError, match=expected):
-        build.native()
+        build.built_library()
 
 
-def test_a_compiler_that_cannot_be_executed_is_told(fresh, monkeypatch):
+def test_a_compiler_that_cannot_be_executed_is_reported(fresh, monkeypatch):
     (fresh / "picture").write_bytes(b"\x89PNG")
     (fresh / "picture").chmod(0o755)
     monkeypatch.setenv("CXX", f"{fresh}/picture -O1")
-    expected = r"Exec format error.*CXX \(='.*picture -O1'\); set CXX to a C\+\+ compiler"
+    expected = r"picture can't be run: .*Exec format error.*; set CXX to another C\+\+ compiler"
     with pytest.raises(BuildError, match=expected):
-        build.native()
+        build.built_library()
 
 
 @pytest.mark.parametrize("value", [" ", "''", "no-such-compiler -O1", "no\udcffname"])
-def test_a_compiler_that_is_none_is_told(fresh, monkeypatch, value):
+def test_a_compiler_that_does_not_exist_is_reported(fresh, monkeypatch, value):
     monkeypatch.setenv("CXX", value)
-    with pytest.raises(BuildError, match=r"no C.. compiler: .*; set it to a compiler, or") as info:
-        build.native()
-    assert f"CXX (={value!r}) names no program" in str(info.value)
+    with pytest.raises(BuildError, match=r"no C.. compiler: .*; install one, or set") as info:
+        build.built_library()
+    assert f"CXX (={value!r}) is not a program" in str(info.value)
 
 
 def test_without_any_compiler_three_are_named(fresh, monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(fresh))
-    with pytest.raises(BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is in the PATH; inst"):
-        build.native()
+    with pytest.raises(
+        BuildError, match=r": c\+\+, g\+\+, clang\+\+ are not in the PATH; install one"
+    ):
+        build.built_library()
 
 
 @pytest.mark.parametrize("variable", ["CXX", build.FLAGS_VARIABLE])
-def test_quotes_that_do_not_end_are_told(fresh, monkeypatch, variable):
+def test_quotes_that_do_not_end_are_reported(fresh, monkeypatch, variable):
     monkeypatch.setenv(variable, "'g++ -O1")
-    expected = rf"""{variable} \(="'g\+\+ -O1"\) can't be split.*: No closing.*; correct or unset"""
+    expected = rf"""{variable} \(="'g\+\+ -O1"\) can't be split into words: No closing"""
     with pytest.raises(BuildError, match=expected):
-        build.native()
+        build.built_library()
 
 
-def test_flags_may_be_no_unicode(fresh, monkeypatch):
-    key = build._key(build._command())
+def test_flags_may_be_invalid_unicode(fresh, monkeypatch):
+    key = build._key(command())
     monkeypatch.setenv(build.FLAGS_VARIABLE, "-I\udcff")
-    assert build._key(build._command()) != key
+    assert build._key(command()) != key
 
 
 @pytest.mark.parametrize("name", ["file/cache", "x" * 300], ids=["in a file", "too long"])
@@ -107,10 +111,10 @@ def test_a_cache_that_cannot_be_written_is_named(fresh, monkeypatch, name):
     (fresh / "file").touch()
     monkeypatch.setenv(build.CACHE_VARIABLE, str(fresh / name))
     with pytest.raises(BuildError, match=rf"set {build.CACHE_VARIABLE} to a folder"):
-        build.native()
+        build.built_library()
 
 
-def test_users_without_a_home_are_told_to_name_a_cache(fresh, monkeypatch):
+def test_users_without_a_home_are_asked_to_set_a_cache(fresh, monkeypatch):
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -118,13 +122,13 @@ def test_users_without_a_home_are_told_to_name_a_cache(fresh, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(BuildError, match=rf"home directory.*; set {build.CACHE_VARIABLE} to a"):
-        build.native()
+        build.built_library()
 
 
-def test_a_home_that_is_not_there_is_named(fresh, monkeypatch):
+def test_a_home_that_does_not_exist_is_named(fresh, monkeypatch):
     monkeypatch.setenv(build.CACHE_VARIABLE, "~no-such-user/cache")
     with pytest.raises(BuildError, match=rf"{build.CACHE_VARIABLE} \(='~no-such-user/cache'\)"):
-        build.native()
+        build.built_library()
 
 
 @pytest.mark.parametrize(
@@ -147,18 +151,19 @@ def test_the_cache_is_an_absolute_folder(tmp_path, monkeypatch, variable, value,
 
 
 def cached(fresh: Path) -> Path:
-    """What is no library, where the library is looked for."""
+    """A file that isn't a library, in the place of the cached one."""
     (fresh / "cache").mkdir(mode=0o700)
-    path = fresh / "cache" / f"{build._key(build._command())}.so"
+    path = fresh / "cache" / f"{build._key(command())}.so"
     path.write_text("no library")
     path.chmod(0o600)
     return path
 
 
-def test_a_library_that_cannot_be_loaded_is_named(fresh):
+def test_a_library_that_cannot_be_loaded_is_named(fresh, monkeypatch):
     path = cached(fresh)
+    monkeypatch.setattr(torch.ops, "starfire_prune", object())
     with pytest.raises(BuildError, match=rf"{path.name} can't be loaded: .*delete it"):
-        build.native()
+        ops.load_kernels.__wrapped__()
 
 
 @pytest.fixture
@@ -172,8 +177,7 @@ def open_umask() -> Iterator[None]:
 def test_others_cannot_write_what_is_built(fresh, monkeypatch):
     compiler(fresh, build=BUILDS)
     monkeypatch.setenv(build.CACHE_VARIABLE, str(fresh / "new" / "cache"))
-    with pytest.raises(BuildError, match="can't be loaded"):
-        build.native()
+    build.built_library()
     folders = [fresh / "new", fresh / "new" / "cache"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700, 0o700]
     (library,) = folders[1].iterdir()
@@ -182,53 +186,53 @@ def test_others_cannot_write_what_is_built(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o1777])
-@pytest.mark.parametrize("what", ["folder", "library"])
-def test_what_others_can_write_is_refused(fresh, what, mode):
-    path = cached(fresh) if what == "library" else cached(fresh).parent
+def test_a_cache_that_others_can_write_is_refused(fresh, mode):
+    path = cached(fresh).parent
     path.chmod(mode)
-    expected = rf"{path} can be written by others \(mode {mode:04o}\).*`chmod go-w {path}` .*, or "
-    with pytest.raises(BuildError, match=expected + f"set {build.CACHE_VARIABLE} to a folder"):
-        build.native()
+    expected = (
+        rf"{path} can be written by other users \(owner \d+, mode {mode:04o}\), who could run"
+    )
+    with pytest.raises(BuildError, match=expected) as info:
+        build.built_library()
+    assert f"; set {build.CACHE_VARIABLE} to a folder that only you can write" in str(info.value)
 
 
-def test_nothing_is_built_in_a_folder_that_others_can_write(fresh):
+def test_nothing_is_built_in_a_cache_that_others_can_write(fresh):
     compiler(fresh, build=BUILDS)
     (fresh / "cache").mkdir()
     (fresh / "cache").chmod(0o777)
-    with pytest.raises(BuildError, match="can be written by others"):
-        build.native()
+    with pytest.raises(BuildError, match="can be written by other users"):
+        build.built_library()
     assert not list((fresh / "cache").iterdir())
 
 
-def status(owner: int, mode: int) -> os.stat_result:
-    return os.stat_result((mode, 0, 0, 1, owner, 0, 0, 0, 0, 0))
+@pytest.mark.parametrize(("owner", "user"), [(1001, 0), (1001, 1000)])
+def test_a_cache_of_another_user_is_refused(fresh, monkeypatch, owner, user):
+    set_owner(monkeypatch, owner, user)
+    with pytest.raises(BuildError, match=rf"written by other users \(owner {owner}, mode 0700\)"):
+        build._check_cache(fresh)
 
 
-@pytest.mark.parametrize("user", [0, 1000])
-def test_what_is_the_users_or_roots_is_trusted(user):
-    for owner in (user, 0):
-        assert build._distrusted(status(owner, 0o40755), user) is None
-        assert "by others (mode 0775)" in str(build._distrusted(status(owner, 0o40775), user))
+@pytest.mark.parametrize(("owner", "user"), [(0, 0), (0, 1000), (1000, 1000)])
+def test_a_cache_of_the_user_or_root_is_accepted(fresh, monkeypatch, owner, user):
+    set_owner(monkeypatch, owner, user)
+    build._check_cache(fresh)
 
 
-@pytest.mark.parametrize("user", [0, 1000])
-def test_what_is_another_users_is_refused(fresh, monkeypatch, user):
-    path = cached(fresh)
-    monkeypatch.setattr(Path, "stat", lambda *_, **__: status(1001, 0o40700))
+def set_owner(monkeypatch: pytest.MonkeyPatch, owner: int, user: int) -> None:
+    status = os.stat_result((0o40700, 0, 0, 1, owner, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: status)
     monkeypatch.setattr(os, "getuid", lambda: user)
-    with pytest.raises(BuildError, match=rf"another user \(1001, and you are {user}\)") as info:
-        build._check_trusted(path)
-    assert f"; set {build.CACHE_VARIABLE} to a folder" in str(info.value)  # chmod is no way out
 
 
-def test_systems_without_user_numbers_trust_their_folders(fresh, monkeypatch):
-    cached(fresh).chmod(0o777)
+def test_systems_without_user_numbers_accept_any_cache(fresh, monkeypatch):
+    path = cached(fresh)
+    path.parent.chmod(0o777)
     monkeypatch.delattr(os, "getuid")
-    with pytest.raises(BuildError, match="can't be loaded"):
-        build.native()
+    assert build.built_library() == path
 
 
-def test_the_key_is_of_what_calls_the_compiler_too(fresh, monkeypatch):
+def test_the_key_depends_on_what_calls_the_compiler(fresh, monkeypatch):
     cache = compiler(fresh, "cache 1.0")
     monkeypatch.setenv("CXX", f"{cache} g++")
     assert "g++" in build._run([*build._compiler(), "--version"]).stdout
@@ -238,21 +242,22 @@ def test_the_key_is_of_what_calls_the_compiler_too(fresh, monkeypatch):
     assert len(keys) == 2
 
 
-def test_the_key_is_of_the_compiler_and_its_flags(fresh, monkeypatch):
-    key = build._key(build._command())
-    assert build._key(build._command()) == key
+def test_the_key_depends_on_the_compiler_and_its_flags(fresh, monkeypatch):
+    key = build._key(command())
+    assert build._key(command()) == key
     monkeypatch.setenv(build.FLAGS_VARIABLE, "-O1")
-    assert build._key(build._command()) != key
+    assert build._key(command()) != key
     monkeypatch.delenv(build.FLAGS_VARIABLE)
     monkeypatch.setenv("CXX", f"{fresh}/compiler")
     Path(compiler(fresh)).rename(fresh / "compiler")
-    other = build._key(build._command())
+    other = build._key(command())
     Path(compiler(fresh, "fake 2.0")).rename(fresh / "compiler")
-    assert build._key(build._command()) not in (key, other)
+    assert build._key(command()) not in (key, other)
 
 
 def test_the_sources_are_part_of_the_package():
-    assert {path.name for path in build.SOURCES.iterdir()} >= {"sparse.cpp", "kernels.h"}
+    names = {path.name for path in build.SOURCES.iterdir()}
+    assert names >= {"sparse.cpp", "dispatch.cpp", "program.h", "kernels.h"}
 
 
 @pytest.fixture
@@ -265,12 +270,12 @@ def pruned() -> nn.Module:
 
 def test_without_a_compiler_the_model_stays_dense(monkeypatch, pruned):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    build.native.cache_clear()
+    monkeypatch.setattr(torch.ops, "starfire_prune", object())
+    ops.load_kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match="the model stays dense: there is no C.. compiler") as w:
         compiled = sparse.compile(pruned, images())
-    build.native.cache_clear()
     assert len(w) == 1
     assert w[0].filename == __file__
-    assert "CXX (='no-such-compiler') names no program" in str(compiled.reason)
+    assert "CXX (='no-such-compiler') is not a program" in str(compiled.reason)
     assert compiled.segments == []
     assert difference(pruned, compiled, images()) < 1e-6

@@ -1,4 +1,4 @@
-"""Compiled models: the outputs of the model, for every network, batch and instruction set."""
+"""Compiled models have the outputs of the model, for every network, batch and instruction set."""
 
 import copy
 import pickle
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from starfire_prune import ck_structured, intra_structured, sparse, window_structured
+from starfire_prune.masks import ck_mask
 from tests.support.sparse_networks import FULL, NARROW, SHORT, difference, named, sparse_network
 
 pytestmark = pytest.mark.usefixtures("native_kernels", "one_thread")
@@ -41,9 +42,9 @@ SHORT_RESNET = named("resnet18", channels=(8, 16, 24, 32), layers=SHORT)
 def largest_difference(
     model: nn.Module, compiled: sparse.CompiledModel, inputs: Tensor, isas: tuple[int, ...] = ISAS
 ) -> float:
-    """Of the outputs on any instruction set, as a share of the largest output."""
+    """The largest difference on any instruction set, as a share of the largest output."""
     found = []
-    for isa in (*isas, 0):  # and in the end the best one, by its own choice
+    for isa in (*isas, 0):  # 0 selects the widest one
         for segment in compiled.segments:
             segment.isa = isa
         found.append(difference(model, compiled, inputs))
@@ -94,6 +95,16 @@ def test_images_of_odd_sizes(size):
     assert largest_difference(model, sparse.compile(model, inputs), inputs) < TOLERANCE
 
 
+@pytest.mark.parametrize("block_size", [(1, 1), (4, 1), (1, 4), (4, 4)])
+def test_models_pruned_in_blocks(block_size):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 18, 3, padding=1), nn.Conv2d(18, 10, 1)
+    for layer in layers:
+        layer.weight.data *= ck_mask(layer.weight, 0.6, block_size=block_size)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    assert largest_difference(model, sparse.compile(model, images()), images()) < TOLERANCE
+
+
 @pytest.mark.parametrize("method", [window_structured, intra_structured])
 def test_models_pruned_within_windows(method):
     torch.manual_seed(0)
@@ -123,7 +134,7 @@ def test_two_threads_call_one_model(resnet):
     assert not wrong
 
 
-def test_the_model_stays_as_it_is():
+def test_the_model_is_not_changed():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
     ck_structured(model[0], amount=0.5)
     before = copy.deepcopy(model.state_dict())
@@ -134,7 +145,7 @@ def test_the_model_stays_as_it_is():
 
 
 class Gated(nn.Module):
-    """Knows an operation that the kernels don't."""
+    """A model with operations that the kernels don't support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +157,7 @@ class Gated(nn.Module):
         return self.second(x * gate) + x, gate
 
 
-def test_what_the_kernels_do_not_know_stays_torchs():
+def test_unsupported_operations_run_on_torch():
     torch.manual_seed(0)
     model = Gated().eval()
     compiled = sparse.compile(model, images())
@@ -160,7 +171,7 @@ def test_what_the_kernels_do_not_know_stays_torchs():
 
 
 class Pair(nn.Module):
-    """Two inputs that have nothing to do with each other."""
+    """Two independent inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,6 +196,41 @@ def test_compiled_models_can_be_copied(resnet, again):
     _, compiled = resnet
     expected = compiled(images())
     assert torch.equal(again(compiled)(images()), expected)
+
+
+@pytest.mark.slow
+def test_another_process_can_load_an_exported_model(resnet, tmp_path):
+    _, compiled = resnet
+    exported = torch.export.export(compiled, (images(),), strict=False)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    torch.save(compiled(images()), tmp_path / "expected.pt")
+    torch.save(compiled, tmp_path / "pickled.pt")
+    code = """
+import sys, torch
+from starfire_prune import sparse
+sparse.load_kernels()
+images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+folder = sys.argv[1]
+exported = torch.export.load(folder + "/model.pt2").module()
+pickled = torch.load(folder + "/pickled.pt", weights_only=False)
+expected = torch.load(folder + "/expected.pt")
+assert torch.equal(exported(images), expected)
+assert torch.equal(pickled(images), expected)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_pickled_model_loads_the_kernels(resnet, tmp_path):
+    _, compiled = resnet
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(compiled))
+    code = """
+import pickle, sys, torch
+model = pickle.load(open(sys.argv[1], "rb"))
+print(*model(torch.zeros(1, 3, 32, 32)).shape)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "10"]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -216,16 +262,16 @@ def test_torch_can_compile_compiled_models(resnet, backend):
 def test_compiled_models_can_be_traced(resnet):
     _, compiled = resnet
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is going out of use, and tells of checks
+        warnings.simplefilter("ignore")  # tracing is deprecated and warns about checks
         traced = torch.jit.trace(compiled, images(1))  # type: ignore[no-untyped-call]
     assert torch.equal(traced(images(3)), compiled(images(3)))
 
 
-def test_models_in_double_precision_stay_torchs():
+def test_models_in_double_precision_run_on_torch():
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).double()
     compiled = sparse.compile(model, images().double())
     assert compiled.torch_operations == ["aten.conv2d.default"]
-    assert re.search(r"know none of the model's operations.*float32", str(compiled.reason))
+    assert re.search(r"support none of the model's operations.*float32", str(compiled.reason))
     with pytest.raises(TypeError, match=r"input 0 must be torch.float64 on the CPU"):
         compiled(images())
 
@@ -234,23 +280,21 @@ def test_inputs_that_do_not_fit_are_refused(resnet):
     _, compiled = resnet
     with pytest.raises(ValueError, match=r"shape \(1, 3, 16, 16\), but .* for \(N, 3, 32, 32\)"):
         compiled(images(1, 16))
-    with pytest.raises(TypeError, match="inputs must be 1, as in the example, but were 2"):
+    with pytest.raises(TypeError, match="there must be 1 inputs, as in the example, not 2"):
         compiled(images(), images())
-    with pytest.raises(
-        TypeError, match="input 0 must be a tensor, as in the example, but is a int"
-    ):
+    with pytest.raises(TypeError, match="input 0 must be a tensor, as in the example, not int"):
         compiled(1)
 
 
 def test_compiled_models_do_not_train(resnet):
     _, compiled = resnet
-    with pytest.raises(ValueError, match=r"mode \(=True\) can't be: a compiled model is for"):
+    with pytest.raises(ValueError, match=r"mode \(=True\) is not possible: a compiled model"):
         compiled.train()
     assert not compiled.eval().training
 
 
 @pytest.mark.slow
-def test_importing_the_package_loads_none_of_it():
+def test_importing_the_package_does_not_load_it():
     code = "import sys, starfire_prune; print('starfire_prune.sparse' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""The code of docs/inference.md runs, and says of its model what the comments beside it say."""
+"""The code of docs/inference.md runs and prints what its comments say."""
 
 import doctest
 import re
@@ -41,5 +41,5 @@ def test_links_lead_somewhere():
         assert (DOCS / target).exists(), target
 
 
-def test_variables_are_named_as_they_are():
+def test_the_environment_variables_are_documented():
     assert set(re.findall(r"STARFIRE_\w+", TEXT)) == {build.CACHE_VARIABLE, build.FLAGS_VARIABLE}

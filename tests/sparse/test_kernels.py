@@ -1,4 +1,4 @@
-"""The native kernels: every operation and shape, on each instruction set, beside torch's own."""
+"""The native kernels equal torch for every operation and shape, on each instruction set."""
 
 import dataclasses
 from typing import Any
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from starfire_prune.sparse import pack_spatial as block_weights
-from starfire_prune.sparse.ir import Convolution, Copy, Linear, Mean, Pooling, Step, Value
+from starfire_prune.sparse import pack_spatial as spatial
+from starfire_prune.sparse.ir import Convolution, Copy, Linear, Mean, Op, Pooling, Value
 from starfire_prune.sparse.layout import Window, padded, plain, tiles
-from starfire_prune.sparse.ops import new_arena, sparse_inference
-from starfire_prune.sparse.pack_pointwise import pack_point
-from starfire_prune.sparse.pack_spatial import pack_block, rectangles
-from starfire_prune.sparse.schedule import plan
+from starfire_prune.sparse.ops import new_workspace, sparse_inference
+from starfire_prune.sparse.pack_pointwise import pack_pointwise
+from starfire_prune.sparse.pack_spatial import pack_spatial, rectangles
+from starfire_prune.sparse.schedule import schedule
 
 TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
 ISAS = (128, 256, 512)
@@ -25,20 +25,21 @@ ISAS = (128, 256, 512)
 pytestmark = pytest.mark.usefixtures("native_kernels")
 random_shapes = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**16)
+BLOCK_SIZES = {"ck": (1, 1), "4x1": (4, 1), "1x4": (1, 4), "4x4": (4, 4)}
 
 
-def run(steps: list[Step], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:
-    """What a program of the steps gives for the inputs."""
-    program = plan(steps, list(inputs), [output])
-    words = torch.from_numpy(program.words())
-    constants = torch.from_numpy(program.constants.joined())
-    sizes = [4, output.channels, output.height, output.width]
+def run(ops: list[Op], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:
+    """The output of a program of the ops for the inputs."""
+    scheduled = schedule(ops, list(inputs), [output])
+    program = torch.from_numpy(scheduled.to_array())
+    constants = torch.from_numpy(scheduled.constants.to_array())
+    shape = [4, output.channels, output.height, output.width]
     batch = len(next(iter(inputs.values())))
-    arena = new_arena(words, batch)
+    workspace = new_workspace(program, batch)
     tensors = list(inputs.values())
-    first: Tensor = sparse_inference(tensors, words, constants, sizes, arena, isa)[0]
-    again = sparse_inference(tensors, words, constants, sizes, arena, isa)[0]
-    assert torch.equal(first, again)  # padding is as it was
+    first = sparse_inference(tensors, program, constants, shape, workspace, isa)[0]
+    again = sparse_inference(tensors, program, constants, shape, workspace, isa)[0]
+    assert torch.equal(first, again)  # the padding has kept its value
     return first
 
 
@@ -82,7 +83,7 @@ class Case:
         reach = (self.weight.shape[2 + axis] - 1) * self.dilation[axis]
         return (outputs - 1) * self.stride[axis] + reach + 1 - self.padding[axis]
 
-    def step(self, source: Value, output: Value, window: Window, **options: Any) -> Convolution:
+    def op(self, source: Value, output: Value, window: Window, **options: Any) -> Convolution:
         return Convolution(
             source,
             output,
@@ -95,16 +96,15 @@ class Case:
 
 
 def masked(weight: Tensor, kind: str, density: float, generator: torch.Generator) -> Tensor:
-    """A weight with zeros where a method of pruning leaves them."""
-    shape: tuple[int, ...] = tuple(weight.shape)
-    if kind == "ck":
-        shape = (*shape[:2], 1, 1)
-    elif kind == "group":
-        shape = (-(-shape[0] // 4), shape[1], 1, 1)
+    """A weight with the zeros of a pruning method: "ck", blocks such as "4x1", or "single" ones."""
+    if kind == "single":
+        return weight * (torch.rand(weight.shape, generator=generator) < density)
+    outputs, inputs = BLOCK_SIZES[kind]
+    shape = (-(-weight.shape[0] // outputs), -(-weight.shape[1] // inputs))
     mask = torch.rand(shape, generator=generator) < density
-    if kind == "group":
-        mask = mask.repeat_interleave(4, 0)[: weight.shape[0]]
-    return weight * mask
+    mask = mask.repeat_interleave(outputs, 0).repeat_interleave(inputs, 1)
+    mask = mask[: weight.shape[0], : weight.shape[1]]
+    return weight * mask.reshape(*mask.shape, *[1] * (weight.ndim - 2))
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -123,7 +123,7 @@ def convolutions(draw: st.DrawFn) -> Case:
     inputs, outputs = groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(seeds))
     weight = torch.randn(outputs, inputs // groups, *size, generator=generator)
-    kind = draw(st.sampled_from(["ck", "group", "single"]))
+    kind = draw(st.sampled_from([*BLOCK_SIZES, "single"]))
     density = draw(st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
     return Case(
         images=torch.randn(draw(st.integers(1, 3)), inputs, *image, generator=generator),
@@ -142,14 +142,14 @@ def convolutions(draw: st.DrawFn) -> Case:
 def test_convolutions_equal_torchs(isa, case):
     expected = case.expected()
     source, output = value_of(case.images), value_of(expected)
-    window, steps = case.window(expected), []
+    window, ops = case.window(expected), []
     inputs = {source: case.images}
-    if window.is_point and window.stride != (1, 1):
+    if window.is_pointwise and window.stride != (1, 1):
         thinned = Value(source.channels, *output.size)
-        steps.append(Copy(source, thinned, stride=window.stride))
+        ops.append(Copy(source, thinned, stride=window.stride))
         source, window = thinned, window._replace(stride=(1, 1))
-    step = case.step(source, output, window)
-    assert close(run([*steps, step], inputs, output, isa), expected)
+    op = case.op(source, output, window)
+    assert close(run([*ops, op], inputs, output, isa), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -160,10 +160,10 @@ def test_additions_and_bounds_are_part_of_a_convolution(isa, case, low, high):
     added = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     source, residual, output = (value_of(t) for t in (case.images, added, expected))
     window = case.window(expected)
-    if window.is_point and window.stride != (1, 1):
+    if window.is_pointwise and window.stride != (1, 1):
         return
-    step = case.step(source, output, window, residual=residual, low=low, high=high)
-    result = run([step], {source: case.images, residual: added}, output, isa)
+    op = case.op(source, output, window, residual=residual, low=low, high=high)
+    result = run([op], {source: case.images, residual: added}, output, isa)
     total = expected + added
     assert close(result, total.clamp(low, high), scale=float(total.abs().max()))
 
@@ -174,7 +174,7 @@ def test_additions_and_bounds_are_part_of_a_convolution(isa, case, low, high):
     outputs=st.integers(1, 70),
     inputs=st.integers(1, 200),
     image=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    kind=st.sampled_from(["ck", "group"]),
+    kind=st.sampled_from(list(BLOCK_SIZES)),
     density=st.sampled_from([0.05, 0.2, 1.0]),
     seed=seeds,
 )
@@ -189,14 +189,14 @@ def test_chains_of_1x1_and_3x3_convolutions_equal_torchs(
         for shape in shapes
     ]
     values, tensors = [value_of(images)], [images.double()]
-    steps: list[Step] = []
+    ops: list[Op] = []
     for weight in weights:
         padding = (weight.shape[2] // 2,) * 2
         case = Case(tensors[-1], weight, torch.zeros(len(weight)), (1, 1), padding, (1, 1), 1)
         tensors.append(case.expected().double().relu())
         values.append(value_of(tensors[-1]))
-        steps.append(case.step(values[-2], values[-1], case.window(tensors[-1]), low=0.0))
-    assert close(run(steps, {values[0]: images}, values[-1], isa), tensors[-1].float())
+        ops.append(case.op(values[-2], values[-1], case.window(tensors[-1]), low=0.0))
+    assert close(run(ops, {values[0]: images}, values[-1], isa), tensors[-1].float())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -208,8 +208,8 @@ def test_linear_layers_equal_torchs(isa, density, batch):
     weight = masked(torch.randn(37, 75, generator=generator), "single", density, generator)
     bias = torch.randn(37, generator=generator)
     source, output = Value(75), Value(37)
-    step = Linear(source, output, weight=weight.double().numpy(), bias=bias.double().numpy())
-    result = run([step], {source: features}, output, isa)
+    op = Linear(source, output, weight=weight.double().numpy(), bias=bias.double().numpy())
+    result = run([op], {source: features}, output, isa)
     assert close(result[:, :, 0, 0], functional.linear(features, weight, bias))
 
 
@@ -222,8 +222,8 @@ def test_pooling_equals_torchs(isa, size, stride):
     source, output = value_of(images), value_of(expected)
     case = Case(images, torch.zeros(1, 1, 3, 3), images, (stride,) * 2, (1, 1), (1, 1), 1)
     window = case.window(expected)
-    step = Pooling(source, output, window=window, fill=-float("inf"), scale=None)
-    assert close(run([step], {source: images}, output, isa), expected)
+    op = Pooling(source, output, window=window, fill=-float("inf"), scale=None)
+    assert close(run([op], {source: images}, output, isa), expected)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -233,7 +233,7 @@ def test_means_joins_and_rescaling_equal_torchs(isa):
     scale, shift = (torch.randn(7, generator=generator) for _ in range(2))
     values = [value_of(one), value_of(other)]
     joined, scaled, mean = Value(7, 5, 19), Value(7, 5, 19), Value(7)
-    steps: list[Step] = [
+    ops: list[Op] = [
         Copy(values[0], joined),
         Copy(values[1], joined, first=3),
         Copy(joined, scaled, scale=scale.numpy(), shift=shift.numpy(), low=0.0),
@@ -241,7 +241,7 @@ def test_means_joins_and_rescaling_equal_torchs(isa):
     ]
     expected = torch.cat([one, other], 1) * scale[:, None, None] + shift[:, None, None]
     inputs = dict(zip(values, (one, other), strict=True))
-    assert close(run(steps, inputs, mean, isa), expected.relu().mean((2, 3), keepdim=True))
+    assert close(run(ops, inputs, mean, isa), expected.relu().mean((2, 3), keepdim=True))
 
 
 def convolution(
@@ -257,20 +257,20 @@ def convolution(
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("kind", ["mean", "linear"])
-def test_windows_over_one_pixel_find_it_behind_its_padding(isa, stride, batch, kind):
+def test_windows_over_one_pixel_find_it_after_its_padding(isa, stride, batch, kind):
     torch.manual_seed(0)
     images = torch.rand(batch, 3, *((5, 5) if kind == "mean" else (1, 1)))
     source, pixel = value_of(images), Value(3)
     if kind == "mean":
         pixels, first = images.mean((2, 3), keepdim=True), Mean(source, pixel)
     else:
-        point = convolution(images, 3, 1, (0, 0))
-        pixels = point.expected()
-        first = point.step(source, pixel, point.window(pixels))  # type: ignore[assignment]
+        pointwise = convolution(images, 3, 1, (0, 0))
+        pixels = pointwise.expected()
+        first = pointwise.op(source, pixel, pointwise.window(pixels))  # type: ignore[assignment]
     case = convolution(pixels, 4, 3, (1, 1), stride)
     output = value_of(case.expected())
-    step = case.step(pixel, output, case.window(case.expected()))
-    assert close(run([first, step], {source: images}, output, isa), case.expected())
+    op = case.op(pixel, output, case.window(case.expected()))
+    assert close(run([first, op], {source: images}, output, isa), case.expected())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -281,8 +281,8 @@ def test_rows_that_are_wider_than_their_image_end_in_the_bias(isa, height, size)
     images = torch.rand(1, 1, height, 2 + size // 2)
     case = convolution(images, 3, size, (size // 2, 2 + size // 2))
     source, output = value_of(images), value_of(case.expected())
-    step = case.step(source, output, case.window(case.expected()))
-    assert close(run([step], {source: images}, output, isa), case.expected())
+    op = case.op(source, output, case.window(case.expected()))
+    assert close(run([op], {source: images}, output, isa), case.expected())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -290,9 +290,9 @@ def test_rows_that_are_wider_than_their_image_end_in_the_bias(isa, height, size)
     ("outputs", "image", "stride"),
     [(1, (30, 41), 1), (5, (30, 41), 2), (40, (30, 41), 1), (530, (15, 14), 1), (100, (7, 7), 1)],
 )
-def test_input_channels_go_in_blocks(isa, outputs, image, stride, monkeypatch):
-    monkeypatch.setattr(block_weights, "LINE_CYCLES", 1000.0)  # all else would be slower
-    monkeypatch.setattr(block_weights, "FIRST_CACHE_BYTES", 2 * 4096)
+def test_input_channels_are_cut_into_tiles(isa, outputs, image, stride, monkeypatch):
+    monkeypatch.setattr(spatial, "L2_LINE_CYCLES", 1000.0)  # so that tiles are cheaper
+    monkeypatch.setattr(spatial, "L1_BYTES", 2 * 4096)
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, 31, 3, 3, generator=generator)
     case = Case(
@@ -308,23 +308,23 @@ def test_input_channels_go_in_blocks(isa, outputs, image, stride, monkeypatch):
     source, output, residual = value_of(case.images), value_of(expected), value_of(expected)
     window = case.window(expected)
     planes = padded(*source.size, window)
-    assert pack_block(case.weight.numpy(), 1, planes, window, rows=4).blocks > 1
-    step = case.step(source, output, window, residual=residual)
-    found = run([step], {source: case.images, residual: expected}, output, isa)
+    assert pack_spatial(case.weight.numpy(), 1, planes, window, rows=4).input_tiles > 1
+    op = case.op(source, output, window, residual=residual)
+    found = run([op], {source: case.images, residual: expected}, output, isa)
     assert close(found, 2 * expected)
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.4, 0.6, 1.0])
-def test_single_weights_take_no_longer_than_whole_kernels_would(kept):
-    """By the costs that the planner goes by: dense is always among its choices."""
+def test_single_weights_cost_no_more_than_complete_kernels_would(kept):
+    """In the scheduler's cost model: complete rectangles are always among its choices."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(8, 8, 9, generator=generator) < kept
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     for size, rows in ((56, 14), (14, 14), (7, 4)):
         geometry = padded(size, size, window)
-        costs = block_weights._Costs(geometry, rows, near=False)
+        costs = spatial._Costs(geometry, rows, in_l1=False)
         found = rectangles(geometry, window)
-        cover = block_weights._covered(found, mask.numpy(), costs)
+        cover = spatial._cheapest_cover(found, mask.numpy(), costs)
         assert cover.cycles <= 64 * sum(costs.cycles(rectangle) for rectangle in found) + 1e-9
 
 
@@ -335,23 +335,23 @@ def test_rectangles_cover_each_weight_once(case):
     geometry = padded(case.images.shape[2], case.images.shape[3], window)
     found = [tap for rectangle in rectangles(geometry, window) for tap in rectangle.taps.flat]
     assert sorted(found) == list(range(case.weight[0, 0].numel()))
-    packed = pack_block(case.weight.numpy(), case.groups, geometry, window, rows=14)
+    packed = pack_spatial(case.weight.numpy(), case.groups, geometry, window, rows=14)
     assert np.isclose(np.abs(packed.weights).sum(), case.weight.abs().sum())
     assert (packed.runs["count"] > 0).all()
 
 
-def test_neighbours_that_share_a_mask_share_a_list():
+def test_neighbours_that_share_a_mask_share_an_index_list():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(16, 64, generator=generator)
     mask = (torch.rand(4, 64, generator=generator) < 0.2).repeat_interleave(4, 0)
-    shared = pack_point((weight * mask).numpy(), tile=112)
-    assert (shared.lists, shared.shared) == (1, 4)
-    weight_alone = masked(weight, "single", 0.2, generator)
-    alone = pack_point(weight_alone.numpy(), tile=112)
-    assert (alone.lists, alone.shared) == (2, 1)
+    shared = pack_pointwise((weight * mask).numpy(), tile=112)
+    assert (shared.index_lists, shared.outputs_per_list) == (1, 4)
+    separately = masked(weight, "single", 0.2, generator)
+    separate = pack_pointwise(separately.numpy(), tile=112)
+    assert (separate.index_lists, separate.outputs_per_list) == (2, 1)
     kept = int((weight * mask != 0).sum())
     assert len(shared.indices) == kept / 4
-    assert len(alone.indices) >= int((weight_alone != 0).sum())
+    assert len(separate.indices) >= int((separately != 0).sum())
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -363,17 +363,19 @@ def test_tiles_hold_each_pixel_and_are_of_16(height, width):
     assert plain(height, width).channel == height * width
 
 
-def test_numbers_that_are_no_program_are_refused():
-    with pytest.raises(ValueError, match=r"program \(= 9 numbers of .*\) is no program of these"):
-        new_arena(torch.zeros(9, dtype=torch.int64), 1)
+def test_numbers_that_are_not_a_program_are_refused():
+    with pytest.raises(
+        ValueError, match=r"program \(= 9 numbers of .*\) is not a program of these"
+    ):
+        new_workspace(torch.zeros(9, dtype=torch.int64), 1)
 
 
-def test_an_arena_for_fewer_images_is_refused():
+def test_a_workspace_for_fewer_images_is_refused():
     images = torch.rand(2, 3, 5, 5)
     case = convolution(images, 2, 3, (1, 1))
     source, output = value_of(images), value_of(case.expected())
-    step = case.step(source, output, case.window(case.expected()))
-    words = torch.from_numpy(plan([step], [source], [output]).words())
+    op = case.op(source, output, case.window(case.expected()))
+    program = torch.from_numpy(schedule([op], [source], [output]).to_array())
     empty = torch.zeros(0, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"arena \(= \d+ floats\) is too small for 2 images"):
-        sparse_inference([images], words, empty, [4, 2, 5, 5], new_arena(words, 1))
+    with pytest.raises(ValueError, match=r"workspace \(= \d+ floats\) is too small for 2 images"):
+        sparse_inference([images], program, empty, [4, 2, 5, 5], new_workspace(program, 1))

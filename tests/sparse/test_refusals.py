@@ -1,8 +1,6 @@
-"""What sparse inference refuses, whichever way it is asked, and values at the edge."""
+"""Inputs that sparse inference refuses, however it is called, and values at the edge."""
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from starfire_prune import sparse
-from starfire_prune.sparse import layout
-from starfire_prune.sparse import pack_pointwise as point_weights
-from starfire_prune.sparse import schedule as planner
+from starfire_prune.sparse import BuildError, load_kernels, program_format
 from starfire_prune.sparse.ops import sparse_inference
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -23,7 +19,7 @@ SMALL = IMAGES[..., :8, :8]
 
 
 class Net(nn.Module):
-    """A convolution, and what a function makes of it."""
+    """A convolution, followed by a function."""
 
     def __init__(self, function: Callable[..., Tensor] = lambda x: x) -> None:
         super().__init__()
@@ -53,11 +49,11 @@ def test_images_of_another_size_are_refused_in_a_list():
     assert torch.equal(compiled([IMAGES]), compiled([IMAGES]))
     with pytest.raises(ValueError, match=r"input 0 has the shape \(1, 3, 8, 8\), but the model"):
         compiled([SMALL])
-    with pytest.raises(TypeError, match="inputs must be 1, as in the example, but were 2"):
+    with pytest.raises(TypeError, match="there must be 1 inputs, as in the example, not 2"):
         compiled([IMAGES, IMAGES])
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing is going out of use
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
 @pytest.mark.parametrize("way", ["segment", "trace", "operation"])
 def test_images_of_another_size_are_refused_below_the_model(way):
     compiled = sparse.compile(Net(), IMAGES)
@@ -66,21 +62,25 @@ def test_images_of_another_size_are_refused_below_the_model(way):
         "segment": segment,
         "trace": torch.jit.trace(compiled, IMAGES) if way == "trace" else None,  # type: ignore[no-untyped-call]
         "operation": lambda x: sparse_inference(
-            [x], segment.program, segment.constants, segment.sizes
+            [x], segment.program, segment.constants, segment.output_shapes
         ),
     }[way]
     call(IMAGES)
-    with pytest.raises((ValueError, RuntimeError), match="are not of the shapes that the model is"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="do not have the shapes that the model is"
+    ):
         call(SMALL)
 
 
-def test_a_number_of_inputs_that_the_program_has_not_is_refused():
+def test_another_number_of_inputs_than_the_programs_is_refused():
     segment = sparse.compile(Net(), IMAGES).segments[0]
-    with pytest.raises(ValueError, match="are not of the shapes that the model is compiled for"):
-        sparse_inference([IMAGES, IMAGES], segment.program, segment.constants, segment.sizes)
+    with pytest.raises(ValueError, match="do not have the shapes that the model is compiled for"):
+        sparse_inference(
+            [IMAGES, IMAGES], segment.program, segment.constants, segment.output_shapes
+        )
 
 
-def test_what_is_no_tensor_must_be_what_it_was():
+def test_inputs_that_are_not_tensors_must_equal_the_examples():
     model = Net(lambda x, doubles: x * 2 if doubles else x)
     compiled = sparse.compile(model, (IMAGES, True))
     assert torch.allclose(compiled(IMAGES, True), model(IMAGES, True), atol=1e-5)
@@ -91,7 +91,7 @@ def test_what_is_no_tensor_must_be_what_it_was():
 def test_a_model_that_was_moved_is_refused():
     compiled = sparse.compile(Net(), IMAGES)
     compiled.to("meta")
-    with pytest.raises(ValueError, match=r"of torch.int64 on meta\) is no program of these kern"):
+    with pytest.raises(ValueError, match=r"of Long on meta\) is not a program of these kern"):
         compiled(IMAGES)
 
 
@@ -110,12 +110,12 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize(
     "other", [lambda x: x > 0, lambda x: x.sign().int(), lambda x: x.half() * 0]
 )
-def test_sums_with_other_dtypes_are_torchs(other):
+def test_sums_with_other_dtypes_run_on_torch(other):
     assert same(lambda x: x + other(x))
 
 
 @pytest.mark.parametrize("bounds", [(-1e40, 1e40), (None, 1e308)])
-def test_bounds_beyond_float32_are_none(bounds):
+def test_bounds_beyond_float32_are_infinite(bounds):
     bounded = sparse.compile(Net(lambda x: x.clamp(*bounds)), IMAGES)
     assert bounded.segments
     assert torch.equal(bounded(IMAGES), sparse.compile(Net(), IMAGES)(IMAGES))
@@ -133,28 +133,43 @@ def test_max_pooling_passes_nans_on(place):
     assert same(lambda x: functional.max_pool2d(x, 3, 2, 1), images)
 
 
-def test_images_that_would_be_counted_beyond_32_bits_are_torchs(monkeypatch):
-    monkeypatch.setattr("starfire_prune.sparse.supported.MOST_FLOATS", 100)
+def test_images_too_large_for_32_bits_run_on_torch(monkeypatch):
+    monkeypatch.setattr("starfire_prune.sparse.supported.MAX_IMAGE_FLOATS", 100)
     assert sparse.compile(Net(), IMAGES).segments == []
 
 
 # The operation
 
 
-def test_the_operation_is_one_of_torch():
+def test_the_operation_follows_torchs_rules():
     segment = sparse.compile(Net(), IMAGES).segments[0]
-    given = ([IMAGES], segment.program, segment.constants, segment.sizes)
-    torch.library.opcheck(sparse_inference, given)
+    arguments = ([IMAGES], segment.program, segment.constants, segment.output_shapes)
+    torch.library.opcheck(torch.ops.starfire_prune.sparse_inference.default, arguments)
 
 
-def test_both_languages_have_the_same_limits():
-    source = Path(sparse.__file__).with_name("native") / "program.h"
-    found = dict(re.findall(r"constexpr int64_t (\w+) = (\d+);", source.read_text("utf-8")))
-    own = {
-        "LANES": layout.LANES,
-        "LARGEST_TILE": layout.LARGEST_TILE,
-        "LARGEST_CHUNK": point_weights.CHUNK,
-        "MOST_ROWS": planner.MOST_ROWS,
-        "MOST_PUT_ASIDE": planner.MOST_PUT_ASIDE,
-    }
-    assert {name: int(found[name]) for name in own} == own
+def test_incomplete_output_shapes_are_refused():
+    segment = sparse.compile(Net(), IMAGES).segments[0]
+    with pytest.raises(ValueError, match="output_shapes are incomplete"):
+        sparse_inference([IMAGES], segment.program, segment.constants, [4, 4])
+
+
+# The format that C++ and Python share
+
+
+def test_both_languages_have_the_same_format():
+    assert torch.ops.starfire_prune.program_format() == program_format.FORMAT
+
+
+@pytest.mark.parametrize("name", ["MAX_ROWS", "sizeof(Spatial)", "offsetof(RegisterTile, start)"])
+def test_a_library_of_another_format_is_not_loaded(monkeypatch, name):
+    monkeypatch.setitem(program_format.FORMAT, name, 99)
+    load_kernels.cache_clear()
+    with pytest.raises(BuildError) as info:
+        load_kernels()
+    native = torch.ops.starfire_prune.program_format()[name]
+    assert f"{name} is {native} in the native kernels and 99 in Python" in str(info.value)
+
+
+def test_constants_that_one_language_lacks_are_an_error():
+    with pytest.raises(BuildError, match="COPY is None in the native kernels and 1"):
+        program_format.check_format({})

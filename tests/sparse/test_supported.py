@@ -1,4 +1,4 @@
-"""Which operations the kernels take over, by which names, and which stay torch's."""
+"""Which operations run natively, by which names, and which run on torch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 class Calls(nn.Module):
-    """What functions make of convolutions of the images, one each."""
+    """Functions of convolutions of the images, one each."""
 
     def __init__(self, functions: dict[str, Function]) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class Calls(nn.Module):
 
 NATIVE: dict[str, Function] = {
     "bounds that are whole numbers": lambda y: y.clamp(0, 1),
-    "an upper bound alone": lambda y: y.clamp(max=1),
-    "a lower bound alone": lambda y: y.clamp_min(-0.5),
+    "only an upper bound": lambda y: y.clamp(max=1),
+    "only a lower bound": lambda y: y.clamp_min(-0.5),
     "an upper bound by its own name": lambda y: torch.clamp_max(y, max=0.5),
     "bounds by another name": lambda y: y.clip(-0.5, 0.5),
     "a lower bound above the upper one": lambda y: y.clamp(0.5, -0.5),
-    "bounds that hardtanh has by itself": functional.hardtanh,
-    "bounds that relu6 has by itself": lambda y: functional.relu6(y + y + y + y + y + y),
+    "default bounds of hardtanh": functional.hardtanh,
+    "default bounds of relu6": lambda y: functional.relu6(y + y + y + y + y + y),
     "bounds of bounds": lambda y: functional.hardtanh(y).relu(),
     "a value read by its third name too": lambda y: (y.clone().clone().relu(), y),
     "a value added to itself": lambda y: y + y,
@@ -58,7 +58,7 @@ NATIVE: dict[str, Function] = {
     "pooling whose taps are apart": lambda y: functional.max_pool2d(y, 3, 2, 1, 2),
     "means of windows": lambda y: functional.avg_pool2d(y, (3, 2)),
 }
-TORCHS: dict[str, Function] = {
+ON_TORCH: dict[str, Function] = {
     "a sum with a factor": lambda y: torch.add(y, y.relu(), alpha=2),
     "a number added": lambda y: y + 1,
     "batches joined": lambda y: torch.cat([y, y], 0),
@@ -82,28 +82,28 @@ def native_calls() -> tuple[Calls, sparse.CompiledModel]:
 
 @pytest.fixture(scope="module")
 def torch_calls() -> tuple[Calls, sparse.CompiledModel]:
-    model = Calls(TORCHS).eval()
+    model = Calls(ON_TORCH).eval()
     return model, sparse.compile(model, images())
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_operations_are_read_as_torch_means_them(native_calls, name):
+def test_supported_operations_equal_torch(native_calls, name):
     model, compiled = native_calls
     with torch.no_grad():
         close(compiled(images())[name], model(images())[name])
     assert compiled.torch_operations == []
 
 
-@pytest.mark.parametrize("name", TORCHS)
-def test_operations_that_the_kernels_do_not_know_stay_torchs(torch_calls, name):
+@pytest.mark.parametrize("name", ON_TORCH)
+def test_unsupported_operations_run_on_torch(torch_calls, name):
     model, compiled = torch_calls
     with torch.no_grad():
         close(compiled(images())[name], model(images())[name])
-    assert len(compiled.torch_operations) == len(TORCHS)
+    assert len(compiled.torch_operations) == len(ON_TORCH)
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block, its bounds called as functions."""
+    """MobileNetV2's block, with its bounds called as functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_networks_of_bounds_and_means_run_in_one_call(build):
 
 
 def gated_network(activation: type[nn.Module]) -> nn.Module:
-    """timm's EfficientNet or MobileNetV3 with three blocks that gate their channels, narrow."""
+    """timm's EfficientNet or MobileNetV3, narrow, with three blocks that gate their channels."""
     blocks = [["ds_r1_k3_s1_c8_se0.25"], ["ir_r2_k5_s2_e4_c12_se0.25"]]
     gate = partial(
         SqueezeExcite, gate_layer=nn.Hardsigmoid if activation is nn.Hardswish else nn.Sigmoid
@@ -150,7 +150,7 @@ def gated_network(activation: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish])
-def test_networks_whose_activations_stay_torchs(activation):
+def test_networks_whose_activations_run_on_torch(activation):
     model = sparse_network(partial(gated_network, activation), dtype=torch.float32)
     compiled = sparse.compile(model, images())
     kinds = set(compiled.torch_operations)

@@ -1,4 +1,4 @@
-"""Sparse networks with dead channels, for the tests of constants, folding and compaction."""
+"""Sparse networks with dead channels, for tests of inference, constants and compaction."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from torchvision.models.vgg import make_layers
 
 from starfire_prune import ck_structured
 
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}  # of the largest output
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative to the largest output
 
 
 def vgg_with_linear_layers() -> nn.Module:
@@ -77,7 +77,7 @@ def images(dtype: torch.dtype = torch.float32, size: int = 32, seed: int = 0) ->
 
 @torch.no_grad()
 def randomize(model: nn.Module, generator: torch.Generator) -> None:
-    """Batch norms as after some training, and weights that keep the size of activations."""
+    """Set batch norms as after some training, and weights that keep the scale of activations."""
 
     def normal(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
@@ -100,9 +100,9 @@ def randomize(model: nn.Module, generator: torch.Generator) -> None:
 def sparsify(
     model: nn.Module, generator: torch.Generator, amount: float = 0.8, share: float = 0.3
 ) -> None:
-    """Kill about a share of each convolution's output channels, and prune by CK, with hooks.
+    """Make about a share of each convolution's output channels dead, and prune by CK, with hooks.
 
-    Channels are scaled down, so that CK takes their kernels first; those of depthwise convolutions
+    Channels are scaled down, so that CK prunes their kernels first; those of depthwise convolutions
     are set to zero.
     """
     for module in model.modules():
@@ -121,7 +121,7 @@ def sparse_network(
     amount: float = 0.8,
     share: float = 0.3,
 ) -> nn.Module:
-    """A network of `build`, pruned by hooks, in eval mode."""
+    """The network that `build` makes, pruned with hooks, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build().to(dtype).eval()
@@ -133,7 +133,7 @@ def sparse_network(
 
 @torch.no_grad()
 def difference(one: nn.Module, other: nn.Module, inputs: Tensor) -> float:
-    """The largest difference of two models' outputs, as a share of the largest output."""
+    """The largest difference between two models' outputs, relative to the largest output."""
     expected, output = one(inputs), other(inputs)
     assert torch.isfinite(expected).all()
     assert expected.std() > 0.01

@@ -1,11 +1,11 @@
 // The innermost loops, compiled once for each instruction set: ISA is 512, 256 or 128 bits.
-// Nothing of the standard library may be used here: what is instantiated for one machine would
-// be linked for all.
+// The standard library must not be used here: templates instantiated for one instruction set could
+// be linked into the code for another.
 
 namespace STARFIRE_ISA {
 
-constexpr int WIDTH = ISA / 32;          // floats a register
-constexpr int PARTS = LANES / WIDTH;     // registers that hold 16 floats
+constexpr int WIDTH = ISA / 32;          // floats per register
+constexpr int PARTS = LANES / WIDTH;     // registers per Vector
 typedef float Register __attribute__((vector_size(ISA / 8), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -37,7 +37,7 @@ INLINE void store(float* to, const Vector& vector) {
   UNROLL for (int i = 0; i < PARTS; ++i) reinterpret_cast<Register*>(to)[i] = vector.part[i];
 }
 
-INLINE Vector all(float value) {
+INLINE Vector splat(float value) {
   Vector vector;
   UNROLL for (int i = 0; i < PARTS; ++i) vector.part[i] = broadcast(value);
   return vector;
@@ -53,16 +53,16 @@ INLINE Vector add(const Vector& one, const Vector& other) {
   return sum;
 }
 
-INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where either is
+INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where either input is NaN
   Vector result;
   UNROLL for (int i = 0; i < PARTS; ++i) {
-    auto takes_other = (one.part[i] < other.part[i]) | (other.part[i] != other.part[i]);
-    result.part[i] = takes_other ? other.part[i] : one.part[i];
+    auto use_other = (one.part[i] < other.part[i]) | (other.part[i] != other.part[i]);
+    result.part[i] = use_other ? other.part[i] : one.part[i];
   }
   return result;
 }
 
-INLINE Vector clamp(const Vector& vector, Register low, Register high) {  // NaN stays
+INLINE Vector clamp(const Vector& vector, Register low, Register high) {  // NaN is kept
   Vector result;
   UNROLL for (int i = 0; i < PARTS; ++i) {
     Register value = vector.part[i] < low ? low : vector.part[i];
@@ -93,7 +93,7 @@ INLINE Vector load_even(const float* from) {
 #endif
 }
 
-// from[shift …]: with wide registers from two loads that split no cache line
+// 16 floats from from[SHIFT] on: with wide registers from two loads that don't split a cache line
 template <int SHIFT>
 INLINE Vector shifted([[maybe_unused]] const float* from, const Vector& first,
                       [[maybe_unused]] const Vector& second) {
@@ -113,42 +113,42 @@ INLINE Vector shifted([[maybe_unused]] const float* from, const Vector& first,
 // 1x1 convolutions
 // ---------------------------------------------------------------------------------------------
 
-// The units of a chunk of output channels and a block of input channels, on one tile.
-struct PointArguments {
-  const char* source;        // of the block's first channel
-  const uint16_t* indices;   // of the layer, [entry][lists], in 64 bytes
-  const float* weights;      // of the layer, [entry][lists][shared]
-  const Unit* units;
-  int64_t count;             // of units
-  int64_t size;              // floats from channel to channel, of sums and targets
-  const float* bias;         // of the chunk, to start from; null to start from the sums
+// An output-channel tile and an input-channel tile, on one pixel tile.
+struct PointwiseArguments {
+  const char* source;         // first channel of the input-channel tile
+  const uint16_t* indices;    // the layer's, [entry][index_lists], in multiples of 64 bytes
+  const float* weights;       // the layer's, [entry][index_lists][outputs_per_list]
+  const RegisterTile* tiles;
+  int64_t count;              // number of register tiles
+  int64_t size;               // floats from channel to channel, in sums and targets
+  const float* bias;          // initial values of the output tile; null to continue from the sums
   float* sums;
-  float* target;             // where finished sums go; null where they stay sums
-  const float* residual;     // likewise; may be null
-  int64_t channels;          // of the chunk that there are
+  float* target;              // destination of finished outputs; null to store sums
+  const float* residual;      // added to finished outputs; may be null
+  int64_t channels;           // output channels of the tile that exist
   Register low, high;
 };
-using PointKernel = void (*)(const PointArguments&);
+using PointwiseKernel = void (*)(const PointwiseArguments&);
 
 template <int VECTORS, int LISTS, int SHARED>
-void point(const PointArguments& arguments) {
+void pointwise(const PointwiseArguments& arguments) {
   constexpr int OUTPUTS = LISTS * SHARED;
-  const PointArguments a = arguments;  // a copy, which no store can change
+  const PointwiseArguments a = arguments;  // a copy, which stores can't alias
   const Register low = a.low, high = a.high;
-  for (const Unit* unit = a.units; unit < a.units + a.count; ++unit) {
+  for (const RegisterTile* tile = a.tiles; tile < a.tiles + a.count; ++tile) {
     Vector sums[OUTPUTS][VECTORS];
     int64_t at[OUTPUTS];
-    UNROLL for (int k = 0; k < OUTPUTS; ++k) at[k] = unit->channel[k] * a.size;
+    UNROLL for (int k = 0; k < OUTPUTS; ++k) at[k] = tile->channel[k] * a.size;
     if (a.bias) {
       UNROLL for (int k = 0; k < OUTPUTS; ++k)
-        UNROLL for (int v = 0; v < VECTORS; ++v) sums[k][v] = all(a.bias[unit->channel[k]]);
+        UNROLL for (int v = 0; v < VECTORS; ++v) sums[k][v] = splat(a.bias[tile->channel[k]]);
     } else {
       UNROLL for (int k = 0; k < OUTPUTS; ++k)
         UNROLL for (int v = 0; v < VECTORS; ++v) sums[k][v] = load(a.sums + at[k] + v * LANES);
     }
-    const uint16_t* indices = a.indices + unit->start * LISTS;
-    const uint16_t* end = indices + unit->count * LISTS;
-    const float* weights = a.weights + unit->start * OUTPUTS;
+    const uint16_t* indices = a.indices + tile->start * LISTS;
+    const uint16_t* end = indices + tile->count * LISTS;
+    const float* weights = a.weights + tile->start * OUTPUTS;
     for (; indices < end; indices += LISTS, weights += OUTPUTS) {
       UNROLL for (int l = 0; l < LISTS; ++l) {
         auto x = reinterpret_cast<const float*>(a.source + (static_cast<int64_t>(indices[l]) << 6));
@@ -167,7 +167,7 @@ void point(const PointArguments& arguments) {
       continue;
     }
     UNROLL for (int k = 0; k < OUTPUTS; ++k) {
-      if (unit->channel[k] >= a.channels) continue;
+      if (tile->channel[k] >= a.channels) continue;
       if (a.residual) {
         UNROLL for (int v = 0; v < VECTORS; ++v)
           sums[k][v] = add(sums[k][v], load(a.residual + at[k] + v * LANES));
@@ -179,46 +179,46 @@ void point(const PointArguments& arguments) {
 }
 
 #if ISA == 512
-constexpr int MOST_VECTORS[2] = {7, 4};  // for units of two and of four output channels
+constexpr int MAX_VECTORS[2] = {7, 4};  // for register tiles of two and four output channels
 #elif ISA == 256
-constexpr int MOST_VECTORS[2] = {3, 1};
+constexpr int MAX_VECTORS[2] = {3, 1};
 #else
-constexpr int MOST_VECTORS[2] = {1, 1};
+constexpr int MAX_VECTORS[2] = {1, 1};
 #endif
 
 template <int LISTS, int SHARED>
-PointKernel point_kernel(int64_t vectors) {
-  constexpr int MOST = MOST_VECTORS[LISTS * SHARED == 4];
+PointwiseKernel pointwise_kernel(int64_t vectors) {
+  constexpr int MAX = MAX_VECTORS[LISTS * SHARED == 4];
   switch (vectors) {
-    case 7: return point<MOST < 7 ? MOST : 7, LISTS, SHARED>;
-    case 6: return point<MOST < 6 ? MOST : 6, LISTS, SHARED>;
-    case 5: return point<MOST < 5 ? MOST : 5, LISTS, SHARED>;
-    case 4: return point<MOST < 4 ? MOST : 4, LISTS, SHARED>;
-    case 3: return point<MOST < 3 ? MOST : 3, LISTS, SHARED>;
-    case 2: return point<MOST < 2 ? MOST : 2, LISTS, SHARED>;
-    default: return point<1, LISTS, SHARED>;
+    case 7: return pointwise<MAX < 7 ? MAX : 7, LISTS, SHARED>;
+    case 6: return pointwise<MAX < 6 ? MAX : 6, LISTS, SHARED>;
+    case 5: return pointwise<MAX < 5 ? MAX : 5, LISTS, SHARED>;
+    case 4: return pointwise<MAX < 4 ? MAX : 4, LISTS, SHARED>;
+    case 3: return pointwise<MAX < 3 ? MAX : 3, LISTS, SHARED>;
+    case 2: return pointwise<MAX < 2 ? MAX : 2, LISTS, SHARED>;
+    default: return pointwise<1, LISTS, SHARED>;
   }
 }
 
-static PointKernel point_kernel(int64_t lists, int64_t shared, int64_t vectors) {
-  if (lists == 4) return point_kernel<4, 1>(vectors);
-  if (shared == 4) return point_kernel<1, 4>(vectors);
-  if (shared == 2) return point_kernel<1, 2>(vectors);
-  return point_kernel<2, 1>(vectors);
+static PointwiseKernel pointwise_kernel(int64_t lists, int64_t shared, int64_t vectors) {
+  if (lists == 4) return pointwise_kernel<4, 1>(vectors);
+  if (shared == 4) return pointwise_kernel<1, 4>(vectors);
+  if (shared == 2) return pointwise_kernel<1, 2>(vectors);
+  return pointwise_kernel<2, 1>(vectors);
 }
 
 // ---------------------------------------------------------------------------------------------
-// Rectangles of weights over rows
+// Spatial convolutions: rectangles of weights over rows
 // ---------------------------------------------------------------------------------------------
 
-using BlockKernel = void (*)(const float* source, int64_t distance, const int32_t* offsets,
-                             const float* weights, int64_t count, float* sums);
+using SpatialKernel = void (*)(const float* source, int64_t distance, const int32_t* offsets,
+                               const float* weights, int64_t count, float* sums);
 
-// Adds a rectangle of HEIGHT x COLUMNS weights to ROWS accumulators. An input row is read once for
-// all of it. There are CHAINS of accumulators, of which columns take turns from FIRST on, so that
-// with few rows no multiply-add waits for the one before. NEXT: rows are 16 floats apart, so that
-// what follows a row is the next one.
-template <int ROWS, int HEIGHT, int COLUMNS, bool NEXT, int CHAINS, int FIRST>
+// Adds a rectangle of HEIGHT x COLUMNS weights to ROWS accumulators, reading each input row once.
+// There are CHAINS sets of accumulators, which columns use in turn from FIRST on, so that with few
+// rows a multiply-add does not wait for the previous one. ADJACENT: rows are 16 floats apart, so
+// that the next row follows a row directly.
+template <int ROWS, int HEIGHT, int COLUMNS, bool ADJACENT, int CHAINS, int FIRST>
 INLINE void rectangle(Vector (&rows)[CHAINS][ROWS], const float* x, int64_t distance,
                       const float* weights) {
   constexpr bool PAIRED = COLUMNS > 1 && ISA == 512;
@@ -227,7 +227,7 @@ INLINE void rectangle(Vector (&rows)[CHAINS][ROWS], const float* x, int64_t dist
   Vector following = load(x);
   UNROLL for (int i = 0; i < ROWS + HEIGHT - 1; ++i) {
     const float* from = x + i * distance;
-    Vector first = NEXT && PAIRED ? following : load(from);
+    Vector first = ADJACENT && PAIRED ? following : load(from);
     if (PAIRED) following = load(from + LANES);
     Vector columns[3];
     columns[0] = first;
@@ -241,28 +241,29 @@ INLINE void rectangle(Vector (&rows)[CHAINS][ROWS], const float* x, int64_t dist
 }
 
 // Adds `count` rectangles to ROWS accumulators.
-template <int ROWS, int HEIGHT, int COLUMNS, bool NEXT>
-void block(const float* source, int64_t distance, const int32_t* offsets, const float* weights,
-           int64_t count, float* sums) {
+template <int ROWS, int HEIGHT, int COLUMNS, bool ADJACENT>
+void spatial(const float* source, int64_t distance, const int32_t* offsets, const float* weights,
+             int64_t count, float* sums) {
   constexpr int SIZE = HEIGHT * COLUMNS;
   constexpr int CHAINS = ISA != 512 || ROWS > 4 ? 1 : COLUMNS > 1 ? COLUMNS : 2;
-  if constexpr (NEXT) distance = LANES;
+  if constexpr (ADJACENT) distance = LANES;
   Vector rows[CHAINS][ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) {
     rows[0][i] = load(sums + i * LANES);
-    UNROLL for (int c = 1; c < CHAINS; ++c) rows[c][i] = all(0.0f);
+    UNROLL for (int c = 1; c < CHAINS; ++c) rows[c][i] = splat(0.0f);
   }
   int64_t j = 0;
   if constexpr (CHAINS > COLUMNS) {
     for (; j + 2 <= count; j += 2, weights += 2 * SIZE) {
-      rectangle<ROWS, HEIGHT, COLUMNS, NEXT, CHAINS, 0>(rows, source + offsets[j], distance,
-                                                        weights);
-      rectangle<ROWS, HEIGHT, COLUMNS, NEXT, CHAINS, 1>(rows, source + offsets[j + 1], distance,
-                                                        weights + SIZE);
+      rectangle<ROWS, HEIGHT, COLUMNS, ADJACENT, CHAINS, 0>(rows, source + offsets[j], distance,
+                                                            weights);
+      rectangle<ROWS, HEIGHT, COLUMNS, ADJACENT, CHAINS, 1>(rows, source + offsets[j + 1], distance,
+                                                            weights + SIZE);
     }
   }
   for (; j < count; ++j, weights += SIZE)
-    rectangle<ROWS, HEIGHT, COLUMNS, NEXT, CHAINS, 0>(rows, source + offsets[j], distance, weights);
+    rectangle<ROWS, HEIGHT, COLUMNS, ADJACENT, CHAINS, 0>(rows, source + offsets[j], distance,
+                                                          weights);
   UNROLL for (int i = 0; i < ROWS; ++i) {
     UNROLL for (int c = 1; c < CHAINS; ++c) rows[0][i] = add(rows[0][i], rows[c][i]);
     store(sums + i * LANES, rows[0][i]);
@@ -270,48 +271,51 @@ void block(const float* source, int64_t distance, const int32_t* offsets, const 
 }
 
 template <int ROWS, int HEIGHT>
-BlockKernel block_kernel(int64_t columns, bool next) {
-  if (columns == 1) return block<ROWS, HEIGHT, 1, false>;
-  if (columns == 2) return next ? block<ROWS, HEIGHT, 2, true> : block<ROWS, HEIGHT, 2, false>;
-  return next ? block<ROWS, HEIGHT, 3, true> : block<ROWS, HEIGHT, 3, false>;
+SpatialKernel spatial_kernel(int64_t columns, bool adjacent) {
+  if (columns == 1) return spatial<ROWS, HEIGHT, 1, false>;
+  if (columns == 2)
+    return adjacent ? spatial<ROWS, HEIGHT, 2, true> : spatial<ROWS, HEIGHT, 2, false>;
+  return adjacent ? spatial<ROWS, HEIGHT, 3, true> : spatial<ROWS, HEIGHT, 3, false>;
 }
 
 template <int ROWS>
-BlockKernel block_kernel(int64_t height, int64_t columns, bool next) {
-  next = next && ISA == 512;  // others read no row twice
+SpatialKernel spatial_kernel(int64_t height, int64_t columns, bool adjacent) {
+  adjacent = adjacent && ISA == 512;  // the others don't read a row twice
   switch (height) {
-    case 1: return block_kernel<ROWS, 1>(columns, next);
-    case 2: return block_kernel<ROWS, 2>(columns, next);
-    case 3: return block_kernel<ROWS, 3>(columns, next);
-    default: return block_kernel<ROWS, 4>(columns, next);
+    case 1: return spatial_kernel<ROWS, 1>(columns, adjacent);
+    case 2: return spatial_kernel<ROWS, 2>(columns, adjacent);
+    case 3: return spatial_kernel<ROWS, 3>(columns, adjacent);
+    default: return spatial_kernel<ROWS, 4>(columns, adjacent);
   }
 }
 
 #if ISA == 512
-constexpr int64_t ROWS_AT_ONCE = 14;
+constexpr int64_t MAX_KERNEL_ROWS = 14;
 #elif ISA == 256
-constexpr int64_t ROWS_AT_ONCE = 4;
+constexpr int64_t MAX_KERNEL_ROWS = 4;
 #else
-constexpr int64_t ROWS_AT_ONCE = 2;
+constexpr int64_t MAX_KERNEL_ROWS = 2;
 #endif
 
-// Accumulators of the smallest kernel that has at least `rows`, or of the largest one.
+// Rows of the smallest kernel with at least `rows` accumulators, or of the largest kernel.
 static int64_t kernel_rows(int64_t rows) {
-  for (int64_t size : {2, 4, 7, 10, 14})
-    if (size >= rows || size == ROWS_AT_ONCE) return size;
-  return ROWS_AT_ONCE;
+  constexpr int64_t SIZES[] = {2, 4, 7, 10, 14};
+  for (int64_t size : SIZES)
+    if (size >= rows || size == MAX_KERNEL_ROWS) return size;
+  return MAX_KERNEL_ROWS;
 }
 
-static BlockKernel block_kernel([[maybe_unused]] int64_t rows, const Run& run, bool next) {
+static SpatialKernel spatial_kernel([[maybe_unused]] int64_t rows, const RectangleRun& run,
+                                    bool adjacent) {
 #if ISA == 512
-  if (rows == 14) return block_kernel<14>(run.rows, run.columns, next);
-  if (rows == 10) return block_kernel<10>(run.rows, run.columns, next);
-  if (rows == 7) return block_kernel<7>(run.rows, run.columns, next);
+  if (rows == 14) return spatial_kernel<14>(run.rows, run.columns, adjacent);
+  if (rows == 10) return spatial_kernel<10>(run.rows, run.columns, adjacent);
+  if (rows == 7) return spatial_kernel<7>(run.rows, run.columns, adjacent);
 #endif
 #if ISA >= 256
-  if (rows == 4) return block_kernel<4>(run.rows, run.columns, next);
+  if (rows == 4) return spatial_kernel<4>(run.rows, run.columns, adjacent);
 #endif
-  return block_kernel<2>(run.rows, run.columns, next);
+  return spatial_kernel<2>(run.rows, run.columns, adjacent);
 }
 
 }  // namespace STARFIRE_ISA

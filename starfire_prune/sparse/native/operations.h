@@ -1,5 +1,5 @@
-// The operations of a program, compiled once for each instruction set as kernels.h is. Each is a
-// function that does the items [begin, end) of an operation, on one thread.
+// The operations of a program, compiled once for each instruction set like kernels.h. Each function
+// runs the work items [begin, end) of an operation on one thread.
 
 namespace STARFIRE_ISA {
 
@@ -18,73 +18,77 @@ static void run_copy(const Context& c, const Copy& o, int64_t begin, int64_t end
     if (o.residual >= 0)
       e.residual = channel_of(c.views[o.residual], c.image(o.residual, image), channel);
     float* to = channel_of(destination, c.image(o.destination, image), channel);
-    constexpr int64_t PIECE = LANES * 64;
-    for (int64_t w = 0; w < destination.width; w += PIECE) {
+    constexpr int64_t SEGMENT = LANES * 64;
+    for (int64_t w = 0; w < destination.width; w += SEGMENT) {
       Segments segments;
-      row_segments(segments, destination, h, w, smaller(PIECE, destination.width - w),
+      row_segments(segments, destination, h, w, minimum(SEGMENT, destination.width - w),
                    w * o.stride_w, o.stride_w);
-      put_all(segments, row, to, e);
+      store_segments(segments, row, to, e);
     }
   }
   c.release(copy);
 }
 
-// The pixels [pixel, pixel + count) of a flattened image, which lie behind one another.
+// Segments for the pixels [pixel, pixel + count) of a flattened image.
 INLINE void pixel_segments(Segments& segments, const View& view, int64_t pixel, int64_t count) {
   for (int64_t done = 0; done < count;) {
     int64_t h = (pixel + done) / view.width, w = (pixel + done) % view.width;
-    int64_t part = view.kind == TILES ? count - done : smaller(count - done, view.width - w);
-    row_segments(segments, view, h, w, part, done, 1);
-    done += part;
+    int64_t length = view.kind == TILES ? count - done : minimum(count - done, view.width - w);
+    row_segments(segments, view, h, w, length, done, 1);
+    done += length;
   }
 }
 
-// A tile of a chunk's channels: as sums, or where the output has the same tiles, in their place.
-static void point_tile(const Context& c, const Point& o, const PointArguments& whole,
-                       int64_t channels, int64_t vectors, int64_t chunk) {
-  int64_t outputs = o.lists * o.shared, blocks = ceiling(channels, o.block);
-  int64_t units = o.chunk / outputs, most = MOST_VECTORS[outputs == 4];
-  PointArguments a = whole;
-  a.count = units;
-  for (int64_t b = 0; b < blocks; ++b) {
-    a.units = c.constants<Unit>(o.units_at) + (chunk * blocks + b) * units;
-    a.bias = b ? nullptr : c.constants<float>(o.bias_at) + chunk * o.chunk;
-    for (int64_t v = 0; v < vectors; v += most) {
+// Computes an output-channel tile for one pixel tile. The results are sums, or finished outputs in
+// their place where the output has the same pixel tiles.
+static void pointwise_tile(const Context& c, const Pointwise& o, const PointwiseArguments& common,
+                           int64_t channels, int64_t vectors, int64_t output_tile) {
+  int64_t outputs = o.index_lists * o.outputs_per_list;
+  int64_t input_tiles = ceil_div(channels, o.input_tile_size);
+  int64_t tiles = o.output_tile_size / outputs, max_vectors = MAX_VECTORS[outputs == 4];
+  PointwiseArguments a = common;
+  a.count = tiles;
+  for (int64_t i = 0; i < input_tiles; ++i) {
+    a.tiles = c.constants<RegisterTile>(o.tiles_at) + (output_tile * input_tiles + i) * tiles;
+    a.bias = i ? nullptr : c.constants<float>(o.bias_at) + output_tile * o.output_tile_size;
+    for (int64_t v = 0; v < vectors; v += max_vectors) {
       int64_t skipped = v * LANES;
-      a.source = whole.source + (b * o.block * whole.size + skipped) * sizeof(float);
-      a.sums = whole.sums + skipped;
-      bool last = whole.target && b == blocks - 1;
-      a.target = last ? whole.target + skipped : nullptr;
-      a.residual = last && whole.residual ? whole.residual + skipped : nullptr;
-      point_kernel(o.lists, o.shared, smaller(most, vectors - v))(a);
+      a.source = common.source + (i * o.input_tile_size * common.size + skipped) * sizeof(float);
+      a.sums = common.sums + skipped;
+      bool last = common.target && i == input_tiles - 1;
+      a.target = last ? common.target + skipped : nullptr;
+      a.residual = last && common.residual ? common.residual + skipped : nullptr;
+      pointwise_kernel(o.index_lists, o.outputs_per_list, minimum(max_vectors, vectors - v))(a);
     }
   }
 }
 
-static void run_point(const Context& c, const Point& o, int64_t begin, int64_t end) {
+static void run_pointwise(const Context& c, const Pointwise& o, int64_t begin, int64_t end) {
   const View &source = c.views[o.source], &destination = c.views[o.destination];
-  int64_t chunks = ceiling(o.channels, o.chunk), pixels = source.height * source.width;
-  int64_t tiles = ceiling(pixels, source.tile);
+  int64_t output_tiles = ceil_div(o.channels, o.output_tile_size);
+  int64_t pixels = source.height * source.width, pixel_tiles = ceil_div(pixels, source.tile);
   bool direct = destination.kind == TILES;
-  alignas(64) float sums[LARGEST_CHUNK * LARGEST_TILE + 48];
+  alignas(64) float sums[MAX_OUTPUT_TILE * MAX_TILE + 48];
   Epilogue e = epilogue(o);
   Segments segments;
-  PointArguments a{};
+  PointwiseArguments a{};
   a.indices = c.constants<uint16_t>(o.indices_at), a.weights = c.constants<float>(o.weights_at);
   a.size = source.tile, a.sums = sums, a.low = e.low, a.high = e.high;
   for (int64_t item = begin, last = -1; item < end; ++item) {
-    int64_t chunk = item % chunks, tile = item / chunks % tiles, image = item / chunks / tiles;
-    int64_t pixel = tile * source.tile, count = smaller(source.tile, pixels - pixel);
-    int64_t first = chunk * o.chunk, to = tile * destination.total * destination.tile;
+    int64_t output_tile = item % output_tiles, tile = item / output_tiles % pixel_tiles;
+    int64_t image = item / output_tiles / pixel_tiles;
+    int64_t pixel = tile * source.tile, count = minimum(source.tile, pixels - pixel);
+    int64_t first = output_tile * o.output_tile_size;
+    int64_t to = tile * destination.total * destination.tile;
     auto channel = [&](int64_t view, int64_t k) {
       return channel_of(c.views[view], c.image(view, image), first + k);
     };
     a.source = reinterpret_cast<const char*>(channel_of(source, c.image(o.source, image), 0) +
                                              tile * source.total * source.tile);
-    a.channels = smaller(o.chunk, o.channels - first);
+    a.channels = minimum(o.output_tile_size, o.channels - first);
     a.target = direct ? channel(o.destination, 0) + to : nullptr;
     a.residual = direct && o.residual >= 0 ? channel(o.residual, 0) + to : nullptr;
-    point_tile(c, o, a, source.channels, ceiling(count, LANES), chunk);
+    pointwise_tile(c, o, a, source.channels, ceil_div(count, LANES), output_tile);
     if (direct) continue;
     if (tile != last) {
       segments.count = 0;
@@ -93,65 +97,70 @@ static void run_point(const Context& c, const Point& o, int64_t begin, int64_t e
     }
     for (int64_t k = 0; k < a.channels; ++k) {
       e.residual = o.residual >= 0 ? channel(o.residual, k) : nullptr;
-      put_all(segments, sums + k * source.tile, channel(o.destination, k), e);
+      store_segments(segments, sums + k * source.tile, channel(o.destination, k), e);
     }
   }
 }
 
-constexpr int64_t SUMS = (MOST_ROWS + 4) * LANES;  // of an output channel of a block convolution
+constexpr int64_t SUMS = (MAX_ROWS + 4) * LANES;  // of one output channel of a spatial convolution
 
-// Adds what a block of input channels gives to an output channel's sums.
-INLINE void block_channel(const Context& c, const Block& o, const float* from, int64_t rows,
-                          int64_t block, int64_t channel, float* sums) {
-  const int32_t* starts = c.constants<int32_t>(o.starts_at) + block * o.channels + channel;
-  const Run* runs = c.constants<Run>(o.runs_at);
-  if (block == 0) {
-    Vector bias = all(c.constants<float>(o.bias_at)[channel]);
+// Adds the contribution of an input-channel tile to an output channel's sums.
+INLINE void spatial_channel(const Context& c, const Spatial& o, const float* from, int64_t rows,
+                            int64_t input_tile, int64_t channel, float* sums) {
+  const int32_t* starts = c.constants<int32_t>(o.starts_at) + input_tile * o.channels + channel;
+  const RectangleRun* runs = c.constants<RectangleRun>(o.runs_at);
+  if (input_tile == 0) {
+    Vector bias = splat(c.constants<float>(o.bias_at)[channel]);
     for (int64_t i = 0; i < SUMS; i += LANES) store(sums + i, bias);
   }
   for (int64_t r = 0; r < rows;) {
     int64_t size = kernel_rows(rows - r);
     for (int32_t i = starts[0]; i < starts[1]; ++i)
-      block_kernel(size, runs[i], o.distance == LANES)(
-          from + r * o.distance, o.distance, c.constants<int32_t>(o.offsets_at) + runs[i].offsets,
+      spatial_kernel(size, runs[i], o.row_stride == LANES)(
+          from + r * o.row_stride, o.row_stride,
+          c.constants<int32_t>(o.offsets_at) + runs[i].offsets,
           c.constants<float>(o.weights_at) + runs[i].weights, runs[i].count, sums + r * LANES);
     r += size;
   }
 }
 
-static void run_block(const Context& c, const Block& o, int64_t begin, int64_t end) {
+static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64_t end) {
   const View &source = c.views[o.source], &destination = c.views[o.destination];
-  int64_t all_rows = ceiling(destination.height, o.per_row), parts = ceiling(all_rows, o.rows);
-  int64_t strips = o.per_row > 1 ? 1 : ceiling(destination.width, LANES);
-  int64_t chunks = ceiling(o.channels, o.chunk);
-  alignas(64) float sums[MOST_PUT_ASIDE * SUMS + 48];
+  int64_t all_rows = ceil_div(destination.height, o.image_rows);
+  int64_t row_tiles = ceil_div(all_rows, o.rows);
+  int64_t column_tiles = o.image_rows > 1 ? 1 : ceil_div(destination.width, LANES);
+  int64_t output_tiles = ceil_div(o.channels, o.output_tile_size);
+  alignas(64) float sums[MAX_SPILLED * SUMS + 48];
   Epilogue e = epilogue(o);
   Segments segments;
   for (int64_t item = begin, last = -1; item < end; ++item) {
-    int64_t chunk = item % chunks, place = item / chunks;
-    int64_t strip = place % strips, part = place / strips % parts, image = place / strips / parts;
-    int64_t first = part * o.rows, rows = smaller(o.rows, all_rows - first);
+    int64_t output_tile = item % output_tiles, place = item / output_tiles;
+    int64_t column_tile = place % column_tiles, row_tile = place / column_tiles % row_tiles;
+    int64_t image = place / column_tiles / row_tiles;
+    int64_t first = row_tile * o.rows, rows = minimum(o.rows, all_rows - first);
     if (place != last) {
       segments.count = 0;
-      int64_t w = strip * LANES, length = smaller(LANES, destination.width - w);
-      int64_t end_row = smaller(destination.height, (first + rows) * o.per_row);
-      for (int64_t h = first * o.per_row; h < end_row; ++h) {
-        int64_t at = (h / o.per_row - first) * LANES + h % o.per_row * source.row;
+      int64_t w = column_tile * LANES, length = minimum(LANES, destination.width - w);
+      int64_t end_row = minimum(destination.height, (first + rows) * o.image_rows);
+      for (int64_t h = first * o.image_rows; h < end_row; ++h) {
+        int64_t at = (h / o.image_rows - first) * LANES + h % o.image_rows * source.row;
         row_segments(segments, destination, h, w, length, at, 1);
       }
       last = place;
     }
-    const float* from = channel_of(source, c.image(o.source, image), 0) + first * o.distance +
-                        strip * LANES;
-    int64_t start = chunk * o.chunk, stop = smaller(start + o.chunk, o.channels);
-    for (int64_t block = 0; block < o.blocks; ++block) {
+    const float* from = channel_of(source, c.image(o.source, image), 0) + first * o.row_stride +
+                        column_tile * LANES;
+    int64_t start = output_tile * o.output_tile_size;
+    int64_t stop = minimum(start + o.output_tile_size, o.channels);
+    for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
       for (int64_t k = start; k < stop; ++k) {
-        float* own = sums + (o.blocks > 1 ? (k - start) * SUMS : 0);
-        block_channel(c, o, from, rows, block, k, own);
-        if (block < o.blocks - 1) continue;
+        float* channel_sums = sums + (o.input_tiles > 1 ? (k - start) * SUMS : 0);
+        spatial_channel(c, o, from, rows, input_tile, k, channel_sums);
+        if (input_tile < o.input_tiles - 1) continue;
         if (o.residual >= 0)
           e.residual = channel_of(c.views[o.residual], c.image(o.residual, image), k);
-        put_all(segments, own, channel_of(destination, c.image(o.destination, image), k), e);
+        float* to = channel_of(destination, c.image(o.destination, image), k);
+        store_segments(segments, channel_sums, to, e);
       }
     }
   }
@@ -181,8 +190,8 @@ static void run_pool(const Context& c, const Pool& o, int64_t begin, int64_t end
       }
       store(pooled, sum);
       Segments segments;
-      row_segments(segments, destination, h, w, smaller(LANES, destination.width - w), 0, 1);
-      put_all(segments, pooled, to, e);
+      row_segments(segments, destination, h, w, minimum(LANES, destination.width - w), 0, 1);
+      store_segments(segments, pooled, to, e);
     }
   }
 }
@@ -197,9 +206,9 @@ static void run_mean(const Context& c, const Mean& o, int64_t begin, int64_t end
     double sum = 0.0;
     for (int64_t h = 0; h < source.height; ++h) {
       const float* row = row_of(source, from, h, copy);
-      float part = 0.0f;
-      for (int64_t w = 0; w < source.width; ++w) part += row[w];
-      sum += part;
+      float row_sum = 0.0f;
+      for (int64_t w = 0; w < source.width; ++w) row_sum += row[w];
+      sum += row_sum;
     }
     double mean = sum / static_cast<double>(source.height * source.width);
     channel_of(destination, c.image(o.destination, image), channel)[at] = static_cast<float>(mean);
@@ -233,7 +242,7 @@ INLINE void vector_multiply_add(Vector& sum, const Vector& one, const Vector& ot
 }
 
 INLINE float dense_product(const float* x, const float* weights, int64_t count) {
-  Vector sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  Vector sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t i = 0;
   for (; i + 4 * LANES <= count; i += 4 * LANES)
     UNROLL for (int j = 0; j < 4; ++j)
@@ -245,7 +254,7 @@ INLINE float dense_product(const float* x, const float* weights, int64_t count) 
 
 INLINE float sparse_product(const float* x, const int32_t* indices, const float* weights,
                             int64_t count) {
-  Vector sums[2] = {all(0.0f), all(0.0f)};
+  Vector sums[2] = {splat(0.0f), splat(0.0f)};
   int64_t i = 0;
   for (; i + 2 * LANES <= count; i += 2 * LANES)
     UNROLL for (int j = 0; j < 2; ++j)
@@ -256,10 +265,10 @@ INLINE float sparse_product(const float* x, const int32_t* indices, const float*
   return sum;
 }
 
-// Sixteen images side by side: x is [features][16].
+// The products for 16 images at once: x is [features][16].
 INLINE Vector batch_product(const float* x, const int32_t* indices, const float* weights,
                             int64_t count) {
-  Vector sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+  Vector sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
   int64_t i = 0;
   for (; i + 4 <= count; i += 4)
     UNROLL for (int j = 0; j < 4; ++j)
@@ -312,15 +321,15 @@ static void linear_batches(const Context& c, const Linear& o, int64_t begin, int
   Epilogue e = epilogue(o);
   float* x = c.scratch(source.channels * LANES);
   for (int64_t first = 0; first < c.batch; first += LANES) {
-    int64_t images = smaller(LANES, c.batch - first);
+    int64_t images = minimum(LANES, c.batch - first);
     for (int64_t n = 0; n < LANES; ++n) {
-      const float* from = channel_of(source, c.image(o.source, first + smaller(n, images - 1)), 0);
+      const float* from = channel_of(source, c.image(o.source, first + minimum(n, images - 1)), 0);
       for (int64_t i = 0; i < source.channels; ++i) x[i * LANES + n] = from[i];
     }
     for (int64_t k = begin; k < end; ++k) {
       WeightRow row = weight_row(c, o, k, source.channels);
       float values[LANES];
-      store(values, add(batch_product(x, row.indices, row.weights, row.count), all(bias[k])));
+      store(values, add(batch_product(x, row.indices, row.weights, row.count), splat(bias[k])));
       for (int64_t n = 0; n < images; ++n)
         channel_of(destination, c.image(o.destination, first + n), k)[at] = clamped(values[n], e);
     }
@@ -329,19 +338,19 @@ static void linear_batches(const Context& c, const Linear& o, int64_t begin, int
 }
 
 static void run_linear(const Context& c, const Linear& o, int64_t begin, int64_t end) {
-  constexpr int64_t WORTH_TRANSPOSING = 4;
-  if (c.batch < WORTH_TRANSPOSING)
+  constexpr int64_t MIN_TRANSPOSED_BATCH = 4;
+  if (c.batch < MIN_TRANSPOSED_BATCH)
     linear_images(c, o, begin, end);
   else
     linear_batches(c, o, begin, end);
 }
 
-static void run_items(const Context& c, int64_t code, const void* operation, int64_t begin,
+static void run_items(const Context& c, int64_t opcode, const void* operation, int64_t begin,
                       int64_t end) {
-  switch (code) {
+  switch (opcode) {
     case COPY: return run_copy(c, *static_cast<const Copy*>(operation), begin, end);
-    case POINT: return run_point(c, *static_cast<const Point*>(operation), begin, end);
-    case BLOCK: return run_block(c, *static_cast<const Block*>(operation), begin, end);
+    case POINTWISE: return run_pointwise(c, *static_cast<const Pointwise*>(operation), begin, end);
+    case SPATIAL: return run_spatial(c, *static_cast<const Spatial*>(operation), begin, end);
     case POOL: return run_pool(c, *static_cast<const Pool*>(operation), begin, end);
     case MEAN: return run_mean(c, *static_cast<const Mean*>(operation), begin, end);
     case LINEAR: return run_linear(c, *static_cast<const Linear*>(operation), begin, end);

@@ -1,16 +1,17 @@
-// Rows of images where their layouts put them, and what finishes a row, compiled once for each
-// instruction set as kernels.h is.
+// Reading and writing image rows in any layout, and the epilogue that finishes an output row.
+// Compiled once for each instruction set like kernels.h.
 
 namespace STARFIRE_ISA {
 
-// `count` floats of a finished row, every `step`-th from `from` on, that go to `to`, both relative.
+// `count` floats of a finished row: every `step`-th from `from` on is copied to `to` and after it.
+// Both are relative to the caller's pointers.
 struct Segment {
   int32_t from, step;
   int64_t count, to;
 };
 
 struct Segments {
-  Segment segment[MOST_SEGMENTS];
+  Segment segment[MAX_SEGMENTS];
   int count = 0;
 
   void push(int64_t from, int64_t step, int64_t length, int64_t to) {
@@ -24,32 +25,32 @@ INLINE float* channel_of(const View& view, float* image, int64_t channel) {
   return image + (view.first + channel) * size;
 }
 
-// Where a row of an image begins in a phase's planes.
+// The offset of an image row in the planes of its phase.
 INLINE int64_t row_at(const View& view, int64_t h) {
   int64_t top = h + view.top;
   return top % view.phases_h * view.phases_w * view.plane + top / view.phases_h * view.row;
 }
 
-// Where the only pixel of an image of one pixel lies in its channel.
+// The offset within its channel of the only pixel of a 1x1 image.
 INLINE int64_t pixel_at(const View& view) {
   if (view.kind == TILES) return 0;
   return row_at(view, 0) + view.left % view.phases_w * view.plane + view.left / view.phases_w;
 }
 
-INLINE int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
+INLINE int64_t minimum(int64_t one, int64_t other) { return one < other ? one : other; }
 
-INLINE int64_t ceiling(int64_t number, int64_t by) { return (number + by - 1) / by; }
+INLINE int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-// Where `length` pixels of row h from column w on go: relative to the channel of the image.
+// Segments for `length` pixels of row h from column w on, relative to the image's channel.
 INLINE void row_segments(Segments& segments, const View& view, int64_t h, int64_t w, int64_t length,
                          int64_t from, int64_t step) {
   if (view.kind == TILES) {
     int64_t pixel = h * view.width + w;
     while (length > 0) {
       int64_t tile = pixel / view.tile, within = pixel % view.tile;
-      int64_t part = smaller(length, view.tile - within);
-      segments.push(from, step, part, tile * view.total * view.tile + within);
-      from += part * step, pixel += part, length -= part;
+      int64_t count = minimum(length, view.tile - within);
+      segments.push(from, step, count, tile * view.total * view.tile + within);
+      from += count * step, pixel += count, length -= count;
     }
     return;
   }
@@ -73,20 +74,21 @@ INLINE Vector load_steps(const float* from, int64_t step, int64_t count) {
   if (STEP == 1) return load(from);
   if (STEP == 2) return load_even(from);
   float values[LANES] = {};
-  for (int64_t j = 0; j < smaller(LANES, count); ++j) values[j] = from[j * step];
+  for (int64_t j = 0; j < minimum(LANES, count); ++j) values[j] = from[j * step];
   return load(values);
 }
 
-// Finishes and stores a segment. The source may be read up to 32 floats past its end.
+// Applies the epilogue and stores a segment. Reads up to 32 floats past the end of the source.
 template <int STEP>
-INLINE void put(const Segment& s, const float* source, float* destination, const Epilogue& e) {
+INLINE void store_segment(const Segment& s, const float* source, float* destination,
+                          const Epilogue& e) {
   const float* from = source + s.from;
   float* to = destination + s.to;
   const float* residual = e.residual ? e.residual + s.to : nullptr;
   for (int64_t left = s.count; left > 0; left -= LANES) {
     Vector value = load_steps<STEP>(from, s.step, left);
     if (e.scale) {
-      Vector sum = all(*e.shift);
+      Vector sum = splat(*e.shift);
       multiply_add(sum, broadcast(*e.scale), value);
       value = sum;
     }
@@ -103,18 +105,18 @@ INLINE void put(const Segment& s, const float* source, float* destination, const
   }
 }
 
-INLINE void put_all(const Segments& segments, const float* source, float* destination,
-                    const Epilogue& epilogue) {
-  const Epilogue e = epilogue;  // a copy, which no store can change
+INLINE void store_segments(const Segments& segments, const float* source, float* destination,
+                           const Epilogue& epilogue) {
+  const Epilogue e = epilogue;  // a copy, which stores can't alias
   const int count = segments.count;
   for (int i = 0; i < count; ++i) {
     const Segment segment = segments.segment[i];
     if (segment.step == 1)
-      put<1>(segment, source, destination, e);
+      store_segment<1>(segment, source, destination, e);
     else if (segment.step == 2)
-      put<2>(segment, source, destination, e);
+      store_segment<2>(segment, source, destination, e);
     else
-      put<0>(segment, source, destination, e);
+      store_segment<0>(segment, source, destination, e);
   }
 }
 
@@ -129,7 +131,8 @@ INLINE Epilogue epilogue(const Operation& o) {
   return {nullptr, nullptr, nullptr, broadcast(as_float(o.low)), broadcast(as_float(o.high))};
 }
 
-// A row of an image, of all columns, in one piece that 32 floats may be read past the end of.
+// All columns of an image row, contiguous; up to 32 floats past the end may be read. `copy` is used
+// where the layout doesn't store the row like that.
 INLINE const float* row_of(const View& view, float* channel, int64_t h, float* copy) {
   if (view.kind == TILES) {
     int64_t pixel = h * view.width;
@@ -137,17 +140,17 @@ INLINE const float* row_of(const View& view, float* channel, int64_t h, float* c
       return channel + pixel / view.tile * view.total * view.tile + pixel % view.tile;
     for (int64_t w = 0; w < view.width;) {
       int64_t tile = (pixel + w) / view.tile, within = (pixel + w) % view.tile;
-      int64_t part = smaller(view.width - w, view.tile - within);
+      int64_t count = minimum(view.width - w, view.tile - within);
       __builtin_memcpy(copy + w, channel + tile * view.total * view.tile + within,
-                       part * sizeof(float));
-      w += part;
+                       count * sizeof(float));
+      w += count;
     }
     return copy;
   }
   int64_t phases = view.phases_w;
   const float* base = channel + row_at(view, h);
   if (phases == 1) {
-    if (view.place == ARENA) return base + view.left;
+    if (view.place == WORKSPACE) return base + view.left;
     __builtin_memcpy(copy, base + view.left, view.width * sizeof(float));
     return copy;
   }

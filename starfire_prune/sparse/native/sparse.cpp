@@ -1,150 +1,44 @@
-// Inference of convolutional networks with sparse weights: runs the programs of program.h.
-//
-// The kernels are compiled for several instruction sets and chosen at run time. There is no state:
-// a program and its constants are read only, and each call has an arena of its own.
+// The torch operations of starfire_prune.sparse: they check a program, lay out its workspace and
+// run its operations on torch's threads. There is no state: programs and constants are only read,
+// and each call has its own workspace.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
 
-#include <chrono>
-#include <cstdint>
-#include <cstdlib>
+#include <cstddef>
 #include <cstring>
+#include <optional>
+#include <string>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "program.h"
+#include "dispatch.h"
 
 namespace starfire {
-
-struct Context {
-  const View* views;
-  float* const* bases;  // the first image of each view
-  const unsigned char* blob;
-  int64_t batch;
-
-  float* image(int64_t view, int64_t n) const { return bases[view] + n * views[view].image; }
-
-  template <class Type>
-  const Type* constants(int64_t at) const {
-    return reinterpret_cast<const Type*>(blob + at);
-  }
-
-  float* scratch(int64_t floats) const {
-    void* memory = std::malloc(static_cast<size_t>(floats) * sizeof(float));
-    if (!memory) std::abort();
-    return static_cast<float*>(memory);
-  }
-  void release(float* memory) const { std::free(memory); }
-};
-
-}  // namespace starfire
-
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
-#else
-typedef int Indices __attribute__((vector_size(64)));
-#define SHUFFLE(one, other, ...) __builtin_shuffle(one, other, Indices{__VA_ARGS__})
-#endif
-
-namespace starfire {
-
-#define ISA 128
-#define STARFIRE_ISA portable
-#include "kernels.h"
-#include "rows.h"
-#include "operations.h"
-#undef INLINE
-#undef STARFIRE_ISA
-#undef ISA
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define ISA 256
-#define STARFIRE_ISA avx2
-#include "kernels.h"
-#include "rows.h"
-#include "operations.h"
-#undef INLINE
-#undef STARFIRE_ISA
-#undef ISA
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,fma")
-#endif
-#define ISA 512
-#define STARFIRE_ISA avx512
-#include "kernels.h"
-#include "rows.h"
-#include "operations.h"
-#undef INLINE
-#undef STARFIRE_ISA
-#undef ISA
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif
-
 namespace {
 
-using RunItems = void (*)(const Context&, int64_t, const void*, int64_t, int64_t);
+int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 
-RunItems items_for(int64_t isa) {
-#if defined(__x86_64__)
-  if (isa == 512) return avx512::run_items;
-  if (isa == 256) return avx2::run_items;
-#endif
-  return portable::run_items;
-}
-
-int64_t ceiling(int64_t number, int64_t by) { return (number + by - 1) / by; }
-
-int64_t nanoseconds() {
-  auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
-}
-
-// Items that an operation falls into, which threads may do in any order.
-int64_t items_of(const Context& c, int64_t code, const int64_t* fields) {
+// Number of independent work items of an operation, which threads may run in any order.
+int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
   const void* operation = fields;
   const View& source = c.views[fields[0]];
   const View& destination = c.views[fields[1]];
-  switch (code) {
+  switch (opcode) {
     case COPY:
     case POOL:
       return c.batch * destination.channels * destination.height;
-    case POINT: {
-      auto o = static_cast<const Point*>(operation);
-      return c.batch * ceiling(source.height * source.width, source.tile) *
-             ceiling(o->channels, o->chunk);
+    case POINTWISE: {
+      auto o = static_cast<const Pointwise*>(operation);
+      return c.batch * ceil_div(source.height * source.width, source.tile) *
+             ceil_div(o->channels, o->output_tile_size);
     }
-    case BLOCK: {
-      auto o = static_cast<const Block*>(operation);
-      int64_t parts = ceiling(ceiling(destination.height, o->per_row), o->rows);
-      int64_t strips = o->per_row > 1 ? 1 : ceiling(destination.width, LANES);
-      return c.batch * parts * strips * ceiling(o->channels, o->chunk);
+    case SPATIAL: {
+      auto o = static_cast<const Spatial*>(operation);
+      int64_t row_tiles = ceil_div(ceil_div(destination.height, o->image_rows), o->rows);
+      int64_t column_tiles = o->image_rows > 1 ? 1 : ceil_div(destination.width, LANES);
+      return c.batch * row_tiles * column_tiles * ceil_div(o->channels, o->output_tile_size);
     }
     case MEAN:
       return c.batch * source.channels;
@@ -153,11 +47,11 @@ int64_t items_of(const Context& c, int64_t code, const int64_t* fields) {
   }
 }
 
-int64_t fields_of(int64_t code) {
-  switch (code) {
+int64_t count_fields(int64_t opcode) {
+  switch (opcode) {
     case COPY: return sizeof(Copy) / sizeof(int64_t);
-    case POINT: return sizeof(Point) / sizeof(int64_t);
-    case BLOCK: return sizeof(Block) / sizeof(int64_t);
+    case POINTWISE: return sizeof(Pointwise) / sizeof(int64_t);
+    case SPATIAL: return sizeof(Spatial) / sizeof(int64_t);
     case POOL: return sizeof(Pool) / sizeof(int64_t);
     case MEAN: return sizeof(Mean) / sizeof(int64_t);
     case LINEAR: return sizeof(Linear) / sizeof(int64_t);
@@ -165,123 +59,197 @@ int64_t fields_of(int64_t code) {
   }
 }
 
+// A program tensor, read in place.
 struct Program {
   const Header* header;
   const Slot* slots;
   const View* views;
   const int64_t* operations;
 
-  explicit Program(const int64_t* words)
-      : header(reinterpret_cast<const Header*>(words)),
-        slots(reinterpret_cast<const Slot*>(header + 1)),
-        views(reinterpret_cast<const View*>(slots + header->slots)),
-        operations(reinterpret_cast<const int64_t*>(views + header->views)) {}
+  // Raises ValueError unless the tensor is a program.
+  explicit Program(const at::Tensor& tensor) {
+    bool readable = tensor.is_cpu() && tensor.scalar_type() == at::kLong && tensor.is_contiguous();
+    TORCH_CHECK_VALUE(readable && is_valid(tensor.const_data_ptr<int64_t>(), tensor.numel()),
+                      "program (= ", tensor.numel(), " numbers of ", tensor.scalar_type(), " on ",
+                      tensor.device(), ") is not a program of these kernels, which run on the CPU");
+  }
 
-  bool fits(int64_t length) const {
+  // Whether `length` integers are a program; sets the pointers to its parts.
+  bool is_valid(const int64_t* begin, int64_t length) {
     constexpr int64_t size = sizeof(Header) / sizeof(int64_t);
+    header = reinterpret_cast<const Header*>(begin);
     if (length < size || header->magic != MAGIC) return false;
     if (header->slots < 0 || header->slots > length || header->views < 0 || header->views > length)
       return false;
-    const int64_t* begin = reinterpret_cast<const int64_t*>(header);
+    slots = reinterpret_cast<const Slot*>(header + 1);
+    views = reinterpret_cast<const View*>(slots + header->slots);
+    operations = reinterpret_cast<const int64_t*>(views + header->views);
     const int64_t* at = operations;
     for (int64_t i = 0; i < header->operations; ++i) {
-      if (at - begin >= length || fields_of(*at) < 0) return false;
-      at += 1 + fields_of(*at);
+      if (at - begin >= length || count_fields(*at) < 0) return false;
+      at += 1 + count_fields(*at);
     }
     return at - begin == length;
   }
 
   int64_t slot_floats(int64_t slot, int64_t batch) const {
-    return ceiling(slots[slot].image * batch + slots[slot].slack, LANES) * LANES;
+    return ceil_div(slots[slot].image * batch + slots[slot].slack, LANES) * LANES;
+  }
+
+  int64_t workspace_floats(int64_t batch) const {
+    int64_t floats = 0;
+    for (int64_t i = 0; i < header->slots; ++i) floats += slot_floats(i, batch);
+    return floats;
+  }
+
+  // Whether these tensors have the number and sizes that the program reads and writes.
+  bool fits(at::TensorList inputs, at::TensorList outputs) const {
+    if (static_cast<int64_t>(inputs.size()) != header->inputs ||
+        static_cast<int64_t>(outputs.size()) != header->outputs)
+      return false;
+    for (int64_t i = 0; i < header->views; ++i) {
+      const View& view = views[i];
+      if (view.place == WORKSPACE) continue;
+      at::TensorList tensors = view.place == INPUT ? inputs : outputs;
+      if (view.index < 0 || view.index >= static_cast<int64_t>(tensors.size())) return false;
+      at::IntArrayRef shape = tensors[view.index].sizes();
+      int64_t floats = 1;
+      for (int64_t size : shape.slice(1)) floats *= size;
+      if (floats != view.image) return false;
+    }
+    return true;
+  }
+
+  void run(at::TensorList inputs, at::TensorList outputs, const at::Tensor& constants,
+           int64_t batch, float* workspace, RunItems run_items) const {
+    std::vector<float*> slot_bases, bases;
+    for (int64_t i = 0; i < header->slots; ++i) {
+      slot_bases.push_back(workspace);
+      workspace += slot_floats(i, batch);
+    }
+    for (int64_t i = 0; i < header->views; ++i) {
+      const View& view = views[i];
+      const void* input = view.place == INPUT ? inputs[view.index].const_data_ptr() : nullptr;
+      bases.push_back(view.place == WORKSPACE ? slot_bases[view.index]
+                      : view.place == INPUT   ? static_cast<float*>(const_cast<void*>(input))
+                                              : outputs[view.index].mutable_data_ptr<float>());
+    }
+    auto bytes = static_cast<const unsigned char*>(constants.const_data_ptr());
+    Context context{views, bases.data(), bytes, batch};
+    const int64_t* at = operations;
+    for (int64_t i = 0; i < header->operations; ++i) {
+      int64_t opcode = *at;
+      const int64_t* fields = at + 1;
+      at::parallel_for(0, count_items(context, opcode, fields), 1, [&](int64_t begin, int64_t end) {
+        run_items(context, opcode, fields, begin, end);
+      });
+      at = fields + count_fields(opcode);
+    }
   }
 };
 
-}  // namespace
-}  // namespace starfire
-
-#define EXPORT __attribute__((visibility("default")))
-
-extern "C" {
-
-// The widest instruction set of this machine that there are kernels for, in bits.
-EXPORT int64_t starfire_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return 512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 256;
-#endif
-  return 128;
-}
-
-// Floats of the arena that a batch needs; -1 where this is no program.
-EXPORT int64_t starfire_arena(const int64_t* words, int64_t length, int64_t batch) {
-  starfire::Program program(words);
-  if (!program.fits(length)) return -1;
-  int64_t floats = 0;
-  for (int64_t i = 0; i < program.header->slots; ++i) floats += program.slot_floats(i, batch);
-  return floats;
-}
-
-// Fills a new arena.
-EXPORT void starfire_fill(const int64_t* words, int64_t batch, float* arena) {
-  starfire::Program program(words);
+// The memory for one call with a batch of that size, with every slot filled.
+at::Tensor new_workspace(const at::Tensor& program_tensor, int64_t batch) {
+  Program program(program_tensor);
+  at::Tensor workspace = at::empty({program.workspace_floats(batch)}, at::kFloat);
+  auto floats = workspace.mutable_data_ptr<float>();
   for (int64_t i = 0; i < program.header->slots; ++i) {
     float value;
-    static_assert(sizeof value <= sizeof(int64_t), "the bits of a float fit");
     std::memcpy(&value, &program.slots[i].fill, sizeof value);
-    int64_t floats = program.slot_floats(i, batch);
-    for (int64_t j = 0; j < floats; ++j) arena[j] = value;
-    arena += floats;
+    for (int64_t end = program.slot_floats(i, batch); end > 0; --end) *floats++ = value;
   }
+  return workspace;
 }
 
-// Whether the caller's tensors are those of a program: so many, of so many floats an image.
-EXPORT int64_t starfire_takes(const int64_t* words, int64_t inputs, const int64_t* input_floats,
-                              int64_t outputs, const int64_t* output_floats) {
-  using namespace starfire;
-  Program program(words);
-  if (inputs != program.header->inputs || outputs != program.header->outputs) return 0;
-  for (int64_t i = 0; i < program.header->views; ++i) {
-    const View& view = program.views[i];
-    if (view.place == ARENA) continue;
-    int64_t count = view.place == INPUT ? inputs : outputs;
-    const int64_t* floats = view.place == INPUT ? input_floats : output_floats;
-    if (view.index < 0 || view.index >= count || floats[view.index] != view.image) return 0;
+std::vector<at::Tensor> contiguous_inputs(at::TensorList inputs) {
+  TORCH_CHECK_VALUE(!inputs.empty(), "inputs (= []) must have at least one tensor");
+  std::vector<at::Tensor> result;
+  for (const at::Tensor& input : inputs) {
+    TORCH_CHECK_VALUE(
+        input.is_cpu() && input.scalar_type() == at::kFloat && input.dim() > 0 &&
+            input.size(0) == inputs[0].size(0),
+        "inputs must be float32 tensors on the CPU with one batch size, but one has the shape ",
+        input.sizes(), ", is ", input.scalar_type(), " on ", input.device());
+    result.push_back(input.contiguous());
   }
-  return 1;
+  return result;
 }
 
-// Runs a program that fits and takes its inputs and outputs, on an arena filled once, with `isa` of at most starfire_isa().
-// `times` gets the nanoseconds that each operation took, unless it is null.
-EXPORT void starfire_run(const int64_t* words, const unsigned char* blob, int64_t batch,
-                         int64_t isa, float* arena, const float* const* inputs,
-                         float* const* outputs, int64_t* times) {
-  using namespace starfire;
-  Program program(words);
-  std::vector<float*> slots, bases;
-  for (int64_t i = 0; i < program.header->slots; ++i) {
-    slots.push_back(arena);
-    arena += program.slot_floats(i, batch);
+// `shapes` has, for each output, its number of dimensions and all sizes but the first.
+std::vector<at::Tensor> empty_outputs(int64_t batch, at::IntArrayRef shapes) {
+  std::vector<at::Tensor> result;
+  while (!shapes.empty()) {
+    auto dims = static_cast<size_t>(shapes[0]);
+    TORCH_CHECK_VALUE(dims >= 1 && dims <= shapes.size(), "output_shapes are incomplete");
+    std::vector<int64_t> shape(shapes.begin(), shapes.begin() + dims);
+    shape[0] = batch;
+    result.push_back(at::empty(shape, at::kFloat));
+    shapes = shapes.slice(dims);
   }
-  for (int64_t i = 0; i < program.header->views; ++i) {
-    const View& view = program.views[i];
-    bases.push_back(view.place == ARENA   ? slots[view.index]
-                    : view.place == INPUT ? const_cast<float*>(inputs[view.index])
-                                          : outputs[view.index]);
-  }
-  Context context{program.views, bases.data(), blob, batch};
-  RunItems run_items = items_for(isa);
-  const int64_t* at = program.operations;
-  for (int64_t i = 0; i < program.header->operations; ++i) {
-    int64_t code = *at;
-    const int64_t* fields = at + 1;
-    auto before = times ? nanoseconds() : 0;
-    at::parallel_for(0, items_of(context, code, fields), 1, [&](int64_t begin, int64_t end) {
-      run_items(context, code, fields, begin, end);
-    });
-    if (times) times[i] = nanoseconds() - before;
-    at = fields + fields_of(code);
-  }
+  return result;
 }
 
-}  // extern "C"
+std::vector<at::Tensor> sparse_inference(at::TensorList inputs, const at::Tensor& program_tensor,
+                                         const at::Tensor& constants, at::IntArrayRef output_shapes,
+                                         const std::optional<at::Tensor>& given_workspace,
+                                         int64_t isa) {
+  std::vector<at::Tensor> sources = contiguous_inputs(inputs);
+  int64_t batch = inputs[0].size(0);
+  std::vector<at::Tensor> outputs = empty_outputs(batch, output_shapes);
+  Program program(program_tensor);
+  TORCH_CHECK_VALUE(constants.is_cpu() && constants.is_contiguous(), "constants (on ",
+                    constants.device(), ") must be contiguous on the CPU");
+  if (!program.fits(sources, outputs)) {
+    std::vector<at::IntArrayRef> shapes;
+    for (const at::Tensor& source : sources) shapes.push_back(source.sizes());
+    TORCH_CHECK_VALUE(false, "inputs (of shapes ", shapes, ") do not have the shapes that the ",
+                      "model is compiled for; compile it again for other shapes");
+  }
+  at::Tensor workspace = given_workspace ? *given_workspace : new_workspace(program_tensor, batch);
+  TORCH_CHECK_VALUE(workspace.numel() >= program.workspace_floats(batch), "workspace (= ",
+                    workspace.numel(), " floats) is too small for ", batch, " images");
+  program.run(sources, outputs, constants, batch, workspace.mutable_data_ptr<float>(),
+              kernels_for(isa));
+  return outputs;
+}
+
+#define ENTRY(expression) {#expression, static_cast<int64_t>(expression)}
+
+// Constants and sizes that program_format.py has too, by the C++ expression.
+c10::Dict<std::string, int64_t> program_format() {
+  static const std::pair<const char*, int64_t> entries[] = {
+      ENTRY(MAGIC), ENTRY(LANES), ENTRY(MAX_TILE), ENTRY(MAX_OUTPUT_TILE), ENTRY(MAX_ROWS),
+      ENTRY(MAX_SPILLED), ENTRY(PLANES), ENTRY(TILES), ENTRY(WORKSPACE), ENTRY(INPUT),
+      ENTRY(OUTPUT), ENTRY(COPY), ENTRY(POINTWISE), ENTRY(SPATIAL), ENTRY(POOL), ENTRY(MEAN),
+      ENTRY(LINEAR), ENTRY(MAXIMUM), ENTRY(SUM), ENTRY(sizeof(Header)), ENTRY(sizeof(Slot)),
+      ENTRY(sizeof(View)), ENTRY(sizeof(Copy)), ENTRY(sizeof(Pointwise)), ENTRY(sizeof(Spatial)),
+      ENTRY(sizeof(Pool)), ENTRY(sizeof(Mean)), ENTRY(sizeof(Linear)),
+      ENTRY(sizeof(RegisterTile)), ENTRY(offsetof(RegisterTile, channel)),
+      ENTRY(offsetof(RegisterTile, count)), ENTRY(offsetof(RegisterTile, start)),
+      ENTRY(sizeof(RectangleRun)), ENTRY(offsetof(RectangleRun, rows)),
+      ENTRY(offsetof(RectangleRun, columns)), ENTRY(offsetof(RectangleRun, count)),
+      ENTRY(offsetof(RectangleRun, offsets)), ENTRY(offsetof(RectangleRun, weights)),
+  };
+  c10::Dict<std::string, int64_t> result;
+  for (const auto& [name, value] : entries) result.insert(name, value);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(starfire_prune, library) {
+  // The workspace is written to, but its content has no meaning before or after a call. It isn't
+  // declared as `Tensor(a!)?` because torch can't functionalize an operation that mutates an
+  // argument and returns a list.
+  library.def(
+      "sparse_inference(Tensor[] inputs, Tensor program, Tensor constants, int[] output_shapes, "
+      "Tensor? workspace=None, int isa=0) -> Tensor[]");
+  library.def("new_workspace(Tensor program, int batch) -> Tensor", new_workspace);
+  library.def("program_format() -> Dict(str, int)", program_format);
+}
+
+TORCH_LIBRARY_IMPL(starfire_prune, CPU, library) {
+  library.impl("sparse_inference", sparse_inference);
+}
+
+}  // namespace starfire

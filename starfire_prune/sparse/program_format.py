@@ -1,0 +1,115 @@
+"""The binary format of programs: constants, opcodes and structures, as in native/program.h."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+
+from starfire_prune.sparse.build import BuildError
+
+__all__ = [
+    "FORMAT",
+    "INPUT",
+    "LANES",
+    "MAGIC",
+    "MAXIMUM",
+    "MAX_OUTPUT_TILE",
+    "MAX_ROWS",
+    "MAX_SPILLED",
+    "MAX_TILE",
+    "OUTPUT",
+    "PLANES",
+    "RECTANGLE_RUN",
+    "REGISTER_TILE",
+    "SUM",
+    "TILES",
+    "WORKSPACE",
+    "Opcode",
+    "check_format",
+]
+
+
+MAGIC: Final = 0x5354415246495245
+LANES: Final = 16  # unit of the sizes of tiles and rows in floats, on every machine
+MAX_TILE: Final = 112  # pixels per tile
+MAX_OUTPUT_TILE: Final = 64  # output channels per work item of a 1x1 convolution
+MAX_ROWS: Final = 14  # accumulators of the spatial kernel
+MAX_SPILLED: Final = 16  # output channels per work item with input-channel tiles
+PLANES, TILES = 0, 1  # kinds of layouts
+WORKSPACE, INPUT, OUTPUT = 0, 1, 2  # places of views
+MAXIMUM, SUM = 0, 1  # modes of pooling
+
+
+class Opcode(enum.IntEnum):
+    """Numbers of the operations."""
+
+    COPY = 1
+    POINTWISE = 2
+    SPATIAL = 3
+    POOL = 4
+    MEAN = 5
+    LINEAR = 6
+
+
+HEADER_FIELDS, SLOT_FIELDS, VIEW_FIELDS = 6, 3, 16
+OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
+    Opcode.COPY: 9,
+    Opcode.POINTWISE: 14,
+    Opcode.SPATIAL: 16,
+    Opcode.POOL: 9,
+    Opcode.MEAN: 2,
+    Opcode.LINEAR: 9,
+}
+REGISTER_TILE: Final = np.dtype([("channel", "<i4", 4), ("count", "<i8"), ("start", "<i8")])
+RECTANGLE_RUN: Final = np.dtype(
+    [("rows", "<i4"), ("columns", "<i4"), ("count", "<i8"), ("offsets", "<i8"), ("weights", "<i8")]
+)
+_STRUCTURES: Final = {"RegisterTile": REGISTER_TILE, "RectangleRun": RECTANGLE_RUN}
+# By the C++ expression that must have this value
+FORMAT: Final[dict[str, int]] = {
+    "MAGIC": MAGIC,
+    "LANES": LANES,
+    "MAX_TILE": MAX_TILE,
+    "MAX_OUTPUT_TILE": MAX_OUTPUT_TILE,
+    "MAX_ROWS": MAX_ROWS,
+    "MAX_SPILLED": MAX_SPILLED,
+    "PLANES": PLANES,
+    "TILES": TILES,
+    "WORKSPACE": WORKSPACE,
+    "INPUT": INPUT,
+    "OUTPUT": OUTPUT,
+    "MAXIMUM": MAXIMUM,
+    "SUM": SUM,
+    **{opcode.name: opcode.value for opcode in Opcode},
+    "sizeof(Header)": 8 * HEADER_FIELDS,
+    "sizeof(Slot)": 8 * SLOT_FIELDS,
+    "sizeof(View)": 8 * VIEW_FIELDS,
+    **{f"sizeof({code.name.title()})": 8 * size for code, size in OPERATION_FIELDS.items()},
+    **{f"sizeof({name})": dtype.itemsize for name, dtype in _STRUCTURES.items()},
+    **{
+        f"offsetof({name}, {field})": dtype.fields[field][1]  # type: ignore[index]
+        for name, dtype in _STRUCTURES.items()
+        for field in dtype.names or ()
+    },
+}
+
+
+def check_format(compiled: Mapping[str, int]) -> None:
+    """Compare the constants and structure sizes of the library with Python's.
+
+    Args:
+        compiled: Values of the C++ expressions that the library was compiled with.
+
+    Raises:
+        BuildError: If they differ.
+    """
+    for name in sorted(FORMAT.keys() | compiled.keys()):
+        python, native = FORMAT.get(name), compiled.get(name)
+        if python != native:
+            raise BuildError(
+                f"{name} is {native} in the native kernels and {python} in Python: "
+                "program.h and program_format.py must agree"
+            )
