@@ -16,7 +16,7 @@ from starfire_prune.cli.common import Command, Failed, path_argument
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from starfire_prune.export.source import Source
+    from starfire_prune.export.input import ExportInput
 
 __all__ = ["COMMAND"]
 
@@ -92,7 +92,7 @@ def _option(name: str) -> str:
     return "RUN_OR_FILE" if name == "source" else f"--{name.replace('_', '-')}"
 
 
-def _check_output(arguments: argparse.Namespace, source: Source) -> None:
+def _check_output(arguments: argparse.Namespace, source: ExportInput) -> None:
     """Raise ValueError if the output can't be written, or would replace what it must not."""
     from starfire_prune.runs.folder import existing_part
 
@@ -122,7 +122,7 @@ def _check_file(output: Path, format: str, force: bool) -> None:
             raise ValueError(f"{path} is there already: choose another --output, or give --force")
 
 
-def _check_folder(output: Path, source: Source, force: bool) -> None:
+def _check_folder(output: Path, source: ExportInput, force: bool) -> None:
     from starfire_prune.export.timm import CONFIG, WEIGHTS, is_folder_of
 
     if not output.exists():
@@ -158,11 +158,11 @@ def _inspected(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _exported(arguments: argparse.Namespace) -> Iterator[str]:
-    from starfire_prune.export.source import find_source
+    from starfire_prune.export.input import find_input
 
-    source = find_source(arguments.source, arguments.recipe, arguments.model)
+    source = find_input(arguments.source, arguments.recipe, arguments.model)
     _check_output(arguments, source)
-    exports: dict[str, Callable[[argparse.Namespace, Source], Iterator[str]]] = {
+    exports: dict[str, Callable[[argparse.Namespace, ExportInput], Iterator[str]]] = {
         "dense": _export_weights,
         "compressed": _export_weights,
         "timm": _export_timm,
@@ -172,8 +172,8 @@ def _exported(arguments: argparse.Namespace) -> Iterator[str]:
     yield from exports[arguments.format](arguments, source)
 
 
-def _export_weights(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.export.source import write_weights
+def _export_weights(arguments: argparse.Namespace, source: ExportInput) -> Iterator[str]:
+    from starfire_prune.export.input import write_weights
     from starfire_prune.serialization.inspect import inspect_pruned
 
     format: Literal["dense", "compressed"] = arguments.format
@@ -187,12 +187,12 @@ def _export_weights(arguments: argparse.Namespace, source: Source) -> Iterator[s
     yield _size_line(arguments.output, inspect_pruned(arguments.output).dense_bytes)
 
 
-def _export_timm(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
-    from starfire_prune.export.source import load_source
+def _export_timm(arguments: argparse.Namespace, source: ExportInput) -> Iterator[str]:
+    from starfire_prune.export.input import load_input
     from starfire_prune.export.timm import write_timm_folder
 
     output: Path = arguments.output
-    config = write_timm_folder(source, load_source(source), output)
+    config = write_timm_folder(source, load_input(source), output)
     named = "label_names" in config
     yield f"{output}: {config['architecture']} of {config['num_classes']} classes" + (
         ", with their names" if named else ", whose names are not known here"
@@ -201,11 +201,11 @@ def _export_timm(arguments: argparse.Namespace, source: Source) -> Iterator[str]
     yield f'{first}timm.create_model("local-dir:{output}", pretrained=True)'
 
 
-def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
+def _export_onnx(arguments: argparse.Namespace, source: ExportInput) -> Iterator[str]:
+    from starfire_prune.export.input import load_input
     from starfire_prune.export.onnx import export_onnx
-    from starfire_prune.export.source import load_source
 
-    model = load_source(source)
+    model = load_input(source)
     size = source.input_size(model)
     if arguments.compact:
         model = _compacted(model, _example(size))
@@ -214,8 +214,10 @@ def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]
         "starfire_prune.images": source.images and source.images.as_timm(),
         "starfire_prune.label_names": source.label_names(model),
     }
-    notes = {key: value for key, value in known.items() if value is not None}
-    report = export_onnx(model, arguments.output, size, fold_bn=arguments.fold_bn, notes=notes)
+    metadata = {key: value for key, value in known.items() if value is not None}
+    report = export_onnx(
+        model, arguments.output, size, fold_bn=arguments.fold_bn, metadata=metadata
+    )
     beside = "" if report.external is None else f", its weights in {report.external.name} beside it"
     folded, norms = report.batch_norms
     yield f"{arguments.output}: {report.size_bytes:,} bytes, opset {report.opset}{beside}"
@@ -229,13 +231,13 @@ def _export_onnx(arguments: argparse.Namespace, source: Source) -> Iterator[str]
     )
 
 
-def _export_compact(arguments: argparse.Namespace, source: Source) -> Iterator[str]:
+def _export_compact(arguments: argparse.Namespace, source: ExportInput) -> Iterator[str]:
     from starfire_prune.compact.compaction import format_compaction
     from starfire_prune.compact.files import save_compact
-    from starfire_prune.export.source import load_source
+    from starfire_prune.export.input import load_input
     from starfire_prune.utils.errors import ExportError
 
-    model = load_source(source)
+    model = load_input(source)
     example = _example(source.input_size(model))
     dense_bytes = sum(value.nbytes for value in model.state_dict().values())
     try:

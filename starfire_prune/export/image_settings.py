@@ -1,4 +1,4 @@
-"""How a run's images become tensors in evaluation, in timm's words, and its classes' names."""
+"""How a run prepares its images for evaluation, in timm's terms, and the names of its classes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["ImageSettings", "class_names", "image_settings"]
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """What is done to an RGB image of pixels in [0, 1] before the model gets it.
+    """Preprocessing of an RGB image with pixels in [0, 1].
 
     Attributes:
-        size: height and width in pixels.
-        interpolation: for resizing.
-        crop_pct: share of the resized side that the crop in the middle keeps, in (0, 1].
-        mean: of the channels, subtracted.
-        std: of the channels, above 0, divided by.
+        size: Height and width in pixels.
+        interpolation: Interpolation for resizing.
+        crop_pct: Share of the resized side that the center crop keeps, in (0, 1].
+        mean: Mean that is subtracted, for each channel.
+        std: Standard deviation, above 0, by which is divided, for each channel.
     """
 
     size: int
@@ -43,10 +43,10 @@ class ImageSettings:
 
 
 def image_settings(data: Data) -> ImageSettings:
-    """The settings by which a run evaluates on the data of its recipe.
+    """The preprocessing by which a run evaluates on the data of its recipe.
 
-    The digits are normalised by their own mean and deviation and not cropped, whatever the recipe
-    says of photographs.
+    The digits are normalized by their own mean and standard deviation and are not cropped; the
+    recipe's settings for photographs have no effect on them.
     """
     if data.name == "digits":
         mean, std = digits_normalisation()
@@ -58,15 +58,17 @@ def image_settings(data: Data) -> ImageSettings:
 def class_names(
     data: Data, num_classes: int, *, reads_folders: bool = True
 ) -> tuple[str, ...] | None:
-    """The names of the classes by their labels, where the data tell them and are at hand.
-
-    They are those of the digits, or of the folders of photographs; images are not looked at.
+    """Names of the classes by label: the digits, or the names of the folders of photographs.
 
     Args:
-        data: of a recipe.
-        num_classes: that the model tells apart; data of another number name none of them.
-        reads_folders: whether to look into `data.root`. A recipe from elsewhere may name any
-            folder of this machine, whose content an export would give away.
+        data: The data settings of a recipe.
+        num_classes: Number of the model's classes.
+        reads_folders: Whether the folder `data.root` may be listed. A recipe from elsewhere may
+            name any folder of this machine, whose content an export would reveal.
+
+    Returns:
+        The names; None if the data have no names or are not on this machine, or have another number
+        of classes.
     """
     if data.name == "digits":
         names = tuple(map(str, range(10)))
@@ -81,5 +83,9 @@ def _folder_names(data: Data) -> tuple[str, ...]:
     try:
         train = Path(data.root).expanduser() / "train"
         return tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
-    except (OSError, RuntimeError, ValueError):  # also of a home of nobody, of a character NUL
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # also for an unknown home folder, or a NUL character
         return ()

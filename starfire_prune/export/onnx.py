@@ -1,8 +1,8 @@
-"""ONNX files whose zeros are the model's, checked in ONNX Runtime against torch.
+"""ONNX files that keep a model's zeros and are checked against torch in ONNX Runtime.
 
-The graph is that of torch's exporter with its constants folded and nothing else: its optimiser
-would fold batch norms whether asked or not. They are folded here on request, by scaling kernels
-and nothing else, so that what is zero stays zero.
+The graph is that of torch's exporter with constants folded. The exporter's own optimizer is not
+used, as it always folds batch norms. They are folded here, on request, by scaling kernels, so that
+zeros remain zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.engine.sparsity import effective_weight
-from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, strip_notes
+from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, strip_debug_data
 from starfire_prune.structure.graph import dense_copy, without_autocast
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
@@ -35,7 +35,7 @@ __all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "data_files", "export_onnx"]
 
 
 EXTERNAL_FROM_BYTES = 2**31 - 2**26  # protobuf's limit, less room for the graph
-_TOLERANCE = 1e-3  # of the largest output; a wrong graph is off by far more than rounding
+_TOLERANCE = 1e-3  # of the largest output; a wrong graph differs by far more than rounding
 _BATCHES = (1, 3)  # neither is the example's
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -45,15 +45,15 @@ class OnnxReport:
     """What was written and how it was checked.
 
     Attributes:
-        opset: of the operators.
-        size_bytes: of all files.
-        external: the file beside that holds the weights, where one file could not.
-        batch_norms: folded, and all that the graph had.
-        deviation: the largest difference of ONNX Runtime's outputs from torch's, on normally
+        opset: Version of the operator set.
+        size_bytes: Size of all files together.
+        external: The second file, which holds the weights; None if one file holds everything.
+        batch_norms: Number of folded batch norms, and of all that the graph had.
+        deviation: Largest difference of ONNX Runtime's outputs from torch's, on normally
             distributed images in batches of 1 and 3.
-        largest: of torch's outputs.
-        layers: the zeros and the weights of each convolution and linear layer in the file.
-        unchecked: layers whose weight the file has under no name of its own, such as shared ones.
+        largest: Largest absolute output of torch.
+        layers: Numbers of zeros and of weights of each convolution and linear layer in the file.
+        unchecked: Layers whose weight is not one tensor of the file, for example shared ones.
     """
 
     opset: int
@@ -67,7 +67,7 @@ class OnnxReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over the layers that were checked, in [0, 1]."""
+        """Share of zeros in all layers that were checked, in [0, 1]."""
         total = sum(weights for _, weights in self.layers.values())
         return sum(zeros for zeros, _ in self.layers.values()) / total if total else 0.0
 
@@ -78,29 +78,31 @@ def export_onnx(
     input_size: tuple[int, int, int],
     *,
     fold_bn: bool = False,
-    notes: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     external_from_bytes: int = EXTERNAL_FROM_BYTES,
 ) -> OnnxReport:
-    """Write a model as ONNX file: `images` of shape `(batch, *input_size)` in, `logits` out.
+    """Write a model as an ONNX file with batches of any size.
 
-    The batch is of any size. Each weight that is zero in the model is zero in the file, which is
-    looked up there; the outputs are compared in ONNX Runtime. Nothing is written where either
-    fails.
+    The input `images` has the shape `(batch, *input_size)`, and the output is called `logits`. Two
+    checks are made before the file appears: each weight that is zero in the model is zero in the
+    file, and ONNX Runtime's outputs are those of torch.
 
     Args:
-        model: in any phase of pruning, in float32; it is left as it is, and exported in eval mode.
-        path: of the file.
-        input_size: channels, height and width of the images.
-        fold_bn: fold batch norms into the convolutions before them.
-        notes: plain values for the file's metadata, by name, each as JSON.
-        external_from_bytes: from so many bytes of weights on they go into a file of their own, as
-            one of ONNX holds at most 2 GiB: `PATH.data`, which has to stay beside; or `PATH.data2`
-            where `path` is replaced and has a `PATH.data`, which goes only then.
+        model: A float32 model in any phase of pruning; it is not changed, and exported in eval
+            mode.
+        path: Path of the file.
+        input_size: Channels, height and width of the images.
+        fold_bn: Whether batch norms are folded into the convolutions before them.
+        metadata: Plain values for the file's metadata by name, each stored as JSON.
+        external_from_bytes: With at least this many bytes of weights, they are written to a second
+            file, since an ONNX file holds at most 2 GiB. It is `PATH.data`, and must remain beside
+            `PATH`. If `path` is replaced and has a `PATH.data`, it is `PATH.data2`, and the old one
+            is removed at the end.
 
     Raises:
-        ModuleNotFoundError: without onnx, onnxscript or onnxruntime.
-        ExportError: if torch can't export the model, or the file would not be as the model is.
-        CheckpointError: if it can't be written.
+        ModuleNotFoundError: If onnx, onnxscript or onnxruntime is not installed.
+        ExportError: If torch can't export the model, or the exported model differs.
+        CheckpointError: If the file can't be written.
 
     Example:
         >>> path, size = Path("model.onnx"), (3, 224, 224)
@@ -113,8 +115,8 @@ def export_onnx(
     weights = Weights(onnx, proto.graph)
     norms = _count_norms(proto.graph)
     folded = fold_batch_norms(proto.graph, weights) if fold_bn else 0
-    strip_notes(proto)
-    for name, value in (notes or {}).items():
+    strip_debug_data(proto)
+    for name, value in (metadata or {}).items():
         proto.metadata_props.add(key=name, value=json.dumps(value))
     layers, unchecked = _checked_zeros(model, weights)
     data = _free_data_file(onnx, path) if weights.size_bytes >= external_from_bytes else None
@@ -135,11 +137,11 @@ def export_onnx(
 
 
 def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    """The `ModelProto` of a model for batches of any size."""
+    """The `ModelProto` of a model, for batches of any size."""
     optimizer = import_optional("onnxscript.optimizer", "onnx", "export to ONNX")
     try:
         with warnings.catch_warnings(), without_autocast():
-            warnings.simplefilter("ignore")  # of the exporter about its own code
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
             program = torch.onnx.export(
                 model,
                 (torch.zeros(2, *input_size),),
@@ -155,7 +157,7 @@ def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
             optimizer.fold_constants(graph.model)
             optimizer.remove_unused_nodes(graph.model)
             return graph.model_proto
-    except Exception as error:  # whatever the model's code or an operator without ONNX raises
+    except Exception as error:  # the model's code and the exporter raise errors of every kind
         versions = " and ".join(f"{name} {version(name)}" for name in ("torch", "onnxscript"))
         raise ExportError(
             f"{versions} can't export this model to ONNX: {_first_cause(error)}"
@@ -163,7 +165,7 @@ def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong at first: the exporter wraps it in advice of many lines."""
+    """The text of the first error: the exporter wraps it in advice of many lines."""
     while error.__cause__ is not None:
         error = error.__cause__
     return textwrap.shorten(str(error), 300) or type(error).__name__
@@ -179,10 +181,10 @@ def _count_norms(graph: Any) -> int:
 def _checked_zeros(
     model: nn.Module, weights: Weights
 ) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
-    """Zeros and weights of each layer in the file, and the layers that it has under no name.
+    """The numbers of zeros and weights of each layer in the file, and the layers not found there.
 
     Raises:
-        ExportError: if a weight is zero in the model and not in the file.
+        ExportError: If a weight is zero in the model but not in the file.
     """
     layers: dict[str, tuple[int, int]] = {}
     unchecked = []
@@ -193,20 +195,22 @@ def _checked_zeros(
             unchecked.append(layer)
             continue
         if (array[weight == 0] != 0).any():
-            raise ExportError(f"{layer}: weights that are zero in the model are not in the file")
+            raise ExportError(
+                f"{layer}: weights that are zero in the model are not zero in the file"
+            )
         layers[layer] = int((array == 0).sum()), array.size
     return layers, tuple(unchecked)
 
 
 def _array_of(name: str, weight: Array, weights: Weights) -> Array | None:
-    """The weight in the file, in the model's order: by its name, or else by its values."""
+    """The weight in the file, in the model's layout, found by its name or by its values."""
     if name in weights and weights[name].shape == weight.shape:
         return weights[name]
     for other in weights:
         array = weights[other]
-        for turned in (array, array.T):
-            if turned.shape == weight.shape and np.array_equal(turned, weight):
-                return turned
+        for candidate in (array, array.T):
+            if candidate.shape == weight.shape and np.array_equal(candidate, weight):
+                return candidate
     return None
 
 
@@ -217,7 +221,7 @@ def _checked_outputs(
     """The largest difference of ONNX Runtime's outputs from torch's, and torch's largest output.
 
     Raises:
-        ExportError: if the difference is beyond rounding, or the file doesn't run.
+        ExportError: If they differ by more than rounding, or ONNX Runtime can't run the file.
     """
     session = _session(runtime, file)
     generator = torch.Generator().manual_seed(0)
@@ -228,7 +232,7 @@ def _checked_outputs(
         expected.append(model(images))
         try:
             (output,) = session.run(["logits"], {"images": images.numpy()})
-        except Exception as error:  # of a kind for each failure
+        except Exception as error:  # ONNX Runtime has many error classes
             raise ExportError(f"ONNX Runtime can't run the exported model: {error}") from error
         outputs.append(torch.from_numpy(output))
     try:
@@ -245,7 +249,7 @@ def _session(runtime: Any, file: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of a kind for each failure
+    except Exception as error:  # ONNX Runtime has many error classes
         raise ExportError(f"ONNX Runtime can't load the exported model: {error}") from error
 
 
@@ -253,32 +257,32 @@ def _session(runtime: Any, file: Path) -> Any:
 
 
 def data_files(path: Path) -> tuple[Path, Path]:
-    """Where the weights of an ONNX file may lie, if not in it: in one of the two."""
+    """The two files of which one may hold the weights of an ONNX file."""
     return path.with_name(f"{path.name}.data"), path.with_name(f"{path.name}.data2")
 
 
 def _used_data_file(onnx: Any, path: Path) -> Path | None:
-    """Which of the two the ONNX file at `path` needs, if there is one that does."""
+    """The one of the two that the ONNX file at `path` refers to, or None."""
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # there is none, or it is something else
+    except Exception:  # it does not exist, or is not an ONNX file
         return None
     held = {each.value for tensor in graph.initializer for each in tensor.external_data}
     return next((file for file in data_files(path) if file.name in held), None)
 
 
 def _free_data_file(onnx: Any, path: Path) -> Path:
-    """The first of the two that the ONNX file at `path` does not need."""
+    """The first of the two that the ONNX file at `path` does not refer to."""
     used = _used_data_file(onnx, path)
     return next(file for file in data_files(path) if file != used)
 
 
 @contextmanager
 def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Path]:
-    """Write a model in a folder beside `path`, where it appears once the block has ended well.
+    """Write a model to a folder beside `path`, and move it to `path` after a successful block.
 
-    Its weights, where they have a file of their own, come first: at any time there is the old model
-    or the new one, whole.
+    A second file with the weights is moved first, so that at any time `path` is the complete old
+    model or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     used = _used_data_file(onnx, path)
@@ -295,7 +299,7 @@ def _saved(onnx: Any, proto: Any, path: Path, data: Path | None) -> Iterator[Pat
             move_file(folder / data.name, data)
         move_file(file, path)
         if used is not None:
-            used.unlink(missing_ok=True)  # of the model that was there
+            used.unlink(missing_ok=True)  # the old model's
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -304,4 +308,4 @@ def _check(onnx: Any, file: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported model is no valid ONNX: {error}") from error
+        raise ExportError(f"the exported model is not valid ONNX: {error}") from error

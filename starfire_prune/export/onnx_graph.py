@@ -1,4 +1,4 @@
-"""What is done to an ONNX model's graph: batch norms are folded, notes of its making go."""
+"""Changes to an ONNX graph: batch norms are folded, and the exporter's debug data are removed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Weights", "fold_batch_norms", "strip_notes"]
+__all__ = ["Array", "Weights", "fold_batch_norms", "strip_debug_data"]
 
 
 Array = npt.NDArray[Any]
-_NOTES = ("doc_string", "metadata_props")
+_DEBUG_FIELDS = ("doc_string", "metadata_props")
 
 
 class Weights:
@@ -23,16 +23,16 @@ class Weights:
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is one of that name."""
+        """Whether there is an initializer of that name."""
         return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """The names."""
         return iter(self._tensors)
 
     @property
     def size_bytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all initializers."""
         return sum(len(tensor.raw_data) for tensor in self._tensors.values())
 
     def __getitem__(self, name: str) -> Array:
@@ -41,13 +41,13 @@ class Weights:
         return array
 
     def replace(self, name: str, array: Array) -> None:
-        """Give an initializer other values of its shape and type, or add one."""
+        """Replace an initializer by one of the same shape and type, or add one."""
         if name not in self._tensors:
             self._tensors[name] = self._graph.initializer.add()
         self._tensors[name].CopyFrom(self._numpy.from_array(array, name))
 
     def keep(self, names: set[str]) -> None:
-        """Remove all others."""
+        """Remove all initializers with other names."""
         kept = [tensor for tensor in self._graph.initializer if tensor.name in names]
         del self._graph.initializer[:]
         self._graph.initializer.extend(kept)
@@ -55,17 +55,18 @@ class Weights:
 
 
 def fold_batch_norms(graph: Any, weights: Weights) -> int:
-    """Fold each batch norm into the convolution that it alone reads, in place.
+    """Fold batch norms into the convolutions before them, in place.
 
-    A kernel is multiplied by its channel's `scale / sqrt(variance + epsilon)`: what is zero stays
-    so. Those that follow anything else, as in a DenseNet, stay.
+    A kernel is multiplied by its channel's `scale / sqrt(variance + epsilon)`, so zeros remain
+    zeros. A batch norm is kept if it does not directly follow a convolution, as in a DenseNet, or
+    something else reads the convolution, too.
 
     Args:
-        graph: of an ONNX model in eval mode.
-        weights: of this graph.
+        graph: Graph of an ONNX model in eval mode.
+        weights: The weights of this graph.
 
     Returns:
-        How many were folded.
+        The number of batch norms that were folded.
     """
     norms = [node for node in graph.node if node.op_type == "BatchNormalization"]
     made_by = {name: node for node in graph.node for name in node.output}
@@ -82,23 +83,23 @@ def fold_batch_norms(graph: Any, weights: Weights) -> int:
     return folded
 
 
-def strip_notes(part: Any) -> None:
-    """Take away the exporter's notes, which hold stack traces with paths of this machine.
+def strip_debug_data(part: Any) -> None:
+    """Remove doc strings and metadata, where the exporter writes stack traces with local paths.
 
     Args:
-        part: a model or any part of one; the parts within, such as inner graphs and functions,
-            lose their notes too.
+        part: A model or any part of one; inner parts, such as graphs and functions, are stripped,
+            too.
     """
     for field, value in part.ListFields():
-        if field.name in _NOTES:
+        if field.name in _DEBUG_FIELDS:
             part.ClearField(field.name)
         elif field.message_type is not None:
             for inner in (value,) if hasattr(value, "ListFields") else value:
-                strip_notes(inner)
+                strip_debug_data(inner)
 
 
 def _uses(graph: Any) -> dict[str, int]:
-    """How many nodes or outputs read each value, those of inner graphs included."""
+    """How many nodes and outputs read each value, including those of inner graphs."""
     uses: dict[str, int] = {}
     for name in _read(graph):
         uses[name] = uses.get(name, 0) + 1

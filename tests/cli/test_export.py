@@ -14,7 +14,7 @@ from torch import nn
 
 from starfire_prune import measure_sparsity
 from starfire_prune.compact.files import load_compact
-from starfire_prune.export.source import find_source, load_source
+from starfire_prune.export.input import find_input, load_input
 from starfire_prune.models import create_model
 from starfire_prune.serialization.pruned import load_pruned, read_pruned_file, save_pruned
 from tests.export.test_onnx import NEEDS_EXPORTER
@@ -36,7 +36,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sparse(finished: Path) -> nn.Module:
     """The model of the run."""
-    return load_source(find_source(finished))
+    return load_input(find_input(finished))
 
 
 def refused(ended: Ended) -> str:
@@ -63,7 +63,7 @@ def test_compressed_holds_the_same_in_fewer_bytes(tool, finished, tmp_path):
     output = tmp_path / "new.safetensors"
     ended = tool(finished, "--format", "compressed", "--deflate", "--output", output)
     size, dense = output.stat().st_size, sum(t.nbytes for t in exported(finished).values())
-    assert equal_states(load_pruned(output), load_pruned(find_source(finished).weights))
+    assert equal_states(load_pruned(output), load_pruned(find_input(finished).weights))
     assert ended.stdout == (
         f"{output}: {size:,} bytes, {size / dense:.1%} of the {dense:,} of all weights\n"
     )
@@ -104,7 +104,7 @@ def test_onnx_prints_what_was_checked(tool, finished, sparse, tmp_path):
 def test_compact_writes_what_load_compact_reads(tool, finished, sparse, tmp_path):
     output = tmp_path / "small.safetensors"
     ended = tool(finished, "--format", "compact", "--output", output)
-    settings = find_source(finished).architecture
+    settings = find_input(finished).architecture
     loaded = load_compact(output, create_model(**settings))  # type: ignore[arg-type]
     assert difference(sparse, loaded, images(size=16)) < 1e-5
     assert "largest difference of the outputs" in ended.stdout
@@ -135,7 +135,7 @@ def test_the_tool_runs_as_a_command(finished, tmp_path):
 
 
 def test_inspect_prints_a_line_a_tensor(tool, finished):
-    weights = find_source(finished).weights
+    weights = find_input(finished).weights
     ended = tool("--inspect", weights)
     lines = ended.stdout.splitlines()
     entries = read_pruned_file(weights).entries
@@ -191,8 +191,8 @@ def test_inspect_refuses_what_is_no_file_of_weights(name, tool, finished):
         ),
         (
             ["FOREIGN", "--format", "timm", "--output", "X", "--model", "test_resnet"],
-            "{FOREIGN} doesn't tell how its images are prepared, which config.json has to: give "
-            "--recipe FILE",
+            "{FOREIGN} does not describe how its images are prepared, which config.json "
+            "needs: give --recipe FILE",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_foreign_file_is_refused(tool, tmp_path):
     ended = tool(
         tmp_path / "foreign.safetensors", "--format", "onnx", "--output", tmp_path / "x.onnx"
     )
-    assert "names no model of timm: give --recipe FILE or --model NAME" in refused(ended)
+    assert "does not name a timm model: give --recipe FILE or --model NAME" in refused(ended)
 
 
 def test_a_damaged_file_is_refused(tool, run, tmp_path):

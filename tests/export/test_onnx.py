@@ -1,4 +1,4 @@
-"""ONNX files: zeros, batches, notes and the checks that keep a wrong file from being written."""
+"""ONNX files: zeros, batches, metadata and the checks that keep a wrong file from being written."""
 
 import copy
 import importlib
@@ -130,12 +130,12 @@ def test_no_path_of_this_machine_is_in_the_file(export, tmp_path):
     assert b"networks.py" not in (tmp_path / "model.onnx").read_bytes()
 
 
-def test_notes_are_kept_as_json(export, tmp_path):
-    export(tmp_path / "model.onnx", notes={"images": {"mean": [0.5]}})
-    notes = {
+def test_metadata_are_stored_as_json(export, tmp_path):
+    export(tmp_path / "model.onnx", metadata={"images": {"mean": [0.5]}})
+    stored = {
         each.key: each.value for each in onnx.load(str(tmp_path / "model.onnx")).metadata_props
     }
-    assert json.loads(notes["images"]) == {"mean": [0.5]}
+    assert json.loads(stored["images"]) == {"mean": [0.5]}
 
 
 # Weights in a file of their own
@@ -225,7 +225,9 @@ def test_outputs_that_differ_are_refused(export, model, tmp_path):
 def test_zeros_that_are_lost_are_refused(export, model, tmp_path):
     other = copy.deepcopy(model)
     ck_structured(other.get_submodule("body"), amount=0.9)
-    with pytest.raises(ExportError, match=r"^body: weights that are zero in the model are not"):
+    with pytest.raises(
+        ExportError, match=r"^body: weights that are zero in the model are not zero"
+    ):
         export(tmp_path / "model.onnx", other)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from starfire_prune.export.onnx_graph import Weights, fold_batch_norms, strip_notes
+from starfire_prune.export.onnx_graph import Weights, fold_batch_norms, strip_debug_data
 
 NORM = ("scale", "shift", "mean", "variance")
 VALUES = {
@@ -152,7 +152,7 @@ def test_what_is_zero_stays_positive_zero(kernels, scale):
     assert not np.signbit(folded[values == 0]).any()
 
 
-def test_notes_within_inner_graphs_and_functions_go():
+def test_debug_data_of_inner_graphs_and_functions_are_removed():
     node = helper.make_node("Identity", ["scale"], ["b"], doc_string="/home/somebody/model.py")
     output = helper.make_tensor_value_info("b", TensorProto.FLOAT, [2])
     branch = helper.make_graph([node], "branch", [], [output], doc_string="of somebody")
@@ -161,18 +161,18 @@ def test_notes_within_inner_graphs_and_functions_go():
     function = helper.make_function("own", "f", ["scale"], ["b"], [node], opsets)
     model = model_of([conv(), norm(), choice])
     model.functions.append(function)
-    strip_notes(model)
+    strip_debug_data(model)
     assert b"somebody" not in model.SerializeToString()
     assert len(model.functions[0].node) == len(model.graph.node[2].attribute[0].g.node) == 1
 
 
-def test_notes_of_the_making_go():
+def test_debug_data_of_the_exporter_are_removed():
     model = model_of([conv(), norm()])
     model.graph.node[0].doc_string = "text"
     parts: list[Any] = [model.graph, *model.graph.node, *model.graph.input]
     parts += [*model.graph.output, *model.graph.initializer]
     for part in parts:
         part.metadata_props.add(key="trace", value="/home/somebody/model.py")
-    strip_notes(model.graph)
+    strip_debug_data(model.graph)
     assert b"somebody" not in model.SerializeToString()
     assert not model.graph.node[0].doc_string

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from starfire_prune.data import load_datasets
 from starfire_prune.export.image_settings import ImageSettings, class_names, image_settings
-from starfire_prune.export.source import Source, find_source, load_source, write_weights
+from starfire_prune.export.input import ExportInput, find_input, load_input, write_weights
 from starfire_prune.export.timm import timm_config, write_timm_folder
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
@@ -45,15 +45,15 @@ def recipe_of(folder: Path, text: str, **words: object) -> Recipe:
     return load_recipe(path)
 
 
-def source_of(folder: Path, recipe: Recipe) -> tuple[Source, nn.Module]:
+def source_of(folder: Path, recipe: Recipe) -> tuple[ExportInput, nn.Module]:
     """Random weights of a recipe's model."""
     settings = recipe.model
     model = create_model(settings.name, settings.num_classes, **settings.options).eval()
     weights = folder / "weights.safetensors"
     save_file(model.state_dict(), weights)
     named = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
-    source = Source(
-        weights, weights, recipe.data, named, is_checked=False, named=True, has_own_recipe=True
+    source = ExportInput(
+        weights, weights, recipe.data, named, is_checked=False, is_named=True, may_read_folders=True
     )
     return source, model
 
@@ -87,8 +87,8 @@ def from_hub(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
     """The folder of the small run: options of the model, and digits."""
-    source = find_source(finished)
-    write_timm_folder(source, load_source(source), tmp_path / "timm")
+    source = find_input(finished)
+    write_timm_folder(source, load_input(source), tmp_path / "timm")
     return tmp_path / "timm"
 
 
@@ -221,9 +221,9 @@ def test_a_recipe_within_a_file_shows_no_folders_of_this_machine(tmp_path):
     _, model = source_of(tmp_path, recipe)
     save_pruned(model, tmp_path / "foreign.safetensors", recipe=recipe)
     weights = tmp_path / "foreign.safetensors"
-    assert find_source(weights).data == recipe.data
-    assert find_source(weights).label_names(model) is None
-    given = find_source(weights, recipe=tmp_path / "recipe.yaml")
+    assert find_input(weights).data == recipe.data
+    assert find_input(weights).label_names(model) is None
+    given = find_input(weights, recipe=tmp_path / "recipe.yaml")
     assert given.label_names(model) == ("ant", "bee")
 
 
@@ -234,8 +234,8 @@ def test_beside_the_weights_of_a_run_only_the_configuration_is_written(finished,
     weights = tmp_path / "model.safetensors"
     weights.write_bytes((finished / "export" / "model.safetensors").read_bytes())
     before = weights.stat().st_mtime_ns
-    source = find_source(weights, recipe=finished / "recipe.yaml")
-    write_timm_folder(source, load_source(source), tmp_path)
+    source = find_input(weights, recipe=finished / "recipe.yaml")
+    write_timm_folder(source, load_input(source), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert weights.stat().st_mtime_ns == before
 
@@ -243,23 +243,27 @@ def test_beside_the_weights_of_a_run_only_the_configuration_is_written(finished,
 @pytest.mark.parametrize("deflate", [False, True])
 def test_compressed_weights_are_not_made_a_folder_for_timm(deflate, finished, tmp_path):
     weights = tmp_path / "model.safetensors"
-    write_weights(find_source(finished), weights, "compressed", deflate=deflate)
-    source = find_source(weights, recipe=finished / "recipe.yaml")
+    write_weights(find_input(finished), weights, "compressed", deflate=deflate)
+    source = find_input(weights, recipe=finished / "recipe.yaml")
     with pytest.raises(ExportError, match=r"model.safetensors is compressed, .*another folder as"):
-        write_timm_folder(source, load_source(source), tmp_path)
+        write_timm_folder(source, load_input(source), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_without_a_recipe_it_is_refused(finished, tmp_path):
     weights = finished / "export" / "model.safetensors"
-    source = Source(weights, weights, None, {"name": "resnet18"}, is_checked=True, named=True)
-    with pytest.raises(ExportError, match=r"doesn't tell how its images are prepared.*--recipe"):
+    source = ExportInput(
+        weights, weights, None, {"name": "resnet18"}, is_checked=True, is_named=True
+    )
+    with pytest.raises(
+        ExportError, match=r"does not describe how its images are prepared.*--recipe"
+    ):
         write_timm_folder(source, nn.Identity(), tmp_path / "timm")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_can_not_be_written_is_refused(finished, tmp_path):
     (tmp_path / "file").write_text("")
-    source = find_source(finished)
+    source = find_input(finished)
     with pytest.raises(CheckpointError, match=r"file/timm can't be written"):
-        write_timm_folder(source, load_source(source), tmp_path / "file" / "timm")
+        write_timm_folder(source, load_input(source), tmp_path / "file" / "timm")

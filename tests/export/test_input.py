@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from starfire_prune.export.source import Source, find_source, load_source, write_weights
+from starfire_prune.export.input import ExportInput, find_input, load_input, write_weights
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.serialization.pruned import load_pruned, read_pruned_file, save_pruned
@@ -49,14 +49,14 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_a_run_is_loaded_by_its_recipe(finished):
-    model = load_source(find_source(finished))
+    model = load_input(find_input(finished))
     weights = exported(finished)
     assert not model.training
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_the_images_of_a_run_are_those_of_its_recipe(finished):
-    source = find_source(finished)
+    source = find_input(finished)
     assert source.images is not None
     assert source.images.size == 16
     assert source.input_size(nn.Identity()) == (3, 16, 16)
@@ -65,40 +65,40 @@ def test_the_images_of_a_run_are_those_of_its_recipe(finished):
 @pytest.mark.parametrize("format", ["dense", "compressed"])
 def test_a_file_that_names_its_model_is_enough(format, model, tmp_path):
     save_pruned(model, tmp_path / "a.safetensors", format, architecture=SMALL)
-    assert same(load_source(find_source(tmp_path / "a.safetensors")), model)
+    assert same(load_input(find_input(tmp_path / "a.safetensors")), model)
 
 
 @pytest.mark.parametrize("kind", ["foreign", "checked"])
 def test_a_model_that_is_named_gets_the_classes_of_the_file(kind, model, request):
     path = request.getfixturevalue(kind)
-    source = find_source(path, model="test_resnet")
+    source = find_input(path, model="test_resnet")
     assert source.architecture == SMALL
-    assert same(load_source(source), model)
+    assert same(load_input(source), model)
 
 
 def test_a_recipe_names_the_model_of_a_file(finished):
     weights = finished / "export" / "model.safetensors"
-    by_file = load_source(find_source(weights, recipe=finished / "recipe.yaml"))
-    assert same(by_file, load_source(find_source(finished)))
+    by_file = load_input(find_input(weights, recipe=finished / "recipe.yaml"))
+    assert same(by_file, load_input(find_input(finished)))
 
 
 def test_a_recipe_in_a_file_tells_the_images(model, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path))
     path = tmp_path / "a.safetensors"
     save_pruned(model, path, recipe=recipe, architecture=SMALL)
-    source = find_source(path)
+    source = find_input(path)
     assert source.data == recipe.data
-    assert same(load_source(source), model)
+    assert same(load_input(source), model)
 
 
 def test_a_recipe_in_a_file_that_is_none_tells_nothing(model, tmp_path):
     path = tmp_path / "a.safetensors"
     save_pruned(model, path, recipe={"data": {"name": "x"}}, architecture=SMALL)
-    assert find_source(path).data is None
+    assert find_input(path).data is None
 
 
 def test_without_a_recipe_images_have_the_size_of_the_architecture(checked, model):
-    source = find_source(checked)
+    source = find_input(checked)
     assert source.images is None
     assert source.input_size(model) == (3, 160, 160)
 
@@ -106,7 +106,7 @@ def test_without_a_recipe_images_have_the_size_of_the_architecture(checked, mode
 @pytest.mark.parametrize(("img_size", "size"), [(32, (32, 32)), ([32, 48], (32, 48))])
 def test_without_a_recipe_images_have_the_size_that_the_file_names(img_size, size, foreign):
     named = {"name": "test_vit", "img_size": img_size}
-    source = Source(foreign, foreign, None, named, is_checked=True, named=False)
+    source = ExportInput(foreign, foreign, None, named, is_checked=True, is_named=False)
     assert source.input_size(nn.Identity()) == (3, *size)
 
 
@@ -114,7 +114,7 @@ def test_a_file_without_weights_is_refused(tmp_path):
     path = tmp_path / "empty.safetensors"
     save_pruned(nn.ReLU(), path)
     with pytest.raises(ExportError, match=r"empty.safetensors holds no weights: name a file that"):
-        write_weights(find_source(path), tmp_path / "new.safetensors")
+        write_weights(find_input(path), tmp_path / "new.safetensors")
     assert not (tmp_path / "new.safetensors").exists()
 
 
@@ -122,17 +122,17 @@ def test_channels_are_those_of_the_file(tmp_path):
     grey = {**SMALL, "in_chans": 1}
     model = create_model(**grey)  # type: ignore[arg-type]
     save_pruned(model, tmp_path / "grey.safetensors", architecture=grey)
-    assert find_source(tmp_path / "grey.safetensors").input_size(model) == (1, 160, 160)
+    assert find_input(tmp_path / "grey.safetensors").input_size(model) == (1, 160, 160)
 
 
 @pytest.mark.parametrize("format", ["dense", "compressed"])
 def test_weights_of_a_foreign_file_are_written_with_checksums(format, foreign, model, tmp_path):
-    write_weights(find_source(foreign, model="test_resnet"), tmp_path / "new.safetensors", format)
-    assert same(load_source(find_source(tmp_path / "new.safetensors")), model)
+    write_weights(find_input(foreign, model="test_resnet"), tmp_path / "new.safetensors", format)
+    assert same(load_input(find_input(tmp_path / "new.safetensors")), model)
 
 
 def test_weights_are_written_with_what_the_file_tells(finished, tmp_path):
-    source = find_source(finished)
+    source = find_input(finished)
     write_weights(source, tmp_path / "new.safetensors", "compressed", deflate=True)
     old, new = read_pruned_file(source.weights), read_pruned_file(tmp_path / "new.safetensors")
     assert new.pruning == old.pruning
@@ -144,7 +144,7 @@ def test_no_folder_of_this_machine_is_written(finished, tmp_path):
     (old / "export").mkdir(parents=True)
     (old / "recipe.yaml").write_bytes((finished / "recipe.yaml").read_bytes())
     save_file(exported(finished), old / "export" / "model.safetensors")
-    write_weights(find_source(old), tmp_path / "new.safetensors")
+    write_weights(find_input(old), tmp_path / "new.safetensors")
     assert str(tmp_path).encode() not in (tmp_path / "new.safetensors").read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_no_folder_of_this_machine_is_written(finished, tmp_path):
 def test_nothing_there_is_refused_with_what_is_near(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(EvaluationError, match=r"^there is no run or file \S+rum; in \S+: run$"):
-        find_source(tmp_path / "rum")
+        find_input(tmp_path / "rum")
 
 
 def test_an_unfinished_run_is_refused_with_how_to_go_on(finished, tmp_path):
@@ -162,12 +162,12 @@ def test_an_unfinished_run_is_refused_with_how_to_go_on(finished, tmp_path):
     for name in ("recipe.yaml", "metrics.jsonl"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
     with pytest.raises(EvaluationError, match=r"run is unfinished, 4 of 4 epochs are done: cont"):
-        find_source(tmp_path / "run")
+        find_input(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(EvaluationError, match=r"is not a run's folder: it holds no recipe.yaml"):
-        find_source(tmp_path)
+        find_input(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,22 +175,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 )
 def test_a_run_takes_no_other_model(recipe, model, option, finished):
     with pytest.raises(ExportError, match=rf"^--{option} has no effect: \S+ is a run, which has"):
-        find_source(finished, recipe, model)
+        find_input(finished, recipe, model)
 
 
 def test_a_recipe_and_a_model_are_refused(foreign):
     with pytest.raises(ExportError, match=r"^--model has no effect: the recipe names its model"):
-        find_source(foreign, Path("recipe.yaml"), "resnet18")
+        find_input(foreign, Path("recipe.yaml"), "resnet18")
 
 
 def test_a_foreign_file_without_a_model_is_refused(foreign):
-    with pytest.raises(ExportError, match=r"names no model of timm: give --recipe FILE or --model"):
-        load_source(find_source(foreign))
+    with pytest.raises(
+        ExportError, match=r"does not name a timm model: give --recipe FILE or --model"
+    ):
+        load_input(find_input(foreign))
 
 
 def test_a_foreign_file_without_a_model_is_not_written(foreign, tmp_path):
-    with pytest.raises(ExportError, match=r"names no model of timm: give --recipe FILE or --model"):
-        write_weights(find_source(foreign), tmp_path / "new.safetensors")
+    with pytest.raises(
+        ExportError, match=r"does not name a timm model: give --recipe FILE or --model"
+    ):
+        write_weights(find_input(foreign), tmp_path / "new.safetensors")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
@@ -198,7 +202,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"no.safetensors is not a complete safetensors file \("
     ):
-        find_source(tmp_path / "no.safetensors")
+        find_input(tmp_path / "no.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["foreign", "checked"])
@@ -206,7 +210,7 @@ def test_a_file_that_is_cut_short_is_refused(kind, request):
     path = request.getfixturevalue(kind)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"is not a complete safetensors file \("):
-        find_source(path)
+        find_input(path)
 
 
 def test_damage_is_noticed(checked):
@@ -216,12 +220,12 @@ def test_damage_is_noticed(checked):
     with pytest.raises(
         CheckpointError, match=r"checked.safetensors can't be loaded: tensor '.*dam"
     ):
-        find_source(checked)
+        find_input(checked)
 
 
 def test_a_name_that_is_none_is_refused_with_the_nearest(foreign):
     with pytest.raises(ExportError, match=r"^--model: unknown model 'test_resnit': did you mean"):
-        find_source(foreign, model="test_resnit")
+        find_input(foreign, model="test_resnit")
 
 
 @pytest.mark.parametrize(
@@ -233,32 +237,34 @@ def test_a_name_that_is_none_is_refused_with_the_nearest(foreign):
 )
 def test_weights_of_another_model_are_refused(name, message, foreign):
     with pytest.raises(ExportError, match=message):
-        load_source(find_source(foreign, model=name))
+        load_input(find_input(foreign, model=name))
 
 
 def test_a_recipe_of_other_classes_is_refused(foreign, tmp_path):
     recipe = write_recipe(tmp_path)
     _, rest = recipe.read_text().split("\n", 1)
     recipe.write_text("model: {name: test_resnet, num_classes: 10}\n" + rest)
-    with pytest.raises(ExportError, match=r"is of other classes than the recipe's model.num_clas"):
-        load_source(find_source(foreign, recipe=recipe))
+    with pytest.raises(ExportError, match=r"has another number of classes than the recipe's mod"):
+        load_input(find_input(foreign, recipe=recipe))
 
 
 def test_options_that_the_model_refuses_are_told(foreign, tmp_path):
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("layers: [1, 1, 1, 1]", "layers: 3"))
     with pytest.raises(ModelError, match=r"^resnet18 can't be built with the options "):
-        load_source(find_source(foreign, recipe=recipe))
+        load_input(find_input(foreign, recipe=recipe))
 
 
 def test_a_recipe_that_is_none_is_refused(foreign, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: 3")
     with pytest.raises(RecipeError, match=r"bad.yaml: model: "):
-        find_source(foreign, recipe=tmp_path / "bad.yaml")
+        find_input(foreign, recipe=tmp_path / "bad.yaml")
 
 
 def test_a_file_that_tells_too_little_of_its_model_is_refused(finished, tmp_path):
     path = tmp_path / "a.safetensors"
-    save_pruned(load_source(find_source(finished)), path, architecture={"name": "resnet18"})
-    with pytest.raises(ExportError, match=r"does not tell its model well enough to build it: give"):
-        load_source(find_source(path))
+    save_pruned(load_input(find_input(finished)), path, architecture={"name": "resnet18"})
+    with pytest.raises(
+        ExportError, match=r"does not describe its model well enough to build it: give"
+    ):
+        load_input(find_input(path))
