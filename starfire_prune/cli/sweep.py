@@ -27,7 +27,11 @@ __all__ = ["COMMAND"]
 TRAIN = ("-m", "starfire_prune", "train")  # after a launcher, such as `accelerate launch`
 PATIENCE_S = 45.0  # from the signal to end to killing a run; torchrun gives its workers 30
 POLL_S = 0.05
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ENDING = [  # Windows has only some of them
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+    if name in signal.Signals.__members__
+]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
