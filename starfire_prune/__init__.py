@@ -8,6 +8,7 @@ that need no torch, such as `starfire --help`, start at once.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,12 +19,12 @@ else:
 
     def __getattr__(name: str) -> Any:
         if not name.startswith("__") or name == "__all__":  # no `__wrapped__`, of doctest
-            api = import_module("starfire_prune.api")
+            if find_spec(f"{__name__}.{name}"):
+                return import_module(f"{__name__}.{name}")
+            api = import_module(f"{__name__}.api")
             if name in (*api.__all__, "__all__"):
                 return getattr(api, name)
-            if name in globals():  # a package within this one, which `api` has loaded
-                return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *import_module("starfire_prune.api").__all__})
+        return sorted({*globals(), *import_module(f"{__name__}.api").__all__})

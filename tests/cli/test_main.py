@@ -90,3 +90,9 @@ def test_names_of_the_package_are_those_of_its_api():
     assert starfire_prune.Pruner is api.Pruner
     with pytest.raises(AttributeError, match="has no attribute 'Prunner'"):
         starfire_prune.Prunner  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_packages_are_attributes_without_an_import_of_all_others():
+    code = "import sys, starfire_prune as s; s.masks.ck_mask; assert s.utils and 'yaml' not in sys"
+    code += ".modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
