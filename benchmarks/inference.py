@@ -108,7 +108,7 @@ def prune(model: nn.Module, method: str) -> None:
             fc_fine(module, amount=share)
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             if kind == "ck" or module.kernel_size == (1, 1):
-                ck_structured(module, amount=share, group=together)
+                ck_structured(module, amount=share, block_size=(together, 1))
             elif kind == "window":
                 window_structured(module, amount=share, exact_layer_sparsity=True)
             else:

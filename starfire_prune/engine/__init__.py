@@ -1,8 +1,9 @@
 """The engine: brings a model through the dense phase, the pruning era and the fixed phase."""
 
-from starfire_prune.engine.pruner import Phase, Pruner
+from starfire_prune.engine.pruner import Pruner
 from starfire_prune.engine.settings import Fc, Override, Pruning, parse_pruning
 from starfire_prune.engine.sparsity import LayerSparsity, Sparsity, format_table, measure_sparsity
+from starfire_prune.engine.state import Phase
 
 __all__ = [
     "Fc",

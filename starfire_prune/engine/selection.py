@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from starfire_prune.masks.conv import intra_shares
+from starfire_prune.engine.settings import Override, Pruning
 from starfire_prune.methods.base import MaskMethod
-from starfire_prune.methods.conv import CKStructured, WindowStructured
-from starfire_prune.methods.registry import METHODS
-from starfire_prune.methods.schedules import SCHEDULES
+from starfire_prune.methods.linear import FCStructured
+from starfire_prune.methods.registry import METHODS, method_name
+from starfire_prune.methods.schedules import Schedule
 from starfire_prune.utils.modules import (
     clean_name,
     is_depthwise,
@@ -26,85 +24,59 @@ from starfire_prune.utils.modules import (
     unwrap,
 )
 
-if TYPE_CHECKING:
-    from starfire_prune.engine.settings import Override, Pruning
-
-__all__ = ["PrunedLayer", "amount_at", "select_layers"]
-
-
-# The keywords that each method's class takes from the settings of the same names.
-_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "window": ("exact_layer_sparsity",),
-    "ck": ("group", "scope"),
-    "intra": ("window_fraction", "scope"),
-    "block": ("block_size",),
-    "dead_inputs": ("then", "block_size"),
-}
-_CONV_METHODS = ("window", "ck", "intra", "inter", "magnitude", "random", "filter")
-_LINEAR_METHODS = ("fine", "block", "dead_inputs", "magnitude", "random")
+__all__ = ["PrunedLayer", "select_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PrunedLayer:
-    """A layer that is pruned, and the settings that hold for it.
+    """A layer that is pruned, and how.
 
     Attributes:
-        name: of the module, without prefixes of DDP and `torch.compile`.
-        module: the convolution or linear layer; its parameter `weight` is pruned.
-        method: a key of `METHODS`, or `"inter"`.
-        amount: the target share in (0, 1].
-        schedule: a key of `SCHEDULES`.
-        ck_fraction_of_era: the share of the era that `"inter"` spends on CK.
-        share: the share of the amount that `"inter"` leaves to window pruning.
-        options: keywords of the method's class.
-        max_nonzero: applied with the target, for the methods that have it.
+        name: Name of the module, without prefixes of DDP and `torch.compile`.
+        module: The convolution or linear layer; its parameter `weight` is pruned.
+        method: The pruning method with its target amount, a share in (0, 1].
+        schedule: Function from the progress of the era to the share of the target.
     """
 
     name: str
     module: nn.Module
-    method: str
-    amount: float
-    schedule: str = "linear"
-    ck_fraction_of_era: float = 0.5
-    window_fraction: float = 0.5
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    max_nonzero: int | None = None
+    method: MaskMethod
+    schedule: Schedule
+
+    @property
+    def method_name(self) -> str:
+        """The name of the method in recipes."""
+        return method_name(type(self.method))
+
+    @property
+    def amount(self) -> float:
+        """The target, a share in (0, 1]."""
+        return self.method.amount
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the layer's weight."""
+        return layer_weight(self.module).shape
 
     def method_at(self, progress: float) -> MaskMethod:
-        """The pruning method, with its amount, at a progress of the era in [0, 1]."""
-        amount = amount_at(self, progress)
-        if self.method == "inter":
-            if progress > self.ck_fraction_of_era:
-                return WindowStructured(amount, exact_layer_sparsity=True)
-            return CKStructured(amount, **self.options)
-        options = dict(self.options)
-        if progress == 1.0 and self.max_nonzero is not None:
-            options["max_nonzero"] = self.max_nonzero
-        return METHODS[self.method](amount, **options)
+        """The pruning method with its amount at a progress of the era in [0, 1]."""
+        return self.method.at(progress, self.schedule)
 
-    def reading_zeros_in(self, columns: Tensor) -> PrunedLayer:
-        """The same layer under `dead_inputs`, told which input channels are zero, bool `(C,)`."""
-        return dataclasses.replace(self, options={**self.options, "columns": columns})
-
-    def methods_between(self, applied: float, progress: float) -> list[MaskMethod]:
-        """The methods that bring a mask from one progress of the era to a later one.
-
-        `inter` completes its first half, CK, before it goes on with window pruning, wherever the
-        updates fall.
-        """
-        method = self.method_at(progress)
-        if self.method == "inter" and applied < self.ck_fraction_of_era < progress:
-            return [self.method_at(self.ck_fraction_of_era), method]
-        return [method]
+    def with_zero_inputs(self, columns: Tensor) -> PrunedLayer:
+        """The layer with the input channels that are zero, bool of shape `(C,)`."""
+        method = dataclasses.replace(self.method, columns=columns)  # type: ignore[call-arg]
+        return dataclasses.replace(self, method=method)
 
     def check(self) -> None:
-        """Raise ValueError if the settings don't fit the layer, or would take all its weights."""
-        shape = layer_weight(self.module).shape
-        fitting = _LINEAR_METHODS if isinstance(self.module, nn.Linear) else _CONV_METHODS
-        if self.method not in fitting and "flatten" not in self.options:
+        """Raise ValueError if the method doesn't fit the layer, or would prune all its weights."""
+        name = self.method_name
+        if not isinstance(self.module, self.method.applies_to) and not _stands_for_linear(self):
+            fitting = [
+                key for key, own in METHODS.items() if isinstance(self.module, own.applies_to)
+            ]
             raise ValueError(
                 f"layer {self.name} ({type(self.module).__name__}) can't be pruned by "
-                f"{self.method}: give it one of {', '.join(fitting)}"
+                f"{name}: give it one of {', '.join(fitting)}"
             )
         if isinstance(self.module, NonDynamicallyQuantizableLinear):
             raise ValueError(
@@ -113,52 +85,23 @@ class PrunedLayer:
                 f"`exclude`"
             )
         try:
-            steps = [self.method_at(progress) for progress in (self.ck_fraction_of_era, 1.0)]
-            emptied = any(gone == units for step in steps for gone, units in step.counts(shape))
+            counts = self.method_at(1.0).counts(self.shape)
         except ValueError as error:
             raise ValueError(
-                f"layer {self.name} of shape {tuple(shape)} can't be pruned by {self.method}: "
+                f"layer {self.name} of shape {tuple(self.shape)} can't be pruned by {name}: "
                 f"{error}; or leave it out by `exclude`"
             ) from None
-        if emptied:
+        if any(pruned == units for pruned, units in counts):
             raise ValueError(
-                f"layer {self.name} of shape {tuple(shape)} would lose all its weights by "
-                f"{self.method} at amount {self.amount}: lower its amount by an override, or leave "
+                f"layer {self.name} of shape {tuple(self.shape)} would lose all its weights by "
+                f"{name} at amount {self.amount}: lower its amount by an override, or leave "
                 f"it out by `exclude`"
             )
 
 
-class _Schedule(Protocol):
-    """What a layer's settings and the whole network's have in common."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def amount(self) -> float: ...
-    @property
-    def schedule(self) -> str: ...
-    @property
-    def ck_fraction_of_era(self) -> float: ...
-    @property
-    def window_fraction(self) -> float: ...
-
-
-def amount_at(settings: _Schedule, progress: float) -> float:
-    """The amount in [0, 1] that a layer, or `pruning` as a whole, stands at in the era.
-
-    `inter` (appendix 7.1) is CK up to the kernel amount of intra during the first
-    `ck_fraction_of_era`, then window pruning spread over the surviving kernels up to the total.
-    """
-    rise = SCHEDULES[settings.schedule]
-    if settings.method != "inter":
-        return settings.amount * rise(progress)
-    _, kernel_amount = intra_shares(settings.amount, settings.window_fraction)
-    if progress <= settings.ck_fraction_of_era:
-        return kernel_amount * rise(progress / settings.ck_fraction_of_era)
-    if progress == 1.0:
-        return settings.amount
-    rest = rise((progress - settings.ck_fraction_of_era) / (1.0 - settings.ck_fraction_of_era))
-    return kernel_amount + (settings.amount - kernel_amount) * rest
+def _stands_for_linear(layer: PrunedLayer) -> bool:
+    """Whether a convolution is pruned as the linear layer that it stands for."""
+    return isinstance(layer.method, FCStructured) and layer.method.flatten
 
 
 def select_layers(
@@ -166,16 +109,21 @@ def select_layers(
 ) -> list[PrunedLayer]:
     """The layers of `model` that `pruning` selects, in the model's order.
 
-    All convolutions and linear layers that match `include` and not `exclude`; depthwise
-    convolutions only where an `include` other than `*` matches them, and then with the layer as
-    the locale of kernels. An override applies to the selected layers it matches; where several
-    match, the last one does. Convolutions named in `connected` are pruned as linear layers are.
+    These are all convolutions and linear layers that match `include` and not `exclude`. Depthwise
+    convolutions are selected only if a pattern of `include` other than `*` matches them; their
+    kernels compete in the layer. An override applies to the selected layers that it matches; if
+    several match, the last one applies.
+
+    Args:
+        model: The model, also wrapped by DDP or `torch.compile`.
+        pruning: The settings.
+        connected: Names of the convolutions that are pruned as linear layers.
 
     Raises:
-        ValueError: for a pattern that matches no layer (transposed convolutions are none here),
+        ValueError: For a pattern that matches no layer (transposed convolutions can't be pruned),
             an override of layers that are not selected, a selected layer that its method can't
-            prune or would empty, one that shares its weight with another module or has none of
-            its own, and a selection of no layer at all.
+            prune or would prune completely, one that shares its weight with another module or has
+            no weight of its own, and a selection of no layer at all.
     """
     candidates = prunable_layers(model)
     for key in ("include", "exclude"):
@@ -203,7 +151,7 @@ def select_layers(
     if not layers:
         raise ValueError(
             "pruning selects no layer: the model has no convolution or linear layer that "
-            "`include` matches and `exclude`, `pointwise` and `fc` leave"
+            "`include` matches and that `exclude`, `pointwise` and `fc` don't leave dense"
         )
     _check_unshared(model, layers)
     for layer in layers:
@@ -218,47 +166,23 @@ def _planned(
     override: Override | None,
     connected: bool = False,
 ) -> PrunedLayer | None:
-    """The layer's settings, or None where `pointwise: none` leaves it dense."""
-    own = override.model_dump(exclude_none=True) if override is not None else {}
-    settings = {**pruning.model_dump(exclude={"fc", "overrides"}), **own}
-    if connected or isinstance(module, nn.Linear):
-        fc = {} if pruning.fc == "none" else pruning.fc.model_dump(exclude_none=True)
-        settings |= {**fc, **own}
-    method = settings["method"]
-    if method != pruning.method and "max_nonzero" not in own:
-        settings["max_nonzero"] = None  # window counts weights of a kernel by it, ck kernels
-    if isinstance(module, _ConvNd):
-        pointwise = layer_weight(module)[0, 0].numel() == 1
-        if method == "window" and pointwise:
-            method = settings["pointwise"]
-            settings["max_nonzero"] = None  # counts the weights of a kernel
-        elif method == "inter" and pointwise:
-            method = "ck"
-        if method == "none":
-            return None
-        if is_depthwise(module):
-            settings["scope"] = "layer"
-    # A convolution has no block_size; `PrunedLayer.check` refuses its block method.
-    options = {key: settings[key] for key in _OPTIONS.get(method, ()) if key in settings}
-    if method in ("ck", "intra", "inter") and isinstance(module, _ConvNd):
-        options["groups"] = module.groups
-    if method == "dead_inputs" and connected:
-        options["flatten"] = True
-    if method == "inter":
-        options["scope"] = settings["scope"]
-    if method == "random":  # an order of its own for each layer
-        options["seed"] = settings["seed"] ^ zlib.crc32(name.encode())
-    return PrunedLayer(
-        name=name,
-        module=module,
-        method=method,
-        amount=settings["amount"],
-        schedule=settings["schedule"],
-        ck_fraction_of_era=settings["ck_fraction_of_era"],
-        window_fraction=settings["window_fraction"],
-        options=options,
-        max_nonzero=settings["max_nonzero"] if method in ("window", "ck") else None,
-    )
+    """The layer with its method, or None if `pointwise: none` leaves it dense."""
+    is_linear = connected or isinstance(module, nn.Linear)
+    section = pruning.fc if is_linear and pruning.fc != "none" else pruning
+    method, amount, options = section.method, section.amount or pruning.amount, section.options
+    if override is not None:
+        own = {key: value for key, value in override.options.items() if value is not None}
+        amount = override.amount or amount
+        if override.method is None:
+            options |= {key: value for key, value in own.items() if key in options}
+        else:
+            method, options = override.method, own
+    mask_method = METHODS[method](amount, **options).for_layer(name, module)
+    if mask_method is None:
+        return None
+    if connected and isinstance(mask_method, FCStructured):
+        mask_method = dataclasses.replace(mask_method, flatten=True)
+    return PrunedLayer(name, module, mask_method, pruning.schedule_function)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -285,11 +209,12 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Iterable[str]) -> 
 def _overridable(
     selected: Mapping[str, nn.Module], pruning: Pruning, override: Override
 ) -> dict[str, nn.Module]:
-    """The selected layers but for those that stay dense under the override, unasked by it."""
+    """The selected layers except those that the settings, not the override, leave dense."""
+    leaves_dense = override.options.get("pointwise") == "none"
     return {
         name: module
         for name, module in selected.items()
-        if override.pointwise == "none" or _planned(name, module, pruning, override) is not None
+        if leaves_dense or _planned(name, module, pruning, override) is not None
     }
 
 

@@ -1,14 +1,43 @@
-"""The settings of a pruning: the recipe's section `pruning`, which the engine owns."""
+"""The settings of a pruning: the recipe's section `pruning`, which the engine owns.
+
+The keys of a section depend on its `method`: to the keys that all methods share come the options
+that the method's class declares. So there is a section for each method, and an option that does
+not belong to the method is an unknown key.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    Tag,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from torch import nn
 
+from starfire_prune.methods.base import CONVOLUTIONS, LINEAR, MaskMethod
+from starfire_prune.methods.registry import (
+    METHODS,
+    applies_to_any,
+    method_class,
+    method_name,
+    method_options,
+)
+from starfire_prune.methods.schedules import SCHEDULES, Schedule, schedule_name
 from starfire_prune.utils.settings import (
-    KeyPath,
     Problem,
     RecipeError,
     Settings,
@@ -19,87 +48,76 @@ from starfire_prune.utils.settings import (
     settings_error,
     validated,
 )
+from starfire_prune.utils.text import did_you_mean
 
-__all__ = [
-    "Fc",
-    "Override",
-    "Pruning",
-    "Seed",
-    "is_era",
-    "one_or_list",
-    "parse_pruning",
-]
+__all__ = ["Fc", "MethodSection", "Override", "Pruning", "is_era", "one_or_list", "parse_pruning"]
+
+SectionT = TypeVar("SectionT", bound="MethodSection")
+
+_AMOUNT: Final = "share of the weights or kernels to prune, a float in (0, 1]"
 
 
 def parse_pruning(settings: Mapping[str, object] | Pruning) -> Pruning:
-    """Checks pruning settings that come from Python; a `Pruning` is returned as it is.
+    """Check pruning settings that come from Python; a `Pruning` is returned as it is.
 
     Args:
-        settings: the keys and values of a recipe's `pruning`.
+        settings: The keys and values of a recipe's `pruning`. `method` may also be a class that
+            derives from `MaskMethod`, and `schedule` a function.
 
     Raises:
-        RecipeError: all that is wrong, a line each, with `pruning` as the source.
+        RecipeError: All errors, a line each, with `pruning` as the source.
 
     Example:
-        >>> parse_pruning({"method": "ck", "amount": 0.6, "era": [40, 60]}).scope
+        >>> parse_pruning({"method": "ck", "amount": 0.6, "era": [40, 60]}).options["scope"]
         'channel'
     """
     if isinstance(settings, Pruning):
         return settings
-    pruning, problems = validated(Pruning, plain(settings))
+    tree = plain(settings)
+    try:
+        named = _with_names(tree)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(problem_line("pruning", (), str(error))) from None
+    pruning, problems = validated(Pruning, named)
     if pruning is None:
         raise RecipeError("\n".join(problem_line("pruning", *problem) for problem in problems))
     return pruning
 
 
-ConvMethod = Literal["window", "ck", "intra", "inter", "magnitude", "random", "filter"]
-FcMethod = Literal["fine", "block", "dead_inputs", "magnitude", "random"]
-# Not inter: its two halves of the era are the whole network's.
-OverrideMethod = Literal[
-    "window", "ck", "intra", "magnitude", "random", "filter", "fine", "block", "dead_inputs"
-]
-_METHODS: Final = (*get_args(ConvMethod), *get_args(FcMethod))
-# The methods that read an option; giving it to any other is an error.
-OPTION_METHODS: Final[Mapping[str, tuple[str, ...]]] = {
-    "exact_layer_sparsity": ("window",),
-    "max_nonzero": ("window", "ck"),
-    "pointwise": ("window",),
-    "scope": ("ck", "intra", "inter", "window"),
-    "group": ("ck", "window"),
-    "window_fraction": ("intra", "inter"),
-    "ck_fraction_of_era": ("inter",),
-    "seed": ("random",),
-    "then": ("dead_inputs",),
-    "block_size": ("block", "dead_inputs"),
-}
-_POINTWISE_OPTIONS: Final = ("scope", "group")  # window reads them for its 1x1 kernels alone
-_AMOUNT: Final = "share of the weights or kernels that goes, a float in (0, 1]"
-_SPREAD: Final = "true: layers reach their amount exactly, not in steps of 1/(R·S) (window)"
-_MAX_NONZERO: Final = "most weights left in a kernel (window), or kernels in a locale (ck); from 1"
-_POINTWISE: Final = "how 1x1 kernels are pruned; none leaves them dense (window)"
-_SCOPE: Final = "where kernels compete (ck, intra, inter, window's 1x1 kernels)"
-_GROUP: Final = "output channels that share a kernel mask, from 1 (ck, window's 1x1 kernels)"
-_SHARE: Final = "part of the amount that is window's, in [0, 1] (intra, inter)"
-_THEN: Final = "how the rest goes behind the columns that read zeros (dead_inputs)"
-_BLOCK_SIZE: Final = "side of a block in weights, from 1 (block, dead_inputs then block)"
+def _with_names(tree: Any) -> Any:
+    """Settings in which the names of methods and schedules replace classes and functions."""
+    if isinstance(tree, list):
+        return [_with_names(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    named = {key: _with_names(value) for key, value in tree.items()}
+    if isinstance(method := named.get("method"), type):
+        named["method"] = method_name(method_class(method))
+    if callable(schedule := named.get("schedule")):
+        named["schedule"] = schedule_name(schedule)
+    return named
+
+
+# Values that pydantic's own types don't describe.
 
 
 def _amount(value: object) -> object:
     if isinstance(value, float) and 0 < value <= 1:
         return float(value)
-    way_out = "60 % is 0.6"
+    suggestion = "60 % is 0.6"
     if isinstance(value, (int, float)) and 1 < value <= 100:
-        way_out = f"{value:g} % is {value / 100:g}"
+        suggestion = f"{value:g} % is {value / 100:g}"
     elif type(value) is int and value == 1:
-        way_out = "100 % is 1.0, 1 % is 0.01"
+        suggestion = "100 % is 1.0, 1 % is 0.01"
     elif value == 0:
-        way_out = "exclude leaves layers dense, pruning: none all of them"
+        suggestion = "exclude leaves layers dense, pruning: none all of them"
     raise settings_error(
-        f"must be a float above 0 and at most 1 {got(value, typed=True)}; {way_out}"
+        f"must be a float above 0 and at most 1 {got(value, typed=True)}; {suggestion}"
     )
 
 
 def is_era(value: Any) -> bool:
+    """Whether a value is an era: two epochs `[first, end]` with 0 <= first < end."""
     two = isinstance(value, (list, tuple)) and [type(item) for item in value] == [int, int]
     return two and 0 <= value[0] < value[1]
 
@@ -113,7 +131,16 @@ def _era(value: object) -> object:
     )
 
 
+def _named(names: Mapping[str, object], value: str) -> str:
+    if value in names:
+        return value
+    raise settings_error(
+        f"must be one of {', '.join(names)} {got(value)}{did_you_mean(value, names)}"
+    )
+
+
 def one_or_list(value: object) -> object:
+    """A list of one for a single text."""
     return [value] if isinstance(value, str) else value
 
 
@@ -122,7 +149,8 @@ def _kind(value: object) -> str:
 
 
 OrNone = Annotated[
-    Annotated[SettingsT, Tag("<mapping>")] | Annotated[Literal["none"], Tag("<none>")],
+    Annotated[SerializeAsAny[SettingsT], Tag("<mapping>")]
+    | Annotated[Literal["none"], Tag("<none>")],
     Discriminator(_kind),
 ]
 Name = Annotated[str, Field(min_length=1)]
@@ -133,67 +161,182 @@ Names = Annotated[
 ]
 Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
 Epoch = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no larger one
-Share = Annotated[float, Field(ge=0, le=1)]
-Pointwise = Literal["ck", "none"]
-Scope = Literal["channel", "layer"]
-Then = Literal["fine", "block"]
+ScheduleName = Annotated[
+    str,
+    AfterValidator(functools.partial(_named, SCHEDULES)),
+    Field(json_schema_extra=lambda schema: schema.update(enum=list(SCHEDULES))),
+]
 
 
-class Fc(Settings):
+class MethodSection(Settings):
+    """A section whose further keys are the options of its `method`."""
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (*CONVOLUTIONS, *LINEAR)
+    default_method: ClassVar[str | None] = None
+    option_classes: ClassVar[tuple[type[MaskMethod], ...] | None] = None
+    """The methods whose options are keys of this section; None before its method is known."""
+
+    def __new__(cls, **settings: Any) -> MethodSection:
+        """An instance of the section with the options of the method."""
+        return super().__new__(cls.for_tree(settings))
+
+    @classmethod
+    def methods(cls) -> dict[str, type[MaskMethod]]:
+        """The methods that this section takes, by name."""
+        return {name: own for name, own in METHODS.items() if applies_to_any(own, cls.kinds)}
+
+    @classmethod
+    def for_tree(cls, tree: Any) -> type[MethodSection]:
+        """The section with the options of the method that a mapping names."""
+        if cls.option_classes is not None or not isinstance(tree, dict):
+            return cls
+        method = tree.get("method", cls.default_method)
+        own = cls.methods().get(method) if isinstance(method, str) else None
+        # Where the method is wrong, no option is reported as unknown on top of it.
+        return _with_options(cls, (own,) if own else tuple(METHODS.values()))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_method(
+        cls: type[SectionT],
+        value: Any,
+        handler: ModelWrapValidatorHandler[SectionT],
+        info: ValidationInfo,
+    ) -> SectionT:
+        if isinstance(value, MethodSection) and not isinstance(value, cls):
+            value = plain(value)  # an override whose place among the settings was unknown
+        section = cls.for_tree(value)
+        if section is cls:
+            return handler(value)
+        return section.model_validate(value, context=info.context)  # type: ignore[return-value]
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        if cls.option_classes is not None:
+            return handler(core_schema)
+        sections = [_schema_section(cls, name) for name in cls.methods()]
+        return {"oneOf": [handler(own.__pydantic_core_schema__) for own in sections]}
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        """What is known of a key that this section doesn't have: whose option it is."""
+        owners = [name for name, own in METHODS.items() if key in method_options(own)]
+        return f"; it is an option of {', '.join(owners)}" if owners else ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return globals()[type(self).__name__].model_validate, (plain(self),)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options by name."""
+        classes = type(self).option_classes or ()
+        names = {name: None for own in classes for name in method_options(own)}
+        return {name: getattr(self, name) for name in names}
+
+
+@functools.cache
+def _with_options(
+    section: type[SectionT], classes: tuple[type[MaskMethod], ...], optional: bool = False
+) -> type[SectionT]:
+    """A section that also has the options of these methods."""
+    fields: dict[str, Any] = {}
+    for own in classes:
+        for name, (annotation, default) in method_options(own).items():
+            fields[name] = (annotation | None, None) if optional else (annotation, default)
+    made = create_model(section.__name__, __base__=section, __doc__=section.__doc__, **fields)
+    made.option_classes = classes
+    return made
+
+
+def _schema_section(section: type[MethodSection], name: str) -> type[MethodSection]:
+    """The section of one method, as the JSON Schema shows it."""
+    field = section.model_fields["method"]
+    default = name if name == section.default_method else ...
+    method: Any = (Literal[name], Field(default, description=field.description))
+    base = _with_options(section, (METHODS[name],))
+    return create_model(f"{section.__name__}_{name}", __base__=base, method=method)
+
+
+class Fc(MethodSection):
     """How linear layers are pruned."""
 
-    method: FcMethod = Field("fine", description="method for linear layers")
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
+    default_method: ClassVar[str | None] = "fine"
+
+    method: str = Field("fine", description="method for linear layers")
     amount: Amount | None = Field(None, description=f"{_AMOUNT}; default: pruning.amount")
-    then: Then = Field("fine", description=_THEN)
-    block_size: Count = Field(4, description=_BLOCK_SIZE)
+
+    @classmethod
+    def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
+        """A method that linear layers don't have, and options without effect."""
+        return _method_problems(cls, section)
 
 
-class Override(Settings):
-    """Other settings for some layers: what is not given is as in pruning, the last match wins."""
+class Override(MethodSection):
+    """Other settings for some layers; of several overrides that match a layer the last one holds.
+
+    An override that names a method starts from that method's defaults; one that doesn't changes
+    single options of the layers' method.
+    """
 
     layers: Names = Field(min_length=1, description="module names or globs: one, or a list")
-    method: OverrideMethod | None = Field(None, description="method for these layers")
+    method: str | None = Field(None, description="method for these layers; default: as they have")
     amount: Amount | None = Field(None, description=_AMOUNT)
-    exact_layer_sparsity: bool | None = Field(None, description=_SPREAD)
-    max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
-    pointwise: Pointwise | None = Field(None, description=_POINTWISE)
-    scope: Scope | None = Field(None, description=_SCOPE)
-    group: Count | None = Field(None, description=_GROUP)
-    window_fraction: Share | None = Field(None, description=_SHARE)
-    then: Then | None = Field(None, description=_THEN)
-    block_size: Count | None = Field(None, description=_BLOCK_SIZE)
+
+    inherited: ClassVar[tuple[type[MaskMethod], ...]] = ()
+    """The methods that the layers have where the override names none."""
+
+    @classmethod
+    def for_tree(cls, tree: Any) -> type[MethodSection]:
+        if cls.option_classes is not None or not isinstance(tree, dict):
+            return cls
+        method = tree.get("method")
+        if method is None:
+            return _with_options(cls, cls.inherited, optional=True)
+        own = cls.methods().get(method) if isinstance(method, str) else None
+        return _with_options(cls, (own,) if own else tuple(METHODS.values()), optional=True)
+
+    @classmethod
+    def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
+        """An override that changes nothing, a wrong method, and options without effect."""
+        if [key for key, value in section.items() if value is not None] == ["layers"]:
+            yield (), "changes nothing; give it a method, an amount or an option"
+        if section.get("method") is not None:
+            yield from _method_problems(cls, section)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        if cls.option_classes is not None:
+            return handler(core_schema)
+        made = _with_options(cls, tuple(METHODS.values()), optional=True)
+        return handler(made.__pydantic_core_schema__)
 
 
-class Pruning(Settings):
+class Pruning(MethodSection):
     """What is pruned, how far, and when."""
 
-    method: ConvMethod = Field(description="method for convolutions")
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = CONVOLUTIONS
+
+    method: str = Field(description="method for convolutions")
     amount: Amount = Field(description=_AMOUNT)
     era: Annotated[tuple[Epoch, Epoch], BeforeValidator(_era), Field(strict=False)] = Field(
         description="[first, end]: prunes from epoch first to epoch end - 1, 0-based"
     )
-    schedule: Literal["linear", "cubic", "cosine"] = Field("linear", description="over the era")
+    schedule: ScheduleName = Field("linear", description="how the amount rises over the era")
     resolution: float = Field(
         0.0025, ge=0, lt=1, description="rise of a layer's sparsity worth a new mask, in [0, 1)"
     )
-    exact_layer_sparsity: bool = Field(False, description=_SPREAD)
-    max_nonzero: Count | None = Field(None, description=_MAX_NONZERO)
-    pointwise: Pointwise = Field("ck", description=_POINTWISE)
-    scope: Scope = Field("channel", description=_SCOPE)
-    group: Count = Field(1, description=_GROUP)
-    window_fraction: Share = Field(0.5, description=_SHARE)
-    ck_fraction_of_era: float = Field(
-        0.5, gt=0, lt=1, description="part of the era for ck, in (0, 1) (inter)"
-    )
     prune_dead_inputs: bool = Field(
-        False, description="true: what only reads zeros goes too, at the end of the era"
+        False,
+        description="true: at the end of the era, weights that only read zeros are pruned too",
     )
-    seed: Seed = Field(0, description="seed of random masks, from 0 to 2**32 - 1 (random)")
     include: Names = Field(("*",), min_length=1, description="layers to prune: one glob, or a list")
     exclude: Names = Field((), description="layers of these to leave dense: one glob, or a list")
-    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = Field(
+    overrides: Annotated[tuple[SerializeAsAny[Override], ...], Field(strict=False)] = Field(
         (), description="other settings for some layers"
     )
     fc: OrNone[Fc] = Field(default_factory=Fc, description="linear layers; none leaves them dense")
@@ -201,62 +344,53 @@ class Pruning(Settings):
     parts: ClassVar[Mapping[str, type[Settings]]] = {"overrides": Override, "fc": Fc}
 
     @classmethod
-    def problems(cls, pruning: dict[str, Any]) -> Iterator[Problem]:
-        """Options that have no effect with the methods they stand beside."""
-        places = list(_places(pruning))
-        for index, place in enumerate(places):
-            given = [key for key, value in place.given.items() if value is not None]
-            if index >= 2 and given == ["layers"]:
-                yield place.path, "changes nothing; give it a method, an amount or an option"
-            for option in OPTION_METHODS:
-                # What pruning and fc say holds for the overrides that don't say otherwise.
-                heirs = [
-                    p for p in places[index + 1 :] if index < 2 and p.given.get(option) is None
-                ]
-                if option in given and not any(p.uses(option) for p in (place, *heirs)):
-                    yield (*place.path, option), _no_effect(option, place)
+    def for_tree(cls, tree: Any) -> type[MethodSection]:
+        section = super().for_tree(tree)
+        if section is cls or not issubclass(section, Pruning):
+            return section
+        fc = Fc.for_tree(tree.get("fc", {}))
+        return _with_overrides(section, fc.option_classes or ())
+
+    @classmethod
+    def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
+        """A method that convolutions don't have, and options without effect."""
+        return _method_problems(cls, section)
+
+    @property
+    def mask_method(self) -> MaskMethod:
+        """The method for convolutions, with the target as its amount."""
+        return METHODS[self.method](self.amount, **self.options)
+
+    @property
+    def schedule_function(self) -> Schedule:
+        """The schedule, a function from the progress of the era to the share of the target."""
+        return SCHEDULES[self.schedule]
 
 
-class _Place(NamedTuple):
-    """A place where options are given, and the methods of the layers it speaks of."""
+@functools.cache
+def _with_overrides(section: type[Pruning], fc: tuple[type[MaskMethod], ...]) -> type[Pruning]:
+    """A section whose overrides have the options of its own method and of `fc`'s."""
 
-    path: KeyPath
-    given: dict[str, Any]
-    methods: tuple[Any, ...]
-    pointwise: object
-    then: object
+    class Own(Override):
+        inherited = (*(section.option_classes or ()), *fc)
 
-    def uses(self, option: str) -> bool:
-        if any(method not in _METHODS for method in self.methods):
-            return True  # the method is refused already
-        methods = set(OPTION_METHODS[option]).intersection(self.methods)
-        if option in _POINTWISE_OPTIONS and self.pointwise == "none":
-            methods.discard("window")
-        if option == "block_size" and self.then != "block":
-            methods.discard("dead_inputs")
-        return bool(methods)
+    Own.__name__ = Override.__name__
+    annotation = Annotated[tuple[SerializeAsAny[Own], ...], Field(strict=False)]
+    description = Pruning.model_fields["overrides"].description
+    overrides: Any = (annotation, Field((), description=description))
+    made = create_model(section.__name__, __base__=section, overrides=overrides)
+    made.parts = {**section.parts, "overrides": Own}
+    return made
 
 
-def _places(pruning: dict[str, Any]) -> Iterator[_Place]:
-    method, pointwise, fc = (pruning.get(key) for key in ("method", "pointwise", "fc"))
-    settings = fc if isinstance(fc, dict) else {}
-    then = settings.get("then")
-    yield _Place((), pruning, (method,), pointwise, then)
-    fc_methods = () if fc == "none" else (settings.get("method", "fine"),)
-    yield _Place(("fc",), settings, fc_methods, pointwise, then)
-    overrides = pruning.get("overrides")
-    for index, given in enumerate(overrides if isinstance(overrides, list) else ()):
-        if isinstance(given, dict):
-            own = given.get("method")
-            methods = (method, *fc_methods) if own is None else (own,)
-            options = (given.get("pointwise") or pointwise, given.get("then") or then)
-            yield _Place(("overrides", index), given, methods, *options)
-
-
-def _no_effect(option: str, place: _Place) -> str:
-    methods = " or ".join(dict.fromkeys(place.methods))
-    if "window" in place.methods and option in _POINTWISE_OPTIONS:
-        methods += " and pointwise none"
-    if "dead_inputs" in place.methods and option == "block_size":
-        methods += " then fine"
-    return f"has no effect with method {methods} (used by {', '.join(OPTION_METHODS[option])})"
+def _method_problems(cls: type[MethodSection], section: Mapping[str, Any]) -> Iterator[Problem]:
+    method = section.get("method", cls.default_method)
+    if not isinstance(method, str):
+        return
+    if method not in cls.methods():
+        names = list(cls.methods())
+        suggestion = did_you_mean(method, names)
+        yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"
+        return
+    for option, reason in cls.methods()[method].option_problems(section):
+        yield (option,), f"{reason} {got(section[option])}; remove it"

@@ -1,67 +1,106 @@
-"""Whether a pruner's saved state is of the same settings and model."""
+"""The state of a pruner: all that a checkpoint has to hold beside the model."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from starfire_prune.engine.settings import Pruning
+from starfire_prune.engine.settings import Pruning
 
-__all__ = ["STATE_VERSION", "check_state"]
+__all__ = ["Phase", "PrunerState"]
+
+Phase = Literal["dense", "era", "fixed"]
+
+_VERSION = 3
 
 
-STATE_VERSION = 2
+@dataclasses.dataclass(frozen=True)
+class PrunerState:
+    """Where a pruner stands, as plain numbers, strings and bool tensors.
 
-
-def check_state(
-    state: Mapping[str, Any],
-    pruning: Pruning,
-    updates_per_epoch: int,
-    shapes: Mapping[str, torch.Size],
-) -> None:
-    """Refuse a state that a pruner can't go on from.
-
-    Args:
-        state: as `Pruner.state_dict` gives it.
-        pruning: the pruner's settings.
-        updates_per_epoch: of the pruner.
-        shapes: of the weights that it prunes, by parameter name.
-
-    Raises:
-        ValueError: if the state is of other settings, another model or another version.
+    Attributes:
+        pruning: The settings, as plain data.
+        updates_per_epoch: Optimizer steps of an epoch.
+        phase: `"dense"`, `"era"` or `"fixed"`.
+        epoch: The current epoch, 0-based.
+        epoch_updates: Updates of this epoch so far.
+        era_updates: Updates of the era so far.
+        applied: The progress of the era, in [0, 1], at which each layer's mask was last computed.
+        dead_input_zeros: Weights of each layer that were pruned because they only read zeros.
+        masks: Bool masks by parameter name, True = kept; empty in the dense phase.
+        version: Version of this class.
     """
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"the pruner's state has version {state.get('version')!r}, this package reads "
-            f"{STATE_VERSION}"
-        )
-    saved, own = state["pruning"], pruning.model_dump(mode="json")
-    differing = [key for key in own if saved.get(key) != own[key]]
-    if state["updates_per_epoch"] != updates_per_epoch:
-        differing.append("updates_per_epoch")
-    if differing:
-        raise ValueError(
-            f"the pruner's state was saved under other settings of {', '.join(differing)}: "
-            f"resume with the recipe, data and batch size of the run that saved it"
-        )
-    if state["phase"] != "dense":
-        _check_masks(state["masks"], shapes)
 
+    pruning: Mapping[str, Any]
+    updates_per_epoch: int
+    phase: Phase = "dense"
+    epoch: int = 0
+    epoch_updates: int = 0
+    era_updates: int = 0
+    applied: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dead_input_zeros: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    masks: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    version: int = _VERSION
 
-def _check_masks(masks: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-    for key, shape in shapes.items():
-        mask = masks.get(key)
-        if mask is None or mask.shape != shape:
+    def to_dict(self) -> dict[str, Any]:
+        """The state as a dictionary."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> PrunerState:
+        """The state of a dictionary that `to_dict` made.
+
+        Raises:
+            ValueError: If it is of another version.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if state.get("version") != _VERSION or set(state) != set(names):
             raise ValueError(
-                f"the pruner's state has no mask of shape {tuple(shape)} for layer "
-                f"{key.removesuffix('weight').removesuffix('.')}: it is of another model"
+                f"the pruner's state has version {state.get('version')!r}, this package reads "
+                f"{_VERSION}"
             )
-    unknown = sorted(set(masks) - set(shapes))
-    if unknown:
-        raise ValueError(
-            f"the pruner's state has a mask for {unknown[0]}, which this pruner does not "
-            f"prune: it is of another model"
-        )
+        return cls(**state)
+
+    def check_fits(
+        self, pruning: Pruning, updates_per_epoch: int, shapes: Mapping[str, torch.Size]
+    ) -> None:
+        """Raise an error if a pruner can't continue from this state.
+
+        Args:
+            pruning: The pruner's settings.
+            updates_per_epoch: The pruner's optimizer steps of an epoch.
+            shapes: Shapes of the weights that it prunes, by parameter name.
+
+        Raises:
+            ValueError: If the state is of other settings or of another model.
+        """
+        own = pruning.model_dump(mode="json")
+        differing = [key for key in own if self.pruning.get(key) != own[key]]
+        if self.updates_per_epoch != updates_per_epoch:
+            differing.append("updates_per_epoch")
+        if differing:
+            raise ValueError(
+                f"the pruner's state was saved under other settings of {', '.join(differing)}: "
+                f"resume with the recipe, data and batch size of the run that saved it"
+            )
+        if self.phase != "dense":
+            self._check_masks(shapes)
+
+    def _check_masks(self, shapes: Mapping[str, torch.Size]) -> None:
+        for key, shape in shapes.items():
+            mask = self.masks.get(key)
+            if mask is None or mask.shape != shape:
+                raise ValueError(
+                    f"the pruner's state has no mask of shape {tuple(shape)} for layer "
+                    f"{key.removesuffix('weight').removesuffix('.')}: it is of another model"
+                )
+        unknown = sorted(set(self.masks) - set(shapes))
+        if unknown:
+            raise ValueError(
+                f"the pruner's state has a mask for {unknown[0]}, which this pruner does not "
+                f"prune: it is of another model"
+            )

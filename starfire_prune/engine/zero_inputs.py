@@ -15,7 +15,7 @@ from starfire_prune.utils.errors import PruningError
 if TYPE_CHECKING:
     from starfire_prune.engine.settings import Pruning
 
-__all__ = ["ZeroInputs", "prunes_by_structure", "reads_any", "zero_inputs_of"]
+__all__ = ["ZeroInputs", "prunes_dead_inputs", "reads_any", "zero_inputs_of"]
 
 
 def zero_inputs_of(
@@ -29,7 +29,7 @@ def zero_inputs_of(
     methods = [override.method for override in pruning.overrides]
     if (
         not pruning.prune_dead_inputs
-        and not prunes_by_structure(pruning)
+        and not prunes_dead_inputs(pruning)
         and "dead_inputs" not in methods
     ):
         return None
@@ -42,7 +42,7 @@ def zero_inputs_of(
     return ZeroInputs(model, example_input)
 
 
-def prunes_by_structure(pruning: Pruning) -> bool:
+def prunes_dead_inputs(pruning: Pruning) -> bool:
     """Whether linear layers, and convolutions that stand for them, are pruned by `dead_inputs`."""
     return pruning.fc != "none" and pruning.fc.method == "dead_inputs"
 
@@ -101,7 +101,7 @@ class ZeroInputs:
         broadcast_from_first(found.values(), self._device)
         return found
 
-    def take_readers(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
+    def prune_readers(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
         """Take the weights that only read zeros out of masks, in place, by the layer's name.
 
         Until no further channel dies of it. Of a linear layer's weights each output neuron keeps

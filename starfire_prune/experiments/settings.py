@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from starfire_prune.engine.settings import Count, Name, Seed
+from starfire_prune.engine.settings import Name
+from starfire_prune.methods.options import Count, Seed
 from starfire_prune.utils.settings import Problem, Settings, got, settings_error
 from starfire_prune.utils.text import did_you_mean
 

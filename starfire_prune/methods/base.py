@@ -1,39 +1,81 @@
 """The base of the pruning methods: a mask that repeated calls tighten in place.
 
-What differs from `torch.nn.utils.prune`'s own methods, whose hooks, buffers and containers these
-share:
+The methods share the hooks, buffers and containers of `torch.nn.utils.prune`. They differ from its
+own methods in this:
 
 - amounts are absolute: 0.3 and then 0.6 gives 0.6;
 - a repeated call updates the bool mask in place: the same buffer, the same single hook;
 - weights are ranked by `weight_orig`, never by the stale, masked `weight`;
 - `copy.deepcopy` of a pruned module works at any time;
-- the order of the module's parameters stays as it was;
+- the order of the module's parameters is kept;
 - a call that is refused changes nothing.
 """
 
 import copy
+import dataclasses
 import weakref
 from abc import abstractmethod
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune
 
-__all__ = ["MaskMethod", "find_hook", "make_permanent", "masked_parameter"]
+from starfire_prune.masks.counts import Units, weight_units
+from starfire_prune.methods.schedules import Schedule
+
+__all__ = [
+    "CONVOLUTIONS",
+    "LINEAR",
+    "MaskMethod",
+    "ModuleT",
+    "find_hook",
+    "make_permanent",
+    "masked_parameter",
+    "of_layer",
+]
 
 
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ValueT = TypeVar("ValueT")
+
+
+def of_layer(default: ValueT) -> ValueT:
+    """A field that `MaskMethod.for_layer` fills in: it is not an option of recipes."""
+    field: ValueT = dataclasses.field(default=default, metadata={"of_layer": True})
+    return field
+
+
+@dataclasses.dataclass(eq=False)
 class MaskMethod(prune.BasePruningMethod):
-    """A pruning method whose mask is tightened in place. Subclasses give `compute_mask`."""
+    """A pruning method whose mask is tightened in place.
+
+    A subclass is a dataclass: its fields are the method's options, in Python and in recipes. It
+    gives `compute_mask`, and `units` where its units are not the layer's single weights. See
+    `starfire_prune.methods.registry.register_method` for an example.
+
+    Attributes:
+        amount: Share in [0, 1] of the units of each scope that is zero afterwards, or their number.
+        applies_to: Classes of the modules that the method prunes.
+        reads_zero_inputs: Whether the method has a field `columns` that the engine fills in with
+            the input channels that are always zero, a bool tensor of shape `(C,)`.
+    """
 
     # "global" hands `compute_mask` the whole tensor; "structured" slices it, "unstructured"
     # flattens it from the second application on.
-    PRUNING_TYPE = "global"
+    PRUNING_TYPE: ClassVar[str] = "global"
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = (*CONVOLUTIONS, *LINEAR)
+    reads_zero_inputs: ClassVar[bool] = False
 
-    def __init__(self, amount: float) -> None:
-        self.amount = amount
-        self._module: weakref.ref[nn.Module] | None = None
+    amount: float
+    _module: "weakref.ref[nn.Module] | None" = dataclasses.field(
+        default=None, init=False, repr=False
+    )
 
     @classmethod
     def apply(
@@ -44,26 +86,27 @@ class MaskMethod(prune.BasePruningMethod):
         importance_scores: Tensor | None = None,
         **options: Any,
     ) -> prune.BasePruningMethod:
-        """Prune `module`'s parameter `name`, or tighten the mask that it already has.
+        """Prune the parameter `name` of `module`, or tighten the mask that it already has.
 
         Modifies module in place by 1) adding a bool buffer `name + "_mask"` of the parameter's
-        shape, 2) replacing the parameter by its masked version, the parameter itself becoming
+        shape, 2) replacing the parameter by its masked version, while the parameter itself becomes
         `name + "_orig"` in the same place of the module's order, and 3) adding one forward
         pre-hook. If this method has been applied before, only the buffer's values change; on top
         of another method both share a `PruningContainer`.
 
         Args:
-            module: holds the parameter; not a transposed convolution.
-            name: of the parameter.
-            args: handed to the method's constructor, as are `options`.
-            importance_scores: ranked by magnitude in the parameter's place, of its shape.
+            module: Module that holds the parameter; not a transposed convolution.
+            name: Name of the parameter.
+            args: Arguments of the method's constructor, as are `options`.
+            importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+                place.
 
         Returns:
-            The hook: this method, or the container it is in.
+            The hook: this method, or the container that holds it.
 
         Raises:
-            AttributeError: if the module has no parameter of that name.
-            TypeError, ValueError: for bad scores, and as the method's mask function. Nothing has
+            AttributeError: If the module has no parameter of that name.
+            TypeError, ValueError: For bad scores, and as the method's mask function. Nothing has
                 changed then.
         """
         parameter = _parameter(module, name)
@@ -82,7 +125,7 @@ class MaskMethod(prune.BasePruningMethod):
         return hook
 
     def register(self, module: nn.Module, name: str, mask: Tensor | None = None) -> "MaskMethod":
-        """Put this method's hook and a mask, all ones by default, on a parameter that has none."""
+        """Add this method's hook and a mask, all ones by default, to an unpruned parameter."""
         for taken in (f"{name}_orig", f"{name}_mask"):
             if hasattr(module, taken):
                 raise ValueError(f"the module has a `{taken}` already, which pruning `{name}` adds")
@@ -104,19 +147,19 @@ class MaskMethod(prune.BasePruningMethod):
     def tighten(
         self, module: nn.Module, name: str, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
-        """Tighten the mask of a pruned parameter, and leave the stale `module.weight` alone.
+        """Tighten the mask of a pruned parameter; what the mask prunes already stays pruned.
 
-        `apply` without the refreshed `module.<name>`, which every forward pass works out again.
+        Unlike `apply` it leaves `module.<name>` stale: every forward pass computes it again.
 
         Returns:
             The hook: this method, the one of the same class that was there, or their container.
 
         Raises:
-            TypeError, ValueError: as the mask function. Nothing has changed then.
+            TypeError, ValueError: As the mask function. Nothing has changed then.
         """
         mask: Tensor = getattr(module, f"{name}_mask")
         scores = getattr(module, f"{name}_orig") if importance_scores is None else importance_scores
-        mask.copy_(self.compute_mask(scores, default_mask=mask))
+        mask.mul_(self.compute_mask(scores, default_mask=mask))
         self._tensor_name, self._module = name, weakref.ref(module)
         key, hook = find_hook(module, name)
         if type(hook) is type(self):
@@ -133,29 +176,74 @@ class MaskMethod(prune.BasePruningMethod):
         return hook
 
     def apply_mask(self, module: nn.Module) -> Tensor:
-        """The parameter with its mask applied; the bool mask is all that backward has to keep."""
+        """The masked parameter; backward only has to keep the bool mask."""
         mask: Tensor = getattr(module, f"{self._tensor_name}_mask")
         original: Tensor = getattr(module, f"{self._tensor_name}_orig")
         return original * mask
 
     @abstractmethod
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        """The mask of `t`, of its shape and bool, given the earlier one."""
+        """Compute the mask of a weight.
 
-    @abstractmethod
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        """What the amount comes to for a weight of this shape: `(units that go, units)` pairs.
+        Args:
+            t: The weight, or the importance scores in its place.
+            default_mask: The earlier mask, of `t`'s shape, or None.
 
-        As long as none of these numbers rises, an earlier mask of this method stays the answer.
-        Where the two of a pair are equal, the whole weight goes.
+        Returns:
+            A tensor of `t`'s shape, True where the weight is kept.
 
         Raises:
-            TypeError, ValueError: for an amount or options that don't fit the shape.
+            TypeError, ValueError: For an amount, options or values that don't fit.
         """
 
-    def locales(self, shape: torch.Size) -> int:
-        """In how many locales the units of a weight of this shape compete: one, the layer."""
-        return 1
+    def units(self, shape: torch.Size) -> Units:
+        """The units of a weight of this shape: by default its single weights, in one scope.
+
+        Raises:
+            TypeError, ValueError: For options that don't fit the shape.
+        """
+        return weight_units(shape)
+
+    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
+        """What the amount comes to for a weight of this shape: pairs `(pruned units, units)`.
+
+        As long as none of the first numbers rises, an earlier mask of this method is still exact.
+        Where the two numbers of a pair are equal, all of the weight is pruned.
+
+        Raises:
+            TypeError, ValueError: For an amount or options that don't fit the shape.
+        """
+        units = self.units(shape)
+        return ((units.pruned(self.amount), units.size),)
+
+    def detail(self, shape: torch.Size) -> str:
+        """What the plan of a run says of the units of a weight of this shape, or nothing."""
+        del shape
+        return ""
+
+    def for_layer(self, name: str, module: nn.Module) -> "MaskMethod | None":
+        """The method with what depends on the layer filled in; None leaves the layer dense.
+
+        Args:
+            name: Name of the layer in the model.
+            module: The layer.
+        """
+        del name, module
+        return self
+
+    def amount_at(self, progress: float, schedule: Schedule) -> float:
+        """The amount at a progress of the era in [0, 1], where `self.amount` is the target."""
+        return self.amount * schedule(progress)
+
+    def at(self, progress: float, schedule: Schedule) -> "MaskMethod":
+        """The method with its amount at a progress of the era in [0, 1]."""
+        return dataclasses.replace(self, amount=self.amount_at(progress, schedule))
+
+    @classmethod
+    def option_problems(cls, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Options of a recipe that have no effect beside the others: pairs `(option, reason)`."""
+        del options
+        yield from ()
 
     def remove(self, module: nn.Module) -> None:
         """Make the pruning permanent, as `prune.remove` does, in the parameter's own memory."""
@@ -194,7 +282,7 @@ class MaskMethod(prune.BasePruningMethod):
 
 
 class MaskContainer(prune.PruningContainer):
-    """The container that this package makes: it applies and removes masks as `MaskMethod` does."""
+    """A container of this package: it applies and removes masks as `MaskMethod` does."""
 
     apply_mask = MaskMethod.apply_mask
     remove = MaskMethod.remove
@@ -209,7 +297,7 @@ def find_hook(module: nn.Module, name: str) -> tuple[int, prune.BasePruningMetho
 
 
 def masked_parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter as a forward pass uses it: masked where a hook prunes it, and never stale."""
+    """A parameter as a forward pass uses it: masked if a hook prunes it, and never stale."""
     parameter = _parameter(module, name).detach()
     mask = module._buffers.get(f"{name}_mask")
     return parameter if mask is None else parameter * mask
@@ -222,7 +310,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     if isinstance(module, _ConvTransposeNd):
         raise TypeError(
             f"{type(module).__name__} is a transposed convolution, whose weight has its channels "
-            f"the other way round: these methods don't take it"
+            f"the other way round: these methods can't prune it"
         )
     parameter = module._parameters.get(f"{name}_orig", module._parameters.get(name))
     if parameter is None:
@@ -259,7 +347,7 @@ def _check_scores(importance_scores: Tensor | None, parameter: nn.Parameter) -> 
 
 
 def _restore_order(module: nn.Module, order: list[str], name: str) -> None:
-    """Put the module's parameters back into an earlier order, before `name` was renamed."""
+    """Restore the order that the module's parameters had before `name` was renamed."""
     renamed = {f"{name}_orig": name}
     place = {renamed.get(key, key): index for index, key in enumerate(order)}
     ordered = sorted(
@@ -274,6 +362,3 @@ def make_permanent(module: nn.Module, name: str) -> None:
     order = list(module._parameters)
     prune.remove(module, name)  # type: ignore[no-untyped-call]
     _restore_order(module, order, name)
-
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)

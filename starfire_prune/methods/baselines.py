@@ -1,10 +1,18 @@
 """Pruning methods that those of the paper are compared with."""
 
+import dataclasses
+import zlib
+from typing import Annotated, ClassVar
+
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from starfire_prune import masks
-from starfire_prune.methods.base import MaskMethod, ModuleT
+from starfire_prune.masks import Units
+from starfire_prune.methods.base import CONVOLUTIONS, MaskMethod, ModuleT
+from starfire_prune.methods.options import Seed
+from starfire_prune.methods.registry import register_method
 
 __all__ = [
     "FilterStructured",
@@ -16,40 +24,43 @@ __all__ = [
 ]
 
 
+@register_method("magnitude")
+@dataclasses.dataclass(eq=False, kw_only=True)
 class MagnitudeUnstructured(MaskMethod):
     """Prune the smallest single weights of the layer; see `masks.magnitude_mask`."""
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.magnitude_mask(t, self.amount, mask=default_mask)
 
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        total = shape.numel()
-        return ((masks.count(self.amount, total), total),)
 
-
+@register_method("random")
+@dataclasses.dataclass(eq=False, kw_only=True)
 class RandomUnstructured(MaskMethod):
     """Prune single weights in a fixed random order; see `masks.random_mask`."""
 
-    def __init__(self, amount: float, *, seed: int = 0) -> None:
-        super().__init__(amount)
-        self.seed = seed
+    seed: Annotated[
+        Seed, Field(description="seed of the order, from 0 to 2**32 - 1; each layer has its own")
+    ] = 0
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.random_mask(t, self.amount, mask=default_mask, seed=self.seed)
 
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        total = shape.numel()
-        return ((masks.count(self.amount, total), total),)
+    def for_layer(self, name: str, module: nn.Module) -> MaskMethod:
+        return dataclasses.replace(self, seed=self.seed ^ zlib.crc32(name.encode()))
 
 
+@register_method("filter")
+@dataclasses.dataclass(eq=False, kw_only=True)
 class FilterStructured(MaskMethod):
     """Prune whole output channels by their L1 norm; see `masks.filter_mask`."""
+
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = CONVOLUTIONS
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.filter_mask(t, self.amount, mask=default_mask)
 
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        return ((masks.count(self.amount, shape[0]), shape[0]),)
+    def units(self, shape: torch.Size) -> Units:
+        return masks.filter_units(shape)
 
 
 def magnitude_unstructured(
@@ -62,16 +73,17 @@ def magnitude_unstructured(
     """Prune the smallest single weights of the layer, in no structure: a baseline.
 
     `prune.l1_unstructured` with this package's rules: absolute amounts, updated in place.
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes.
 
     Args:
-        module: any module.
-        name: of the parameter, any shape.
-        amount: the total share in [0, 1], or number, of weights that is zero afterwards.
-        importance_scores: ranked by magnitude in the parameter's place, of its shape.
+        module: Any module.
+        name: Name of the parameter, of any shape.
+        amount: Total share in [0, 1], or number, of weights that is zero afterwards.
+        importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+            place.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`; nothing has changed then.
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`; nothing has changed then.
 
     Example:
         >>> linear = magnitude_unstructured(nn.Linear(16, 8), amount=0.75)
@@ -87,16 +99,16 @@ def random_unstructured(
 ) -> ModuleT:
     """Prune single weights of the layer in the random order that `seed` fixes: a baseline.
 
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes.
 
     Args:
-        module: any module.
-        name: of the parameter, any shape.
-        amount: the total share in [0, 1], or number, of weights that is zero afterwards.
-        seed: of the order.
+        module: Any module.
+        name: Name of the parameter, of any shape.
+        amount: Total share in [0, 1], or number, of weights that is zero afterwards.
+        seed: Seed of the order.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`; nothing has changed then.
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`; nothing has changed then.
 
     Example:
         >>> linear = random_unstructured(nn.Linear(16, 8), amount=0.75)
@@ -116,16 +128,17 @@ def filter_structured(
 ) -> ModuleT:
     """Prune whole output channels by their L1 norm: the coarse baseline.
 
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes.
 
     Args:
-        module: any module.
-        name: of the parameter, shape `(K, ...)`.
-        amount: the total share in [0, 1], or number, of output channels that is zero afterwards.
-        importance_scores: ranked by magnitude in the parameter's place, of its shape.
+        module: Any module.
+        name: Name of the parameter, of shape `(K, ...)`.
+        amount: Total share in [0, 1], or number, of output channels that is zero afterwards.
+        importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+            place.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`; nothing has changed then.
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`; nothing has changed then.
 
     Example:
         >>> conv = filter_structured(nn.Conv2d(8, 10, 3), amount=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 
@@ -14,11 +15,11 @@ from starfire_prune.utils.modules import clean_name, named_modules_with_duplicat
 __all__ = ["apply_masks"]
 
 
+@dataclasses.dataclass(eq=False)
 class KeptMask(MaskMethod):
-    """A mask that is given once and stays, until another method on top tightens it."""
+    """A mask that is given once and kept until another method on top tightens it."""
 
-    def __init__(self) -> None:
-        super().__init__(0.0)
+    amount: float = 0.0
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """The earlier mask, or all of it."""
@@ -26,7 +27,7 @@ class KeptMask(MaskMethod):
         return ones if default_mask is None else default_mask.bool()
 
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        """Nothing ever goes."""
+        """No unit is ever pruned."""
         return ()
 
 

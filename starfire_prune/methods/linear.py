@@ -1,70 +1,78 @@
 """Pruning methods for linear layers, and the functions of the same names."""
 
+import dataclasses
 import math
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from starfire_prune import masks
-from starfire_prune.methods.base import MaskMethod, ModuleT, masked_parameter
+from starfire_prune.masks import Units
+from starfire_prune.methods.base import LINEAR, MaskMethod, ModuleT, masked_parameter, of_layer
+from starfire_prune.methods.options import BlockSize, Then
+from starfire_prune.methods.registry import register_method
 
 __all__ = ["FCBlock", "FCFine", "FCStructured", "fc_block", "fc_fine", "fc_structured"]
 
-
-Then = Literal["fine", "block"]
-
-
-class FCBlock(MaskMethod):
-    """Prune square blocks of a linear weight; see `masks.fc_block_mask`."""
-
-    def __init__(self, amount: float, *, block_size: int = 4) -> None:
-        super().__init__(amount)
-        self.block_size = block_size
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-        return masks.fc_block_mask(
-            t, self.amount, mask=default_mask, block_size=(self.block_size, self.block_size)
-        )
-
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        rows, columns = (-(-length // self.block_size) for length in shape)
-        blocks = rows * columns
-        return ((min(masks.count(self.amount, blocks), blocks - rows), blocks),)
+_BLOCK_SIZE = "[out, in]: neighbouring output and input features that are pruned together"
 
 
+@register_method("fine")
+@dataclasses.dataclass(eq=False, kw_only=True)
 class FCFine(MaskMethod):
     """Prune single weights of a linear weight; see `masks.fc_fine_mask`."""
+
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.fc_fine_mask(t, self.amount, mask=default_mask)
 
-    def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        total = shape.numel()
-        return ((min(masks.count(self.amount, total), total - shape[0]), total),)
+    def units(self, shape: torch.Size) -> Units:
+        return masks.fc_fine_units(shape)
 
 
+@register_method("block")
+@dataclasses.dataclass(eq=False, kw_only=True)
+class FCBlock(MaskMethod):
+    """Prune blocks of a linear weight; see `masks.fc_block_mask`."""
+
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
+
+    block_size: Annotated[BlockSize, Field(description=_BLOCK_SIZE)] = (4, 4)
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
+        return masks.fc_block_mask(t, self.amount, mask=default_mask, block_size=self.block_size)
+
+    def units(self, shape: torch.Size) -> Units:
+        return masks.fc_block_units(shape, block_size=self.block_size)
+
+    def detail(self, shape: torch.Size) -> str:
+        return f"{list(self.block_size)}"
+
+
+@register_method("dead_inputs")
+@dataclasses.dataclass(eq=False, kw_only=True)
 class FCStructured(MaskMethod):
     """Prune the columns of a linear weight that read zeros; see `masks.fc_structure_mask`.
 
-    With `flatten` the weight is that of a convolution that reads its whole input at once: as many
-    columns to each input channel as a kernel has weights.
+    A convolution that reads its whole input at once is pruned as the linear layer that it stands
+    for: then `flatten` is true, and each input channel has as many columns as a kernel has weights.
     """
 
-    def __init__(
-        self,
-        amount: float,
-        *,
-        columns: Tensor | None = None,
-        then: Then = "fine",
-        block_size: int = 4,
-        flatten: bool = False,
-    ) -> None:
-        super().__init__(amount)
-        self.columns = columns
-        self.then = then
-        self.block_size = block_size
-        self.flatten = flatten
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = LINEAR
+    reads_zero_inputs: ClassVar[bool] = True
+
+    then: Annotated[
+        Then, Field(description="how weights are pruned beyond the columns that read zeros")
+    ] = "fine"
+    block_size: Annotated[BlockSize, Field(description=f"of then block: {_BLOCK_SIZE}")] = (4, 4)
+    columns: Tensor | None = dataclasses.field(
+        default=None, repr=False, metadata={"of_layer": True}
+    )
+    flatten: bool = of_layer(False)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         if not self.flatten:
@@ -81,16 +89,21 @@ class FCStructured(MaskMethod):
             columns,
             mask=mask,
             then=self.then,
-            block_size=(self.block_size, self.block_size),
+            block_size=self.block_size,
         )
 
+    def units(self, shape: torch.Size) -> Units:
+        return masks.fc_fine_units(shape)
+
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
-        total, most = shape.numel(), shape.numel() - shape[0]
-        free = 0 if self.columns is None else shape[0] * int(self.columns.sum())
-        return (
-            (min(masks.count(self.amount, total), most), total),
-            (min(free, most), total),
-        )
+        weights = self.units(shape)
+        in_columns = 0 if self.columns is None else shape[0] * int(self.columns.sum())
+        return (*super().counts(shape), (weights.pruned(in_columns), weights.size))
+
+    @classmethod
+    def option_problems(cls, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if "block_size" in options and options.get("then", "fine") != "block":
+            yield "block_size", "has no effect with then fine"
 
 
 def fc_block(
@@ -99,22 +112,23 @@ def fc_block(
     amount: float | None = None,
     *,
     importance_scores: Tensor | None = None,
-    block_size: int = 4,
+    block_size: tuple[int, int] = (4, 4),
 ) -> ModuleT:
-    """Prune square blocks of a linear layer by their sum of magnitudes (Figure 2d).
+    """Prune blocks of a linear layer by their sum of magnitudes (Figure 2d).
 
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says. The best block of
-    each row of blocks is protected, so the total may stay below the count.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes. The best
+    block of each row of blocks is protected, so the total may stay below the count.
 
     Args:
-        module: a linear layer.
-        name: of the parameter, shape `(out_features, in_features)`.
-        amount: the total share in [0, 1], or number, of the layer's blocks that is zero afterwards.
-        importance_scores: ranked by magnitude in the parameter's place, of its shape.
-        block_size: the side of a block, in weights.
+        module: A linear layer.
+        name: Name of the parameter, of shape `(out_features, in_features)`.
+        amount: Total share in [0, 1], or number, of the layer's blocks that is zero afterwards.
+        importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+            place.
+        block_size: Numbers of neighbouring `(output, input)` features of a block.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`; nothing has changed then.
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`; nothing has changed then.
 
     Example:
         >>> linear = fc_block(nn.Linear(16, 8), amount=0.5)
@@ -134,18 +148,19 @@ def fc_fine(
 ) -> ModuleT:
     """Prune single weights of a linear layer (Figure 2c).
 
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says. The largest weight
-    of each output neuron is protected, so the total may stay below the count.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes. The largest
+    weight of each output neuron is protected, so the total may stay below the count.
 
     Args:
-        module: a linear layer.
-        name: of the parameter, shape `(out_features, in_features)`.
-        amount: the total share in [0, 1], or number, of the layer's weights that is zero
+        module: A linear layer.
+        name: Name of the parameter, of shape `(out_features, in_features)`.
+        amount: Total share in [0, 1], or number, of the layer's weights that is zero
             afterwards.
-        importance_scores: ranked by magnitude in the parameter's place, of its shape.
+        importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+            place.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`; nothing has changed then.
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`; nothing has changed then.
 
     Example:
         >>> linear = fc_fine(nn.Linear(16, 8), amount=0.75)
@@ -164,32 +179,33 @@ def fc_structured(
     previous: nn.Module,
     importance_scores: Tensor | None = None,
     then: Then = "fine",
-    block_size: int = 4,
+    block_size: tuple[int, int] = (4, 4),
 ) -> ModuleT:
-    """Prune what a linear layer reads from dead channels, then fine or in blocks (Figure 3).
+    """Prune what a linear layer reads from dead channels, then single weights or blocks (Figure 3).
 
-    The columns that read an output channel of `previous` whose weights are all zero go at no
-    cost and count towards the amount. It is for the caller to vouch that such a channel is zero
-    where the linear layer reads it: `previous` must have no bias, or be followed by what makes a
-    zero of it, and a batch norm in between gives a constant of its own, which a ReLU makes zero
-    only if it is negative. `ChannelAnalysis.zero_inputs` finds that out for a whole model.
+    The columns that read an output channel of `previous` whose weights are all zero are pruned
+    first, and count towards the amount. The caller has to make sure that such a channel is zero
+    where the linear layer reads it: `previous` must have no bias, or be followed by an operation
+    that maps it to zero, and a batch norm in between gives a constant of its own, which a ReLU maps
+    to zero only if it is negative. `ChannelAnalysis.zero_inputs` checks that for a whole model.
 
-    Modifies module in place (and also returns it) as `MaskMethod.apply` says. Every output neuron
-    keeps a weight, so the total may stay below the count.
+    Modifies module in place (and also returns it) as `MaskMethod.apply` describes. Every output
+    neuron keeps a weight, so the total may stay below the count.
 
     Args:
-        module: a linear layer.
-        name: of the parameter, shape `(out_features, in_features)`.
-        amount: the total share in [0, 1], or number, of the layer's weights that is zero
+        module: A linear layer.
+        name: Name of the parameter, of shape `(out_features, in_features)`.
+        amount: Total share in [0, 1], or number, of the layer's weights that is zero
             afterwards.
-        previous: the layer whose output it reads, flattened if need be: `in_features` must be a
+        previous: The layer whose output it reads, possibly flattened: `in_features` must be a
             multiple of its output channels.
-        importance_scores: ranked by magnitude in the parameter's place, of its shape.
-        then: `"fine"` or `"block"`, how the rest goes.
-        block_size: the side of a block, in weights.
+        importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
+            place.
+        then: `"fine"` or `"block"`: how further weights are pruned.
+        block_size: Numbers of neighbouring `(output, input)` features of a block.
 
     Raises:
-        AttributeError, TypeError, ValueError: as `MaskMethod.apply`, and if the layers don't fit;
+        AttributeError, TypeError, ValueError: As `MaskMethod.apply`, and if the layers don't fit;
             nothing has changed then.
 
     Example:
@@ -216,7 +232,7 @@ def _dead_columns(module: nn.Module, name: str, previous: nn.Module) -> Tensor |
     """The columns of a linear weight that read output channels without a weight."""
     weight = module._parameters.get(f"{name}_orig", module._parameters.get(name))
     if weight is None or weight.ndim != 2:
-        return None  # `apply` refuses it
+        return None  # `apply` raises the error
     dead = ~masked_parameter(previous, "weight").flatten(1).any(1)
     if weight.shape[1] % len(dead):
         raise ValueError(

@@ -22,15 +22,14 @@ from pydantic import (
 
 from starfire_prune.data import DATASETS, READER_OPTIONS, is_policy, option_problems, reader_of
 from starfire_prune.engine.settings import (
-    Count,
     Epoch,
     Name,
     OrNone,
     Pruning,
-    Seed,
     is_era,
     one_or_list,
 )
+from starfire_prune.methods.options import Count, Seed
 from starfire_prune.utils.settings import Problem, Settings, got, settings_error
 
 __all__ = [
@@ -328,6 +327,8 @@ class Training(Settings):
         "1)",
     )
 
+    parts: ClassVar[Mapping[str, type[Settings]]] = {"ema": Ema}
+
 
 class Recipe(Settings):
     """A training run."""
@@ -349,9 +350,7 @@ class Recipe(Settings):
         "optimizer": Optimizer,
         "lr_schedule": LrSchedule,
         "training": Training,
-        "ema": Ema,
         "pruning": Pruning,
-        **Pruning.parts,
     }
 
     @classmethod

@@ -90,7 +90,7 @@ def pruning_metadata(
     def weight(name: str) -> dict[str, Any]:
         layer = pruner.layers[layers[name]] if pruner is not None and name in layers else None
         return {
-            "method": None if layer is None else layer.method,
+            "method": None if layer is None else layer.method_name,
             "amount": None if layer is None else layer.amount,
             "zeros": int((state[name] == 0).sum()),
             "total": state[name].numel(),

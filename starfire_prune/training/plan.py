@@ -155,21 +155,19 @@ def _disk_line(run: Run) -> str:
 
 
 def _layer_table(layers: Iterable[PrunedLayer]) -> str:
-    header = ("layer", "shape", "method", "target", "locales", "of units")
+    header = ("layer", "shape", "method", "target", "scopes", "of units")
     return format_columns(header, [_layer_row(layer) for layer in layers], left=range(3))
 
 
 def _layer_row(layer: PrunedLayer) -> tuple[str, ...]:
-    shape = layer_weight(layer.module).shape
-    method = layer.method_at(1.0)
-    _, units = method.counts(shape)[0]
+    units = layer.method.units(layer.shape)
     return (
         layer.name,
-        "x".join(map(str, shape)),
-        layer.method,
+        "x".join(map(str, layer.shape)),
+        f"{layer.method_name} {layer.method.detail(layer.shape)}".rstrip(),
         f"{layer.amount:.1%}",
-        f"{method.locales(shape):,}",
-        f"{units:,}",
+        f"{units.scopes:,}",
+        f"{units.size:,}",
     )
 
 

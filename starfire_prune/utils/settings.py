@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from starfire_prune.utils.text import NUMBER
+from starfire_prune.utils.text import NUMBER, did_you_mean
 
 __all__ = [
     "KeyPath",
@@ -21,7 +20,6 @@ __all__ = [
     "SettingsT",
     "deep_problems",
     "got",
-    "nearest",
     "plain",
     "problem_line",
     "settings_error",
@@ -66,47 +64,56 @@ def validated(
     try:
         return root.model_validate(tree, context={"keep_unset": keep_unset}), []
     except ValidationError as error:
-        problems = [_problem(root, detail) for detail in error.errors(include_url=False)]
+        problems = [_problem(root, tree, detail) for detail in error.errors(include_url=False)]
     return None, list(dict.fromkeys((*problems, *deep_problems(root, tree))))
 
 
-def _problem(root: type[Settings], detail: ErrorDetails) -> Problem:
+def _problem(root: type[Settings], tree: Any, detail: ErrorDetails) -> Problem:
     path = tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
     for free in ("options", "set"):  # what is in them pydantic tells by the types it tried
         if free in path:
             path = path[: path.index(free) + 2]
-    parents = [key for key in path[:-1] if isinstance(key, str)]
-    section = root.parts.get(parents[-1], root) if parents else root
+    section = _section_at(root, tree, path[:-1])
     if detail["type"] == "recipe":
         return path, detail["msg"]
     if detail["type"] == "missing":
         return path, f"is required ({section.model_fields[str(path[-1])].description})"
     if detail["type"] in ("extra_forbidden", "invalid_key"):
         names = list(section.model_fields)
-        way_out = nearest(path[-1], names) or f"; the keys here are {', '.join(names)}"
-        return path, f"unknown key {got(detail['input'])}{way_out}"
+        suggestion = (
+            section.unknown_key(str(path[-1]))
+            or did_you_mean(path[-1], names)
+            or f"; the keys here are {', '.join(names)}"
+        )
+        return path, f"unknown key {got(detail['input'])}{suggestion}"
     return path, _wrong_value(path, detail)
+
+
+def _section_at(root: type[Settings], tree: Any, path: KeyPath) -> type[Settings]:
+    """The section at a path within `tree`, a tree of a `root`."""
+    section = root.for_tree(tree)
+    for key in path:
+        inside = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(key, int))
+        tree = (tree.get(key) if isinstance(tree, dict) else tree[int(key)]) if inside else None
+        if isinstance(key, str) and key in section.parts:
+            section = section.parts[key]
+        section = section.for_tree(tree)
+    return section
 
 
 def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
-        return f"must be one of {', '.join(names)} {got(value)}{nearest(value, names)}"
+        return f"must be one of {', '.join(names)} {got(value)}{did_you_mean(value, names)}"
     if kind not in _EXPECTED:
         return f"{detail['msg'].replace('Input should', 'must')} {got(value)}"
     expected = _EXPECTED[kind].format(**context)
     if kind == "model_type" and path[-1:] in (("pruning",), ("fc",)):
         expected += " of settings, or none"
     quoted = kind in ("int_type", "float_type") and isinstance(value, str) and NUMBER.match(value)
-    way_out = f"; without quotes: {value}" if quoted else ""
-    return f"must be {expected} {got(value, typed=kind.endswith('_type'))}{way_out}"
-
-
-def nearest(value: object, names: Sequence[str]) -> str:
-    """The way out of a wrong name, or nothing where no name is near."""
-    near = difflib.get_close_matches(str(value).lower(), names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    suggestion = f"; without quotes: {value}" if quoted else ""
+    return f"must be {expected} {got(value, typed=kind.endswith('_type'))}{suggestion}"
 
 
 _SHORT: Final = reprlib.Repr()
@@ -154,6 +161,18 @@ class Settings(BaseModel):
         return self
 
     @classmethod
+    def for_tree(cls, tree: Any) -> type[Settings]:
+        """The class that validates this plain data, where the keys depend on values."""
+        del tree
+        return cls
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        """The end of the error about a key that this section doesn't have, or nothing."""
+        del key
+        return ""
+
+    @classmethod
     def problems(cls, tree: dict[str, Any]) -> Iterator[Problem]:
         """What is wrong between the keys of this section, given as plain data.
 
@@ -173,15 +192,16 @@ def plain(value: Any) -> Any:
 
 
 def deep_problems(root: type[Settings], tree: Any) -> Iterator[Problem]:
-    """The problems between keys, of a section and of those within it, also in lists."""
+    """The problems between keys, of a section and of those within it."""
     if isinstance(tree, list):
         for index, item in enumerate(tree):
             for path, text in deep_problems(root, item):
                 yield (index, *path), text
     if not isinstance(tree, dict):
         return
-    yield from root.problems(tree)
-    for name, part in root.parts.items():
-        if name in root.model_fields:
+    section = root.for_tree(tree)
+    yield from section.problems(tree)
+    for name, part in section.parts.items():
+        if name in section.model_fields:
             for path, text in deep_problems(part, tree.get(name)):
                 yield (name, *path), text

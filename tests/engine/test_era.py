@@ -1,7 +1,6 @@
 """The masks of the era: exact at every rise, spared in between, and complete at its end."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
 from starfire_prune.masks.counts import count
 from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask
 from starfire_prune.methods.base import find_hook
-from starfire_prune.methods.conv import CKStructured, WindowStructured
+from starfire_prune.methods.conv import CKStructured, InterStructured, WindowStructured
 from tests.support.networks import (
     SmallNet,
     drift,
@@ -94,7 +93,7 @@ def blocks_of_2(weight: Tensor, progress: float, mask: Tensor | None) -> Tensor:
     return fc_block_mask(weight, 0.3 * progress, mask=mask, block_size=(2, 2))
 
 
-BLOCK = {"method": "block", "block_size": 2, "amount": 0.3}
+BLOCK = {"method": "block", "block_size": [2, 2], "amount": 0.3}
 # id: settings, and the rules of the 3x3 convolutions, the 1x1 convolution and the linear layer
 RULES: dict[str, tuple[Settings, Rule, Rule, Rule]] = {
     "window": ({"method": "window"}, window, ck, fine),
@@ -107,7 +106,7 @@ RULES: dict[str, tuple[Settings, Rule, Rule, Rule]] = {
     ),
     "ck": ({"method": "ck"}, ck, ck, fine),
     "ck-max": ({"method": "ck", "max_nonzero": 2}, ck_at_most_2, ck_at_most_2, fine),
-    "ck-group": ({"method": "ck", "group": 2}, ck_in_pairs, ck_in_pairs, fine),
+    "ck-blocks": ({"method": "ck", "block_size": [2, 1]}, ck_in_pairs, ck_in_pairs, fine),
     "ck-layer": ({"method": "ck", "scope": "layer"}, ck_in_layer, ck_in_layer, fine),
     "intra": ({"method": "intra", "window_fraction": 0.4}, intra, ck, fine),
     "inter": ({"method": "inter", "ck_fraction_of_era": 0.25}, inter, ck, fine),
@@ -193,7 +192,7 @@ UNITS: dict[str, Callable[[Tensor], Tensor]] = {
     "weights of a kernel": lambda mask: (~mask).sum((2, 3)),
     "kernels of a channel": lambda mask: (~mask.any(3).any(2)).sum(0),
     "kernels": lambda mask: (~mask.any(3).any(2)).sum(),
-    "groups of a channel": lambda mask: (
+    "blocks of a channel": lambda mask: (
         ~mask.view(-1, 4, *mask.shape[1:]).any(4).any(3).any(1)
     ).sum(0),
     "filters": lambda mask: (~mask.flatten(1).any(1)).sum(),
@@ -217,9 +216,9 @@ COUNTS: list[tuple[Settings, str, str, int]] = [
     ({"method": "ck"}, "point", "kernels of a channel", 5),
     ({"method": "ck"}, "head", "weights", 48),
     ({"method": "ck", "max_nonzero": 2}, "body", "kernels of a channel", 10),
-    ({"method": "ck", "group": 4}, "stem", "groups of a channel", 1),
-    ({"method": "ck", "group": 4}, "stem", "kernels of a channel", 4),
-    ({"method": "ck", "group": 4}, "body", "groups of a channel", 2),
+    ({"method": "ck", "block_size": [4, 1]}, "stem", "blocks of a channel", 1),
+    ({"method": "ck", "block_size": [4, 1]}, "stem", "kernels of a channel", 4),
+    ({"method": "ck", "block_size": [4, 1]}, "body", "blocks of a channel", 2),
     ({"method": "ck", "scope": "layer"}, "body", "kernels", 58),
     ({"method": "intra"}, "stem", "kernels of a channel", 3),
     ({"method": "intra"}, "body", "kernels of a channel", 5),
@@ -236,7 +235,7 @@ COUNTS: list[tuple[Settings, str, str, int]] = [
     ({"method": "filter"}, "body", "filters", 7),
     ({"method": "filter"}, "point", "filters", 5),
     ({"method": "ck", "fc": {"method": "fine", "amount": 0.3}}, "head", "weights", 24),
-    ({"method": "ck", "fc": {"method": "block", "block_size": 2}}, "head", "blocks", 12),
+    ({"method": "ck", "fc": {"method": "block", "block_size": [2, 2]}}, "head", "blocks", 12),
     ({"method": "ck", "fc": {"method": "random"}}, "head", "weights", 48),
     ({"method": "ck", "fc": {"method": "magnitude"}}, "head", "weights", 48),
 ]
@@ -247,7 +246,7 @@ COUNTS: list[tuple[Settings, str, str, int]] = [
     COUNTS,
     ids=[f"{'-'.join(map(str, row[0].values()))}-{row[1]}-{row[2]}" for row in COUNTS],
 )
-def test_final_count_of_each_locale(settings, layer, unit, number):
+def test_final_count_of_each_scope(settings, layer, unit, number):
     model = SmallNet()
     pruner = one_epoch(model, 30, **settings)
     for update in range(30):
@@ -327,15 +326,14 @@ def test_inter_prunes_kernels_in_the_first_part_of_the_era_and_weights_in_the_re
     assert int((~mask).sum()) == 518
 
 
-def test_inter_has_one_hook_and_one_container_of_two():
+def test_inter_has_one_hook():
     model = SmallNet()
     pruner = one_epoch(model, 20, method="inter")
     for update in range(19):
         drift(model, update)
         pruner.step()
     assert len(model.body._forward_pre_hooks) == 1
-    hook: Any = find_hook(model.body, "weight")[1]
-    assert [type(method) for method in hook] == [CKStructured, WindowStructured]
+    assert isinstance(find_hook(model.body, "weight")[1], InterStructured)
     train_step(model, sgd(model), 0)
     pruner.step()
     assert hook_count(model) == 0

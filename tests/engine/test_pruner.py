@@ -174,7 +174,7 @@ def test_too_many_updates_in_an_epoch_are_refused():
 def test_the_wrong_epoch_is_refused(epoch):
     pruner = Pruner(SmallNet(), CK, updates_per_epoch=2)
     pruner.end_epoch(0)
-    message = rf"^`epoch` \(={epoch}\) is not the one under way, 1: call end_epoch once an epoch"
+    message = rf"^`epoch` \(={epoch}\) is not the current epoch, 1: call end_epoch once an epoch"
     with pytest.raises(ValueError, match=message):
         pruner.end_epoch(epoch)
 

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from starfire_prune import Pruner, ck_structured
-from starfire_prune.engine.selection import PrunedLayer, amount_at, select_layers
+from starfire_prune import Pruner, ck_structured, masks
+from starfire_prune.engine.selection import PrunedLayer, select_layers
 from starfire_prune.engine.settings import Pruning, parse_pruning
-from starfire_prune.methods.conv import CKStructured, WindowStructured
+from starfire_prune.methods.conv import CKStructured, InterStructured
 from starfire_prune.methods.linear import FCBlock, FCFine
+from starfire_prune.methods.schedules import linear
 from starfire_prune.utils.modules import clean_name, layer_weight, prunable_layers, unwrap
 from starfire_prune.utils.settings import RecipeError
 
@@ -115,7 +116,7 @@ def test_include_and_exclude_are_globs(include, exclude, names):
 @pytest.mark.parametrize("include", ["block.depthwise", "*depth*", ["*", "block.*"]])
 def test_an_include_that_names_a_depthwise_convolution_selects_it_with_the_layer_as_scope(include):
     layer = select(include=include)["block.depthwise"]
-    assert layer.options["scope"] == "layer"
+    assert vars(layer.method)["scope"] == "layer"
     assert layer.method_at(1.0).counts(layer_weight(layer.module).shape) == ((8, 16),)
 
 
@@ -158,7 +159,7 @@ def test_names_and_modules_are_those_inside_wrappers():
 
 
 def test_methods_of_each_kind_of_layer():
-    methods = {name: layer.method for name, layer in select(method="window").items()}
+    methods = {name: layer.method_name for name, layer in select(method="window").items()}
     assert methods == {
         "stem": "window",
         "block.expand": "ck",
@@ -173,13 +174,13 @@ def test_methods_of_each_kind_of_layer():
 
 def test_inter_prunes_1x1_kernels_by_ck_to_the_whole_amount():
     layer = select(method="inter")["block.expand"]
-    assert (layer.method, amount_at(layer, 1.0), amount_at(layer, 0.5)) == ("ck", 0.5, 0.25)
+    assert layer.method_name == "ck"
+    assert [layer.method_at(progress).amount for progress in (1.0, 0.5)] == [0.5, 0.25]
 
 
 def test_groups_reach_the_methods_of_kernels():
     layers = select()
-    assert layers["grouped"].options["groups"] == 2
-    assert layers["stem"].options["groups"] == 1
+    assert [vars(layers[name].method)["groups"] for name in ("grouped", "stem")] == [2, 1]
     assert layers["grouped"].method_at(1.0).counts(torch.Size([12, 4, 3, 3])) == ((3, 6),)
 
 
@@ -187,10 +188,10 @@ def test_linear_layers_have_the_amount_of_fc_or_else_of_pruning():
     assert select()["head"].amount == 0.5
     assert select(fc={"amount": 0.9})["head"].amount == 0.9
     assert select(fc={"amount": 0.9})["stem"].amount == 0.5
-    block = select(fc={"method": "block", "block_size": 2})["head"]
+    block = select(fc={"method": "block", "block_size": [2, 2]})["head"]
     method = block.method_at(1.0)
     assert isinstance(method, FCBlock)
-    assert method.block_size == 2
+    assert method.block_size == (2, 2)
 
 
 def test_of_several_overrides_the_last_match_wins():
@@ -200,7 +201,7 @@ def test_of_several_overrides_the_last_match_wins():
             {"layers": ["block.project", "head"], "amount": 0.3},
         ]
     )
-    found = {name: (layer.method, layer.amount) for name, layer in layers.items()}
+    found = {name: (layer.method_name, layer.amount) for name, layer in layers.items()}
     assert found["block.expand"] == ("magnitude", 0.2)
     assert found["block.project"] == ("ck", 0.3)
     assert found["head"] == ("fine", 0.3)
@@ -209,7 +210,7 @@ def test_of_several_overrides_the_last_match_wins():
 
 def test_an_override_of_the_scope_of_one_layer():
     layers = select(overrides=[{"layers": "stem", "scope": "layer"}])
-    assert [layers[name].options["scope"] for name in ("stem", "line")] == ["layer", "channel"]
+    assert [vars(layers[name].method)["scope"] for name in ("stem", "line")] == ["layer", "channel"]
 
 
 def test_an_override_lifts_or_sets_pointwise_none():
@@ -238,7 +239,7 @@ def test_max_nonzero_counts_other_things_in_another_method_and_stays_behind():
             {"layers": "volume", "amount": 0.2},
         ],
     )
-    found = {name: layer.max_nonzero for name, layer in layers.items()}
+    found = {name: vars(layer.method).get("max_nonzero") for name, layer in layers.items()}
     assert found == {
         "stem": 4,
         "block.expand": None,
@@ -259,7 +260,7 @@ def test_max_nonzero_reaches_the_method_with_the_target():
 
 
 def test_random_layers_have_seeds_of_their_own():
-    seeds = [layer.options["seed"] for layer in select(method="random", fc="none").values()]
+    seeds = [vars(layer.method)["seed"] for layer in select(method="random", fc="none").values()]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -268,28 +269,28 @@ def test_random_layers_have_seeds_of_their_own():
 )
 def test_amount_follows_the_schedule(schedule, half):
     layer = select(schedule=schedule)["stem"]
-    assert (amount_at(layer, 0.0), amount_at(layer, 1.0)) == (0.0, 0.5)
-    assert amount_at(layer, 0.5) == pytest.approx(half)
+    found = [layer.method_at(progress).amount for progress in (0.0, 1.0, 0.5)]
+    assert found == [0.0, 0.5, pytest.approx(half)]
 
 
 def test_inter_rises_to_the_kernel_amount_and_then_to_the_whole():
     layer = select(method="inter", amount=0.6, ck_fraction_of_era=0.25, window_fraction=0.5)["stem"]
     kernels = (0.6 - 0.3) / (1 - 0.3)
-    found = [amount_at(layer, progress) for progress in (0.0, 0.125, 0.25, 0.625, 1.0)]
+    found = [layer.method_at(progress).amount for progress in (0.0, 0.125, 0.25, 0.625, 1.0)]
     assert found == pytest.approx([0.0, kernels / 2, kernels, (kernels + 0.6) / 2, 0.6])
     assert found[-1] == 0.6
-    kinds = [type(layer.method_at(progress)) for progress in (0.0, 0.25, 0.2501, 1.0)]
-    assert kinds == [CKStructured, CKStructured, WindowStructured, WindowStructured]
+    methods = [layer.method_at(progress) for progress in (0.0, 0.25, 0.2501, 1.0)]
+    assert [vars(method)["kernels_only"] for method in methods] == [True, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("applied", "progress", "amounts"),
-    [(0.1, 0.2, [0.08]), (0.3, 0.7, [0.2, 0.28]), (0.5, 0.7, [0.28]), (0.0, 1.0, [0.2, 0.4])],
-)
-def test_inter_completes_ck_before_it_goes_on(applied, progress, amounts):
-    layer = PrunedLayer("", nn.Conv2d(4, 8, 3), "inter", amount=0.4, window_fraction=0.625)
-    found = [method.amount for method in layer.methods_between(applied, progress)]
-    assert found == pytest.approx(amounts)
+@pytest.mark.parametrize("progress", [0.7, 1.0])
+def test_inter_completes_ck_before_it_prunes_inside_kernels(progress):
+    weight = torch.rand(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    method = InterStructured(0.4, window_fraction=0.625).at(progress, linear)
+    kernels = masks.ck_mask(weight, masks.intra_shares(0.4, 0.625)[1])
+    amount = method.amount
+    expected = masks.window_mask(weight, amount, mask=kernels, exact_layer_sparsity=True)
+    assert torch.equal(method.compute_mask(weight, None), expected)
 
 
 def test_fine_is_the_linear_default():

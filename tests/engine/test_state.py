@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import re
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from starfire_prune import Pruner
 from tests.support.networks import (
-    SmallNet,
     backward,
     equal_states,
     hook_count,
@@ -20,64 +18,15 @@ from tests.support.networks import (
     snapshot,
     train_step,
 )
+from tests.support.pruned_runs import LAST, PHASES, UPDATES, Run, assert_same, through_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UPDATES, LAST = 4, 16  # updates an epoch and in all; the era is the epochs 1 and 2
-PHASES = {"dense": 3, "era": 6, "era, second half": 10, "fixed": 13}  # updates done
 METHODS: dict[str, dict[str, Any]] = {
     "window": {"method": "window", "exact_layer_sparsity": True, "max_nonzero": 5},
     "intra": {"method": "intra", "resolution": 0.0},
     "inter": {"method": "inter"},
 }
-
-
-class Run:
-    """A model, its optimizer and its pruner, trained update by update."""
-
-    def __init__(self, seed: int = 0, **settings: Any) -> None:
-        self.model = SmallNet(seed)
-        self.optimizer = sgd(self.model)
-        self.pruner = Pruner(
-            self.model,
-            {"method": "ck", "amount": 0.6, "era": [1, 3], **settings},
-            updates_per_epoch=UPDATES,
-            optimizer=self.optimizer,
-        )
-        self.n_updates = 0
-
-    def train_until(self, n_updates: int) -> "Run":
-        while self.n_updates < n_updates:
-            train_step(self.model, self.optimizer, self.n_updates)
-            self.pruner.step()
-            self.n_updates += 1
-            if self.n_updates % UPDATES == 0:
-                self.pruner.end_epoch(self.pruner.epoch)
-        return self
-
-    def resume(self, saved: "Run") -> "Run":
-        state = through_json(saved.pruner.state_dict())
-        self.pruner.load_state_dict(state)
-        self.model.load_state_dict(snapshot(saved.model), strict=True)
-        self.optimizer.load_state_dict(copy.deepcopy(saved.optimizer.state_dict()))
-        self.n_updates = saved.n_updates
-        return self
-
-
-def through_json(state: dict[str, Any]) -> dict[str, Any]:
-    masks = {name: mask.clone() for name, mask in state["masks"].items()}
-    plain = {key: value for key, value in state.items() if key != "masks"}
-    read: dict[str, Any] = json.loads(json.dumps(plain))
-    assert read == plain
-    return {**read, "masks": masks}
-
-
-def assert_same(one: Run, other: Run) -> None:
-    assert equal_states(snapshot(one.model), snapshot(other.model))
-    assert equal_states(one.pruner.masks(), other.pruner.masks())
-    assert one.pruner.phase == other.pruner.phase
-    assert one.pruner.target_sparsity == other.pruner.target_sparsity
-    assert hook_count(one.model) == hook_count(other.model)
 
 
 @pytest.mark.parametrize("n_updates", PHASES.values(), ids=PHASES)
@@ -179,7 +128,7 @@ def refusal(message: str) -> Any:
         ({"amount": 0.5}, "amount"),
         ({"era": [1, 4], "schedule": "cubic"}, "era, schedule"),
         ({"exclude": ["stem"]}, "exclude"),
-        ({"method": "intra"}, "method"),
+        ({"method": "intra"}, "method, window_fraction"),
     ],
 )
 def test_a_state_of_other_settings_is_refused(settings, names, n_updates):
@@ -201,7 +150,7 @@ def test_a_state_of_another_number_of_updates_is_refused():
 @pytest.mark.parametrize("version", [1, None])
 def test_a_state_of_another_version_is_refused(version):
     state = {**Run().pruner.state_dict(), "version": version}
-    with refusal(f"the pruner's state has version {version!r}, this package reads 2"):
+    with refusal(f"the pruner's state has version {version!r}, this package reads 3"):
         Run().pruner.load_state_dict(state)
 
 

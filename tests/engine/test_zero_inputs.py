@@ -135,7 +135,7 @@ def test_convolutions_that_stand_for_linear_layers_count_as_such():
     example = torch.zeros(2, 3, 28, 28)
     options = {"fc": {"method": "dead_inputs"}, "exclude": "features.0", "example_input": example}
     pruner = pruned(model, **options)
-    methods = {name: layer.method for name, layer in pruner.layers.items()}
+    methods = {name: layer.method_name for name, layer in pruner.layers.items()}
     assert methods == {
         "features.4": "ck",
         **dict.fromkeys(("pre_logits.fc1", "pre_logits.fc2", "head.fc"), "dead_inputs"),
@@ -387,11 +387,11 @@ def test_a_model_that_cannot_be_exported_is_refused():
     [
         (
             {"fc": {"then": "block"}},
-            "fc.then: has no effect with method fine (used by dead_inputs)",
+            "fc.then: unknown key (got 'block'); it is an option of dead_inputs",
         ),
         (
-            {"fc": {"method": "dead_inputs", "block_size": 2}},
-            "fc.block_size: has no effect with method dead_inputs then fine",
+            {"fc": {"method": "dead_inputs", "block_size": [2, 2]}},
+            "fc.block_size: has no effect with then fine (got [2, 2]); remove it",
         ),
         ({"fc": {"method": "dead_inputs", "then": "random"}}, "fc.then: must be one of"),
     ],
@@ -402,7 +402,7 @@ def test_options_of_other_methods_are_refused(options: dict[str, Any], message: 
 
 
 def test_structure_then_block_takes_a_block_size():
-    fc = {"method": "dead_inputs", "then": "block", "block_size": 2}
+    fc = {"method": "dead_inputs", "then": "block", "block_size": [2, 2]}
     parsed = parse_pruning(settings(fc=fc)).fc
     assert parsed != "none"
-    assert parsed.block_size == 2
+    assert parsed.options["block_size"] == (2, 2)

@@ -81,7 +81,7 @@ def test_of_an_average_the_masks_are_those_of_the_model(form, tmp_path):
     for _ in range(3):
         train_step(model, sgd(model), 0)
         pruner.step()
-        if pruner._epoch_updates == 2:
+        if pruner.state_dict()["epoch_updates"] == 2:
             pruner.end_epoch(pruner.epoch)
     path = saved(tmp_path, form, average, pruner=pruner)
     assert same(load_masks(path), pruner.masks())

@@ -36,22 +36,22 @@ an epoch, 4 epochs
   memory     0.0 MB of masks a process
   disk       about 0.2 MB a checkpoint, the last 2 are kept; 0.1 MB exported; 5.00 GB free
 
-layer                  shape      method  target  locales  of units
----------------------  ---------  ------  ------  -------  --------
-conv1                  64x3x7x7   ck       60.0%        3        64
-layer1.0.conv1         8x64x3x3   ck       60.0%       64         8
-layer1.0.conv2         8x8x3x3    ck       60.0%        8         8
-layer1.0.downsample.0  8x64x1x1   ck       60.0%       64         8
-layer2.0.conv1         8x8x3x3    ck       60.0%        8         8
-layer2.0.conv2         8x8x3x3    ck       60.0%        8         8
-layer2.0.downsample.0  8x8x1x1    ck       60.0%        8         8
-layer3.0.conv1         16x8x3x3   ck       60.0%        8        16
-layer3.0.conv2         16x16x3x3  ck       60.0%       16        16
-layer3.0.downsample.0  16x8x1x1   ck       60.0%        8        16
-layer4.0.conv1         16x16x3x3  ck       60.0%       16        16
-layer4.0.conv2         16x16x3x3  ck       60.0%       16        16
-layer4.0.downsample.0  16x16x1x1  ck       60.0%       16        16
-fc                     10x16      fine     60.0%        1       160
+layer                  shape      method  target  scopes  of units
+---------------------  ---------  ------  ------  ------  --------
+conv1                  64x3x7x7   ck       60.0%      3        64
+layer1.0.conv1         8x64x3x3   ck       60.0%     64         8
+layer1.0.conv2         8x8x3x3    ck       60.0%      8         8
+layer1.0.downsample.0  8x64x1x1   ck       60.0%     64         8
+layer2.0.conv1         8x8x3x3    ck       60.0%      8         8
+layer2.0.conv2         8x8x3x3    ck       60.0%      8         8
+layer2.0.downsample.0  8x8x1x1    ck       60.0%      8         8
+layer3.0.conv1         16x8x3x3   ck       60.0%      8        16
+layer3.0.conv2         16x16x3x3  ck       60.0%     16        16
+layer3.0.downsample.0  16x8x1x1   ck       60.0%      8        16
+layer4.0.conv1         16x16x3x3  ck       60.0%     16        16
+layer4.0.conv2         16x16x3x3  ck       60.0%     16        16
+layer4.0.downsample.0  16x16x1x1  ck       60.0%     16        16
+fc                     10x16      fine     60.0%      1       160
 """
 # Large enough for the weights to outweigh what each file holds beside them
 WIDE = "model.options={layers: [1, 1, 1, 1], channels: [32, 32, 64, 64]}"
@@ -166,7 +166,7 @@ def test_the_plan_tells_each_layers_method_and_target(runs, tmp_path):
     assert "conv1" not in rows
     assert rows["layer4.0.conv1"] == ["16x16x3x3", "ck", "60.0%", "16", "16"]
     assert rows["layer4.0.conv2"] == ["16x16x3x3", "window", "80.0%", "256", "9"]
-    assert rows["fc"] == ["10x16", "block", "50.0%", "1", "12"]
+    assert rows["fc"] == ["10x16", "block", "[4,", "4]", "50.0%", "1", "12"]
 
 
 def test_the_plan_of_a_pretrained_start_names_its_file(runs, tmp_path):

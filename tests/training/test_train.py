@@ -245,7 +245,7 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
     "overrides",
     [
         ["pruning.method=window", "pruning.exact_layer_sparsity=true"],
-        ["pruning.method=intra", "pruning.fc={method: block, block_size: 2}"],
+        ["pruning.method=intra", "pruning.fc={method: block, block_size: [2, 2]}"],
         ["pruning.method=inter"],
         ["pruning.era=[0, 4]", "pruning.schedule=cubic", "pruning.fc=none"],
         ["optimizer={name: adamw, lr: 0.01, filter_bias_and_bn: true}"],
