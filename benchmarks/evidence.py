@@ -35,7 +35,7 @@ _VARIANTS: Final = {
     "ck-60": "CK",
     "intra-60": "intra",
     "inter-60": "inter",
-    "ck-60-group4": "CK, `group: 4`",
+    "ck-60-group4": "CK, `block_size: [4, 1]`",
     "ck-80": "CK",
     "magnitude-60": "single weights (`magnitude`), baseline",
     "ck-60-from0": "CK, era [0, 4]",

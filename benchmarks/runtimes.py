@@ -20,7 +20,7 @@ _ENGINES: Final = {
 }
 _METHODS: Final = {
     **{f"ck-0.{tenth}-g1": f"CK {tenth}0 %" for tenth in (6, 7, 8, 9)},
-    **{f"ck-0.{tenth}-g4": f"CK {tenth}0 %, `group: 4`" for tenth in (6, 7, 8, 9)},
+    **{f"ck-0.{tenth}-g4": f"CK {tenth}0 %, `block_size: [4, 1]`" for tenth in (6, 7, 8, 9)},
     **{f"window-0.{tenth}-g1": f"window {tenth}0 %" for tenth in (6, 8)},
     **{f"intra-0.{tenth}-g1": f"intra {tenth}0 %" for tenth in (6, 8)},
 }

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from starfire_prune.engine.settings import Override, Pruning
 from starfire_prune.methods.base import MaskMethod
 from starfire_prune.methods.linear import FCStructured
-from starfire_prune.methods.registry import METHODS, method_name
+from starfire_prune.methods.registry import METHODS, method_class, method_name
 from starfire_prune.methods.schedules import Schedule
 from starfire_prune.utils.modules import (
     clean_name,
@@ -177,7 +177,7 @@ def _planned(
             options |= {key: value for key, value in own.items() if key in options}
         else:
             method, options = override.method, own
-    mask_method = METHODS[method](amount, **options).for_layer(name, module)
+    mask_method = method_class(method)(amount, **options).for_layer(name, module)
     if mask_method is None:
         return None
     if connected and isinstance(mask_method, FCStructured):

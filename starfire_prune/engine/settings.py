@@ -24,6 +24,7 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from torch import nn
@@ -36,7 +37,7 @@ from starfire_prune.methods.registry import (
     method_name,
     method_options,
 )
-from starfire_prune.methods.schedules import SCHEDULES, Schedule, schedule_name
+from starfire_prune.methods.schedules import SCHEDULES, Schedule, schedule_function, schedule_name
 from starfire_prune.utils.settings import (
     Problem,
     RecipeError,
@@ -131,12 +132,14 @@ def _era(value: object) -> object:
     )
 
 
-def _named(names: Mapping[str, object], value: str) -> str:
-    if value in names:
-        return value
-    raise settings_error(
-        f"must be one of {', '.join(names)} {got(value)}{did_you_mean(value, names)}"
-    )
+def _schedule(value: str) -> str:
+    try:
+        return schedule_name(value)
+    except ValueError:
+        suggestion = did_you_mean(value, SCHEDULES)
+        raise settings_error(
+            f"must be one of {', '.join(SCHEDULES)} {got(value)}{suggestion}"
+        ) from None
 
 
 def one_or_list(value: object) -> object:
@@ -163,7 +166,7 @@ Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
 Epoch = Annotated[int, Field(ge=0)]
 ScheduleName = Annotated[
     str,
-    AfterValidator(functools.partial(_named, SCHEDULES)),
+    AfterValidator(_schedule),
     Field(json_schema_extra=lambda schema: schema.update(enum=list(SCHEDULES))),
 ]
 
@@ -182,16 +185,24 @@ class MethodSection(Settings):
 
     @classmethod
     def methods(cls) -> dict[str, type[MaskMethod]]:
-        """The methods that this section takes, by name."""
+        """The registered methods that this section takes, by name."""
         return {name: own for name, own in METHODS.items() if applies_to_any(own, cls.kinds)}
+
+    @classmethod
+    def method_of(cls, tree: Mapping[str, Any]) -> type[MaskMethod] | None:
+        """The method that a mapping names, or None if this section doesn't take it."""
+        try:
+            own = method_class(str(tree.get("method", cls.default_method)))
+        except ValueError:
+            return None
+        return own if applies_to_any(own, cls.kinds) else None
 
     @classmethod
     def for_tree(cls, tree: Any) -> type[MethodSection]:
         """The section with the options of the method that a mapping names."""
         if cls.option_classes is not None or not isinstance(tree, dict):
             return cls
-        method = tree.get("method", cls.default_method)
-        own = cls.methods().get(method) if isinstance(method, str) else None
+        own = cls.method_of(tree)
         # Where the method is wrong, no option is reported as unknown on top of it.
         return _with_options(cls, (own,) if own else tuple(METHODS.values()))
 
@@ -244,7 +255,11 @@ def _with_options(
     fields: dict[str, Any] = {}
     for own in classes:
         for name, (annotation, default) in method_options(own).items():
-            fields[name] = (annotation | None, None) if optional else (annotation, default)
+            if optional:
+                description = FieldInfo.from_annotation(annotation).description
+                fields[name] = (annotation | None, Field(None, description=description))
+            else:
+                fields[name] = (annotation, default)
     made = create_model(section.__name__, __base__=section, __doc__=section.__doc__, **fields)
     made.option_classes = classes
     return made
@@ -292,10 +307,9 @@ class Override(MethodSection):
     def for_tree(cls, tree: Any) -> type[MethodSection]:
         if cls.option_classes is not None or not isinstance(tree, dict):
             return cls
-        method = tree.get("method")
-        if method is None:
+        if tree.get("method") is None:
             return _with_options(cls, cls.inherited, optional=True)
-        own = cls.methods().get(method) if isinstance(method, str) else None
+        own = cls.method_of(tree)
         return _with_options(cls, (own,) if own else tuple(METHODS.values()), optional=True)
 
     @classmethod
@@ -359,12 +373,12 @@ class Pruning(MethodSection):
     @property
     def mask_method(self) -> MaskMethod:
         """The method for convolutions, with the target as its amount."""
-        return METHODS[self.method](self.amount, **self.options)
+        return method_class(self.method)(self.amount, **self.options)
 
     @property
     def schedule_function(self) -> Schedule:
         """The schedule, a function from the progress of the era to the share of the target."""
-        return SCHEDULES[self.schedule]
+        return schedule_function(self.schedule)
 
 
 @functools.cache
@@ -385,12 +399,11 @@ def _with_overrides(section: type[Pruning], fc: tuple[type[MaskMethod], ...]) ->
 
 def _method_problems(cls: type[MethodSection], section: Mapping[str, Any]) -> Iterator[Problem]:
     method = section.get("method", cls.default_method)
-    if not isinstance(method, str):
-        return
-    if method not in cls.methods():
+    own = cls.method_of(section)
+    if own is not None:
+        for option, reason in own.option_problems(section):
+            yield (option,), f"{reason} {got(section[option])}; remove it"
+    elif isinstance(method, str):
         names = list(cls.methods())
         suggestion = did_you_mean(method, names)
         yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"
-        return
-    for option, reason in cls.methods()[method].option_problems(section):
-        yield (option,), f"{reason} {got(section[option])}; remove it"

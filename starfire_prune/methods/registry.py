@@ -27,6 +27,8 @@ _METHODS: dict[str, type[MaskMethod]] = {}
 METHODS: Mapping[str, type[MaskMethod]] = MappingProxyType(_METHODS)
 """The registered methods by name."""
 
+_PASSED: dict[str, type[MaskMethod]] = {}  # classes that were passed as they are, by full name
+
 
 def register_method(name: str) -> Callable[[MethodT], MethodT]:
     """Register a pruning method under a name, so that recipes can use it.
@@ -84,28 +86,30 @@ def unregister_method(name: str) -> None:
 def method_class(method: str | type[MaskMethod]) -> type[MaskMethod]:
     """The class of a method, given by its name or as the class itself.
 
-    A class that isn't registered is registered under its full name, `module.Class`.
+    A class that isn't registered is found by its full name, `module.Class`, from then on.
 
     Raises:
         TypeError: If the class is not a dataclass that derives from `MaskMethod`.
         ValueError: If no method has this name.
     """
     if isinstance(method, str):
-        if method not in _METHODS:
+        found = _METHODS.get(method, _PASSED.get(method))
+        if found is None:
             raise ValueError(
                 f"`method` (={method!r}) must be one of {', '.join(_METHODS)}, or a class that "
                 f"derives from MaskMethod{did_you_mean(method, _METHODS)}"
             )
-        return _METHODS[method]
+        return found
     _check_class(method)
     if method not in _METHODS.values():
-        register_method(".".join(_place(method)))(method)
+        _PASSED[".".join(_place(method))] = method
     return method
 
 
 def method_name(cls: type[MaskMethod]) -> str:
-    """The name under which a method is registered."""
-    return next(name for name, method in _METHODS.items() if method is cls)
+    """The name of a method: the one that it is registered under, or else its full name."""
+    names = (name for name, method in _METHODS.items() if method is cls)
+    return next(names, ".".join(_place(cls)))
 
 
 def method_options(cls: type[MaskMethod]) -> dict[str, tuple[Any, Any]]:

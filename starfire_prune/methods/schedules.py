@@ -16,6 +16,7 @@ __all__ = [
     "cubic",
     "linear",
     "register_schedule",
+    "schedule_function",
     "schedule_name",
 ]
 
@@ -24,6 +25,8 @@ Schedule = Callable[[float], float]
 _SCHEDULES: dict[str, Schedule] = {}
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(_SCHEDULES)
 """The registered schedules by name."""
+
+_PASSED: dict[str, Schedule] = {}  # functions that were passed as they are, by full name
 
 
 def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
@@ -63,13 +66,13 @@ def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
 def schedule_name(schedule: str | Schedule) -> str:
     """The registered name of a schedule, given by that name or as the function itself.
 
-    A function that isn't registered is registered under its full name, `module.function`.
+    A function that isn't registered is found by its full name, `module.function`, from then on.
 
     Raises:
         TypeError, ValueError: If it is neither, or no schedule has this name.
     """
     if isinstance(schedule, str):
-        if schedule not in _SCHEDULES:
+        if schedule not in _SCHEDULES and schedule not in _PASSED:
             raise ValueError(
                 f"`schedule` (={schedule!r}) must be one of {', '.join(_SCHEDULES)}, or a function"
                 f"{did_you_mean(schedule, _SCHEDULES)}"
@@ -80,8 +83,13 @@ def schedule_name(schedule: str | Schedule) -> str:
             return name
     _check(schedule)
     name = _full_name(schedule)
-    register_schedule(name)(schedule)
+    _PASSED[name] = schedule
     return name
+
+
+def schedule_function(name: str) -> Schedule:
+    """The schedule of a name that `schedule_name` gave."""
+    return _SCHEDULES.get(name) or _PASSED[name]
 
 
 def _full_name(schedule: Schedule) -> str:

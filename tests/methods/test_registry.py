@@ -146,7 +146,7 @@ def test_options_without_the_dataclass_are_refused():
     class Plain(Coarse):
         more: int = 3
 
-    with pytest.raises(TypeError, match=r"Plain.more is annotated but not a field: decorate"):
+    with pytest.raises(RecipeError, match=r"Plain\.more is annotated but not a field: decorate"):
         pruner_of(method=Plain)
 
 
@@ -157,7 +157,7 @@ def test_a_class_that_is_not_a_method_is_refused(method):
 
 
 def test_an_unknown_name_lists_the_methods():
-    with pytest.raises(ValueError, match=r"^`method` \(='cj'\) must be one of window, ck, .*\?$"):
+    with pytest.raises(ValueError, match=r"^`method` \(='cj'\) must be one of window, ck, intra"):
         method_class("cj")
 
 

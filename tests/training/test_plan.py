@@ -38,20 +38,20 @@ an epoch, 4 epochs
 
 layer                  shape      method  target  scopes  of units
 ---------------------  ---------  ------  ------  ------  --------
-conv1                  64x3x7x7   ck       60.0%      3        64
-layer1.0.conv1         8x64x3x3   ck       60.0%     64         8
-layer1.0.conv2         8x8x3x3    ck       60.0%      8         8
-layer1.0.downsample.0  8x64x1x1   ck       60.0%     64         8
-layer2.0.conv1         8x8x3x3    ck       60.0%      8         8
-layer2.0.conv2         8x8x3x3    ck       60.0%      8         8
-layer2.0.downsample.0  8x8x1x1    ck       60.0%      8         8
-layer3.0.conv1         16x8x3x3   ck       60.0%      8        16
-layer3.0.conv2         16x16x3x3  ck       60.0%     16        16
-layer3.0.downsample.0  16x8x1x1   ck       60.0%      8        16
-layer4.0.conv1         16x16x3x3  ck       60.0%     16        16
-layer4.0.conv2         16x16x3x3  ck       60.0%     16        16
-layer4.0.downsample.0  16x16x1x1  ck       60.0%     16        16
-fc                     10x16      fine     60.0%      1       160
+conv1                  64x3x7x7   ck       60.0%       3        64
+layer1.0.conv1         8x64x3x3   ck       60.0%      64         8
+layer1.0.conv2         8x8x3x3    ck       60.0%       8         8
+layer1.0.downsample.0  8x64x1x1   ck       60.0%      64         8
+layer2.0.conv1         8x8x3x3    ck       60.0%       8         8
+layer2.0.conv2         8x8x3x3    ck       60.0%       8         8
+layer2.0.downsample.0  8x8x1x1    ck       60.0%       8         8
+layer3.0.conv1         16x8x3x3   ck       60.0%       8        16
+layer3.0.conv2         16x16x3x3  ck       60.0%      16        16
+layer3.0.downsample.0  16x8x1x1   ck       60.0%       8        16
+layer4.0.conv1         16x16x3x3  ck       60.0%      16        16
+layer4.0.conv2         16x16x3x3  ck       60.0%      16        16
+layer4.0.downsample.0  16x16x1x1  ck       60.0%      16        16
+fc                     10x16      fine     60.0%       1       160
 """
 # Large enough for the weights to outweigh what each file holds beside them
 WIDE = "model.options={layers: [1, 1, 1, 1], channels: [32, 32, 64, 64]}"
