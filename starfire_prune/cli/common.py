@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from starfire_prune.utils.console import log_to_console
+
 __all__ = [
     "USAGE_ERROR",
     "Command",
@@ -65,6 +67,7 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
     )
     command.add_arguments(parser)
     arguments = parser.parse_args(words)
+    log_to_console()
     try:
         command.run(arguments)
         sys.stdout.flush()

@@ -32,6 +32,7 @@ from starfire_prune.runs.environment import environment
 from starfire_prune.runs.weights import WeightsWithRecipe, data_settings
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.utils.errors import EvaluationError, PretrainedError
+from starfire_prune.utils.limits import explained_limits
 from starfire_prune.utils.text import first_line
 
 __all__ = ["chosen_device", "evaluate_weights"]
@@ -82,7 +83,10 @@ def evaluate_weights(
     attacker = model if source is None else _source(source, trained, device)
     spaces = {name: _space(recipe, name) for name in {attack.space for attack in attacks}}
     measured = _Measured(model, attacker, spaces, _precision(recipe, device))
-    with _repeatable(), _readable_errors():
+    limits = explained_limits(
+        EvaluationError, less_memory="lower --batch-size", fewer_workers="--set data.workers=0"
+    )
+    with _repeatable(), limits:
         tallies = _measure(measured, loader, attacks, limit or total, device, trained.name)
     followed = None if source is None else source.name
     settings = [
@@ -227,22 +231,6 @@ def _repeatable() -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Raise errors of a machine that is too small in one sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EvaluationError("the device has too little memory: lower --batch-size") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise EvaluationError(
-            "a DataLoader worker was killed, usually because memory or /dev/shm ran out: "
-            "--set data.workers=0"
-        ) from error
 
 
 # Data and models

@@ -1,7 +1,8 @@
-"""One epoch of training, and evaluation."""
+"""One epoch of a run: training, evaluation and its line of metrics."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from starfire_prune.data import PADDING_LABEL
+from starfire_prune.data.shards import PADDING_LABEL
 from starfire_prune.engine.sparsity import measure_sparsity
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import read_metrics
@@ -24,37 +25,11 @@ from starfire_prune.utils.modules import unwrap
 
 __all__ = ["evaluate", "run_epoch"]
 
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: DataLoader[Batch], accelerator: Accelerator, loss: nn.Module
-) -> dict[str, float]:
-    """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader."""
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    for images, labels in loader:
-        with accelerator.autocast():
-            logits = model(images).float()
-        logits, labels = accelerator.gather_for_metrics((logits, labels))
-        own = labels != PADDING_LABEL
-        logits, labels = logits[own], labels[own]
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        total_loss = loss(logits, labels) * len(labels) if len(labels) else 0.0
-        batch = [best[:, 0].sum(), best.sum(), total_loss, len(labels)]
-        sums += torch.tensor([float(value) for value in batch], dtype=torch.float64)
-    top1, top5, total_loss, images_seen = sums.tolist()
-    return {
-        "top1": top1 / images_seen,
-        "top5": top5 / images_seen,
-        "val_loss": total_loss / images_seen,
-    }
-
-
-# --- the loop -----------------------------------------------------------------------------------
+_LOGGER = logging.getLogger(__name__)
 
 
 def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
-    """Train and evaluate one epoch; its line for `metrics.jsonl`."""
+    """Train and evaluate one epoch, and return its line for `metrics.jsonl`."""
     recipe, pruner = run.recipe, run.pruner
     _seed_epoch(run, epoch)
     factor = learning_rate_factor(recipe.lr_schedule, epoch, recipe.epochs)
@@ -77,8 +52,11 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     }
 
 
+# Training
+
+
 def _seed_epoch(run: Run, epoch: int) -> None:
-    """Let all randomness of an epoch follow from (seed, epoch): a resumed run repeats it."""
+    """Seed all generators by (seed, epoch), so that a resumed run repeats the epoch."""
     seed = int(np.random.SeedSequence([run.recipe.seed, epoch]).generate_state(1)[0])
     set_seed(seed, device_specific=True)
     run.train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -91,14 +69,14 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _phase_of(recipe: Recipe, epoch: int) -> str:
-    """The phase that an epoch trains in."""
+    """The phase in which an epoch trains."""
     if recipe.pruning == "none" or epoch < recipe.pruning.era[0]:
         return "dense"
     return "era" if epoch < recipe.pruning.era[1] else "fixed"
 
 
 def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train one epoch; its mean loss, and the images of all processes per second."""
+    """Train one epoch, and return its mean loss and the images of all processes per second."""
     accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
     training = run.recipe.training
     model.train()
@@ -134,7 +112,7 @@ def _prepared_batch(run: Run, images: Tensor, labels: Tensor) -> Batch:
 
 
 def _follow_update(run: Run) -> None:
-    """Prune and average after `optimizer.step()`, if that was an update."""
+    """Prune and average after `optimizer.step()`, unless it only accumulated gradients."""
     accelerator = run.accelerator
     updated = accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped
     if run.pruner is not None:
@@ -144,22 +122,17 @@ def _follow_update(run: Run) -> None:
         run.average.update(unwrap(run.model), step=run.average_updates)
 
 
-def _evaluate_average(run: Run) -> dict[str, float]:
-    if run.average is None:
-        return {}
-    for buffer in run.average.module.buffers():  # ranks have batch statistics of their own
-        broadcast(buffer)
-    metrics = evaluate(run.average.module, run.val_loader, run.accelerator, run.loss)
-    return {f"ema_{key}": value for key, value in metrics.items()}
+# Progress
 
 
 def _progress(run: Run, epoch: int) -> Iterator[Batch]:
-    """The batches of an epoch under a progress bar, which is quiet where there is no terminal."""
-    rows = read_metrics(run.folder) if run.accelerator.is_main_process else []
+    """The batches of an epoch; a progress bar appears on terminals if messages are shown."""
+    is_shown = run.accelerator.is_main_process and _LOGGER.isEnabledFor(logging.INFO)
+    rows = read_metrics(run.folder) if is_shown else []
     bar = tqdm(
         run.train_loader,
         desc=f"epoch {epoch + 1}/{run.recipe.epochs}",
-        disable=None if run.accelerator.is_main_process else True,
+        disable=None if is_shown else True,  # None: disabled where there is no terminal
         leave=False,
     )
     for batch in bar:
@@ -175,3 +148,40 @@ def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
         status["target_sparsity"] = f"{run.pruner.target_sparsity:.2%}"
         status["sparsity"] = f"{last.get('sparsity', 0.0):.2%}"
     return status
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[Batch], accelerator: Accelerator, loss: nn.Module
+) -> dict[str, float]:
+    """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for images, labels in loader:
+        with accelerator.autocast():
+            logits = model(images).float()
+        logits, labels = accelerator.gather_for_metrics((logits, labels))
+        counted = labels != PADDING_LABEL
+        logits, labels = logits[counted], labels[counted]
+        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        total_loss = loss(logits, labels) * len(labels) if len(labels) else 0.0
+        batch = [best[:, 0].sum(), best.sum(), total_loss, len(labels)]
+        sums += torch.tensor([float(value) for value in batch], dtype=torch.float64)
+    top1, top5, total_loss, images_seen = sums.tolist()
+    return {
+        "top1": top1 / images_seen,
+        "top5": top5 / images_seen,
+        "val_loss": total_loss / images_seen,
+    }
+
+
+def _evaluate_average(run: Run) -> dict[str, float]:
+    if run.average is None:
+        return {}
+    for buffer in run.average.module.buffers():  # each rank has its own batch statistics
+        broadcast(buffer)
+    metrics = evaluate(run.average.module, run.val_loader, run.accelerator, run.loss)
+    return {f"ema_{key}": value for key, value in metrics.items()}

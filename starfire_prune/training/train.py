@@ -1,17 +1,16 @@
-"""The training run of a recipe: a plain Accelerate loop in which pruning is one call an update."""
+"""The training run of a recipe: an Accelerate loop in which pruning is one call per update."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from starfire_prune.engine.sparsity import format_table, measure_sparsity
 from starfire_prune.recipe.sections import Recipe
@@ -41,8 +40,11 @@ from starfire_prune.training.setup import (
 )
 from starfire_prune.training.tracking import log_metrics, start_trackers
 from starfire_prune.utils.files import writing
+from starfire_prune.utils.limits import explained_limits
 
 __all__ = ["train"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def train(
@@ -53,65 +55,71 @@ def train(
     fork: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train as `recipe` says, and leave everything in `folder`.
+    """Train a recipe, and write all results into `folder`.
 
     A folder that holds an unfinished run of the same recipe is resumed from its last checkpoint:
-    an unbroken run and a resumed one end with the same bits on a CPU. It holds the resolved
-    `recipe.yaml`, `environment.json`, `metrics.jsonl` (an object an epoch), `training.png`,
+    on a CPU, a resumed run equals an uninterrupted one bit for bit. The folder holds the resolved
+    `recipe.yaml`, `environment.json`, `metrics.jsonl` (one object per epoch), `training.png`,
     `checkpoints/` (the last two), `logs/` (of trackers) and, at the end,
-    `export/model.safetensors`. Before the first batch the plan of the run is checked and printed.
+    `export/model.safetensors`. The plan of the run is checked and logged before the first batch.
 
     Args:
-        recipe: see `starfire_prune.recipe`.
-        folder: of the run; made if it isn't there.
-        resume: refuse to start from nothing.
-        fork: folder of a run whose recipe differs in `pruning` alone. The epochs that both train
-            dense are taken over from its last checkpoint of them, unless `folder` has one already.
-        dry_run: stop after the plan, with nothing written.
+        recipe: Recipe to train; see `starfire_prune.recipe`.
+        folder: Folder of the run; it is created if it doesn't exist.
+        resume: Raise an error if there is nothing to resume.
+        fork: Folder of a run whose recipe differs only in `pruning`. The epochs that both recipes
+            train dense are taken over from its last checkpoint of them, unless `folder` has a
+            checkpoint already.
+        dry_run: Stop after the plan, and write nothing.
 
     Raises:
-        RunError: if the folder holds another recipe's run or a finished one, there is nothing to
+        RunError: If the folder holds another recipe's run or a finished one, there is nothing to
             resume, the environment would not reproduce the run, or it can't be trained here.
-        CheckpointError: if the checkpoint to resume from is damaged, or the disk is full.
-        DataError, ValueError: for data, layers and settings that don't fit.
+        CheckpointError: If the checkpoint to resume from is damaged, or the disk is full.
+        DataError, ValueError: For data, layers and settings that don't fit.
     """
     accelerator = create_accelerator(recipe, folder)
     check_writable(folder)
     writes = accelerator.is_main_process and not dry_run
     with ExitStack() as stack:
-        was_there = folder.is_dir()
-        if writes and was_there:
+        existed = folder.is_dir()
+        if writes and existed:
             stack.enter_context(locked(folder))
-        start = _start(recipe, folder, accelerator, resume, fork)
-        run, first_epoch = _planned(recipe, folder, accelerator, start)
+        start = _find_start(recipe, folder, accelerator, resume, fork)
+        run, first_epoch = _prepare(recipe, folder, accelerator, start)
         if dry_run:
             return
         if writes:
-            if not was_there:
-                folder.mkdir(parents=True)  # refused if another run has made it meanwhile
+            if not existed:
+                folder.mkdir(parents=True)  # fails if another run has created it meanwhile
                 stack.enter_context(locked(folder))
             begin_folder(folder, recipe, accelerator, first_epoch, start.source)
         accelerator.wait_for_everyone()
         start_trackers(accelerator, recipe, folder, 0 if start.source else first_epoch)
         for row in read_metrics(folder) if start.source else ():
             log_metrics(accelerator, row)
-        with _told():
-            for epoch in range(first_epoch, recipe.epochs):
-                _record(run, run_epoch(run, epoch))
-                accelerator.wait_for_everyone()
+        _train_epochs(run, first_epoch)
         _finish(run)
         accelerator.end_training()
 
 
+# Before the first epoch
+
+
 @dataclasses.dataclass(frozen=True)
 class _Start:
-    """From where a run goes on: a checkpoint, its own or of the run `source`, or nothing."""
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: The checkpoint to continue from; None for a new run.
+        source: Folder of the run that the checkpoint is taken over from; None if it is this run's.
+    """
 
     checkpoint: Path | None
     source: Path | None = None
 
 
-def _start(
+def _find_start(
     recipe: Recipe, folder: Path, accelerator: Accelerator, resume: bool, fork: Path | None
 ) -> _Start:
     start = _Start(checkpoint_to_resume(folder, recipe, resume=resume))
@@ -122,10 +130,10 @@ def _start(
     return start
 
 
-def _planned(
+def _prepare(
     recipe: Recipe, folder: Path, accelerator: Accelerator, start: _Start
 ) -> tuple[Run, int]:
-    """Prepare a run, check and print its plan, and go back to its checkpoint if there is one.
+    """Prepare a run, check and log its plan, and restore its checkpoint if there is one.
 
     Returns:
         The run, and the number of epochs that are done.
@@ -135,39 +143,17 @@ def _planned(
     run = prepare_run(recipe, folder, accelerator, fresh=checkpoint is None)
     check_ranks_data_alike(run)
     check_run(run)
-    accelerator.print(plan_text(run, checkpoint))
+    _log(accelerator, plan_text(run, checkpoint))
     if checkpoint is None:
         return run, 0
     done = _restore(run, checkpoint, forks=start.source is not None)
     verb = "resumed" if start.source is None else f"forked {start.source} for"
-    accelerator.print(f"{verb} {folder} after {done} of {recipe.epochs} epochs")
+    _log(accelerator, f"{verb} {folder} after {done} of {recipe.epochs} epochs")
     return run, done
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Turn what a machine is too small for into a sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "the device has too little memory: lower data.batch_size (and raise "
-            "training.gradient_accumulation), or set training.mixed_precision=bf16"
-        ) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            "a loader process was ended from outside, mostly for want of memory or of /dev/shm: "
-            "lower data.workers; the same command goes on from the last checkpoint"
-        ) from error
-
-
-# --- around the loop ----------------------------------------------------------------------------
-
-
 def _restore(run: Run, checkpoint: Path, *, forks: bool) -> int:
-    """Go back to a checkpoint; the number of epochs that are done."""
+    """Restore a checkpoint, and return the number of epochs that are done."""
     average = run.average.module if run.average is not None else None
     parts = (run.model, run.optimizer, run.pruner, average)
     state = load_checkpoint(checkpoint, *parts, forks=forks)
@@ -178,8 +164,24 @@ def _restore(run: Run, checkpoint: Path, *, forks: bool) -> int:
     return int(state["epoch"])
 
 
+# Epochs
+
+
+def _train_epochs(run: Run, first_epoch: int) -> None:
+    limits = explained_limits(
+        RunError,
+        less_memory="lower data.batch_size (and raise training.gradient_accumulation), or set "
+        "training.mixed_precision=bf16",
+        fewer_workers="lower data.workers; the same command continues from the last checkpoint",
+    )
+    with limits:
+        for epoch in range(first_epoch, run.recipe.epochs):
+            _record(run, run_epoch(run, epoch))
+            run.accelerator.wait_for_everyone()
+
+
 def _record(run: Run, metrics: dict[str, Any]) -> None:
-    """Keep an epoch's metrics and its checkpoint, and show a line."""
+    """Write an epoch's metrics and its checkpoint, and log a line."""
     accelerator = run.accelerator
     if not math.isfinite(metrics["val_loss"]):
         raise RunError(
@@ -200,11 +202,10 @@ def _record(run: Run, metrics: dict[str, Any]) -> None:
     done = metrics["epoch"] + 1
     keep = run.recipe.training.keep_checkpoints
     save_checkpoint(folder, done, run.model, run.optimizer, run.pruner, extra, average, keep)
-    if accelerator.is_main_process:
-        tqdm.write(_epoch_line(metrics, run.recipe.epochs))
+    _log(accelerator, _epoch_line(metrics, run.recipe.epochs))
 
 
-def _epoch_line(metrics: dict[str, Any], epochs: int) -> str:
+def _epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
     average = f"average {metrics['ema_top1']:.2%}  " if "ema_top1" in metrics else ""
     return (
         f"epoch {metrics['epoch'] + 1}/{epochs}  loss {metrics['train_loss']:.4f}  "
@@ -214,35 +215,46 @@ def _epoch_line(metrics: dict[str, Any], epochs: int) -> str:
     )
 
 
+# After the last epoch
+
+
 def _finish(run: Run) -> None:
-    """Draw the picture, show what the run came to and export its weights."""
-    show = run.accelerator.print
+    """Draw the picture, log the results and export the weights."""
+    accelerator = run.accelerator
     picture, exported = run.folder / "training.png", exported_file(run.folder)
     rows = read_metrics(run.folder)
-    if run.accelerator.is_main_process:
+    if accelerator.is_main_process:
         with writing(picture):
             plot_training(rows, picture, title=run.folder.name)
     model, decay = run.model, None
     if run.average is not None:
         model, decay = run.average.module, run.average.decay
     pruner = run.pruner
-    show(format_table(pruner.sparsity(model) if pruner is not None else measure_sparsity(model)))
+    sparsity = pruner.sparsity(model) if pruner is not None else measure_sparsity(model)
+    _log(accelerator, format_table(sparsity))
     for name, reason in pruner.kept_columns().items() if pruner is not None else ():
-        show(f"{name} keeps all its columns: {reason}")
-    for line in _final_lines(rows):
-        show(line)
+        _log(accelerator, f"{name} keeps all its columns: {reason}")
+    for line in _accuracy_lines(rows):
+        _log(accelerator, line)
     settings = run.recipe.model
     architecture = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
-    save_pruned(  # last: it marks the run as finished
-        model, exported, pruner=run.pruner, architecture=architecture, average_decay=decay
+    save_pruned(  # last, because it marks the run as finished
+        model, exported, pruner=pruner, architecture=architecture, average_decay=decay
     )
-    show(f"weights{' (the average)' if decay else ''}: {exported}\npicture: {picture}")
+    average = " (the average)" if decay else ""
+    _log(accelerator, f"weights{average}: {exported}\npicture: {picture}")
 
 
-def _final_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _accuracy_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not rows:
         return
     last = rows[-1]
     yield f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {last['epoch'] + 1} epochs"
     if "ema_top1" in last:
         yield f"average of the weights: top-1 {last['ema_top1']:.2%}, top-5 {last['ema_top5']:.2%}"
+
+
+def _log(accelerator: Accelerator, message: str) -> None:
+    """Log a message on the main process only."""
+    if accelerator.is_main_process:
+        _LOGGER.info(message)

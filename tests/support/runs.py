@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import random
 import traceback
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs import checkpoint
 from starfire_prune.runs import data as run_data
 from starfire_prune.training import train as training
+from starfire_prune.utils.console import log_to_console
 
 # Four updates an epoch, the last of a smaller batch; a dense epoch, two of the era, a fixed one
 RECIPE = """\
@@ -85,6 +87,8 @@ def small_runs(plot: bool = False) -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(run_data, "load_datasets", few_digits)
         if not plot:  # half of such a run's time
             patch.setattr(training, "plot_training", lambda *args, **options: None)
+        patch.setattr(logging.getLogger("starfire_prune"), "handlers", [])
+        log_to_console()
         new_process()
         yield patch
     new_process()

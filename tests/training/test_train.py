@@ -444,7 +444,7 @@ def test_training_that_diverges_ends_with_the_way_out(runs, tmp_path):
         (torch.OutOfMemoryError("CUDA out of memory. Tried …"), "lower data.batch_size (and"),
         (
             RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-            "a loader process was ended from outside",
+            "a DataLoader worker was killed, usually because memory or /dev/shm ran out: lower",
         ),
     ],
 )
