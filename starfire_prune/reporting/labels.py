@@ -1,4 +1,4 @@
-"""Words that several parts of a report share, and the names of its pictures."""
+"""Texts that several parts of a report share, and the names of its pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starfire_prune.reporting.document import Picture
 from starfire_prune.reporting.runs import Variant, folder_of_data
 from starfire_prune.reporting.style import Images
 
-__all__ = ["data_text", "file_name", "listed", "numbered", "settings_text", "titled_picture"]
+__all__ = ["data_text", "enumerated", "file_name", "numbered", "settings_text", "titled_picture"]
 
 
 def settings_text(variants: Iterable[Variant]) -> str:
@@ -21,13 +21,13 @@ def settings_text(variants: Iterable[Variant]) -> str:
     epochs = sorted({run.recipe.epochs for run in runs})
     models = dict.fromkeys(run.recipe.model.name for run in runs)
     data = dict.fromkeys(data_text(run.recipe) for run in runs)
-    told_epochs = f"{listed(epochs)} epoch{'s' * (epochs != [1])}"
-    told_seeds = f"seed{'s' * (len(seeds) > 1)} {listed(seeds)}"
-    return f"{listed(models)} on {listed(data)}, {told_epochs}, {told_seeds}"
+    epochs_text = f"{enumerated(epochs)} epoch{'s' * (epochs != [1])}"
+    seeds_text = f"seed{'s' * (len(seeds) > 1)} {enumerated(seeds)}"
+    return f"{enumerated(models)} on {enumerated(data)}, {epochs_text}, {seeds_text}"
 
 
 def data_text(recipe: Recipe) -> str:
-    """The data set of a recipe, with what tells it from others."""
+    """The data set of a recipe: name, folder, classes and image size."""
     data = recipe.data
     name, folder = data.name, folder_of_data(recipe)
     if folder is not None:
@@ -35,11 +35,11 @@ def data_text(recipe: Recipe) -> str:
     return f"{name} ({recipe.model.num_classes} classes, {data.image_size} px)"
 
 
-def listed(items: Iterable[object]) -> str:
-    """Items with commas and an `and`.
+def enumerated(items: Iterable[object]) -> str:
+    """Items with commas and an "and".
 
     Example:
-        >>> listed([0, 1, 2])
+        >>> enumerated([0, 1, 2])
         '0, 1 and 2'
     """
     *most, last = map(str, items)
@@ -47,23 +47,23 @@ def listed(items: Iterable[object]) -> str:
 
 
 def titled_picture(name: str, title: str, caption: str, alt: str, images: Images) -> Picture:
-    """A picture with its words; see `Picture`."""
+    """A picture with its title, caption and description; see `Picture`."""
     own = (images.light, images.dark, images.width, images.height)
     return Picture(name, title, caption, alt, *own)
 
 
 def numbered(pictures: Sequence[Picture]) -> Iterator[Picture]:
-    """The same pictures, none of them with the file name of another."""
+    """The same pictures, with distinct file names."""
     taken: set[str] = set()
     for picture in pictures:
         names = (picture.name, *(f"{picture.name}-{n}" for n in range(2, len(pictures) + 1)))
         name = next(name for name in names if name.lower() not in taken)
-        taken.add(name.lower())  # some disks don't tell the cases apart
+        taken.add(name.lower())  # some file systems ignore case
         yield dataclasses.replace(picture, name=name)
 
 
 def file_name(name: str) -> str:
-    """What a name gives in that of a file.
+    """A name without the characters that don't belong in a file name.
 
     Example:
         >>> file_name("runs/ck 60")

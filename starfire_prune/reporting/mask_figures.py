@@ -1,4 +1,4 @@
-"""Pictures of a run's masks, as in the paper's Figure 2. They need matplotlib."""
+"""Figures of a run's masks, as in the paper's Figure 2; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["LINEAR_COLUMNS", "LINEAR_ROWS", "TILES", "kernel_matrix", "masks_pic
 
 TILES: Final = 12  # output and input channels whose kernels are shown as tiles
 LINEAR_ROWS: Final = 40  # output neurons of a linear layer that are shown
-LINEAR_COLUMNS: Final = 120  # input features likewise
-_ELONGATED: Final = 2.5  # from this ratio of its sides on a matrix is stretched to a square
+LINEAR_COLUMNS: Final = 120  # input features of a linear layer that are shown
+_ELONGATED: Final = 2.5  # a matrix with a larger ratio of its sides is stretched to a square
 
 
 def masks_picture(conv: Tensor | None, linear: Tensor | None = None) -> Images:
     """Draw the masks of a run: kernels as tiles, the K x C matrix of kernels, linear weights.
 
     Args:
-        conv: bool mask `(K, C, *kernel)` of a convolution, if there is one.
-        linear: bool mask `(out_features, in_features)` of a linear layer, if there is one.
+        conv: Mask of a convolution, bool, `(K, C, *kernel)`; None for no such panels.
+        linear: Mask of a linear layer, bool, `(out_features, in_features)`; None for no such panel.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -56,10 +56,10 @@ def masks_picture(conv: Tensor | None, linear: Tensor | None = None) -> Images:
 
 
 def kernel_matrix(mask: Tensor) -> Tensor:
-    """The share of each kernel's weights that is kept, float `(K, C)`, in [0, 1].
+    """The share of kept weights in each kernel, float `(K, C)`, in [0, 1].
 
     Args:
-        mask: bool, `(K, C, *kernel)`.
+        mask: Mask of a convolution, bool, `(K, C, *kernel)`.
 
     Example:
         >>> kernel_matrix(torch.tensor([[[[True, False]], [[False, False]]]])).tolist()
@@ -69,7 +69,7 @@ def kernel_matrix(mask: Tensor) -> Tensor:
 
 
 def _flat_kernels(mask: Tensor) -> Tensor:
-    """Kernels of any number of dimensions as those of two, `(K, C, R, S)`."""
+    """Kernels of any number of dimensions in two, `(K, C, R, S)`."""
     return mask.reshape(*mask.shape[:2], -1, mask.shape[-1])
 
 

@@ -26,7 +26,7 @@ from starfire_prune.reporting.tables import (
     variants_grid,
 )
 from starfire_prune.utils.files import replaced_folder, write_text
-from starfire_prune.utils.text import number_text, spread_text
+from starfire_prune.utils.text import first_few, number_text, spread_text
 
 __all__ = ["build_report", "write_report"]
 
@@ -38,16 +38,16 @@ PICTURES: Final = "report_pictures"
 def build_report(
     runs: Sequence[ReportedRun], table: Table | None = None, layer: str | None = None
 ) -> Report:
-    """The report of runs, with its pictures drawn.
+    """Build the report of runs, with its pictures.
 
     Args:
-        runs: in the order in which they are shown, but for dense ones, which come first; those of
-            `table` stand in its order.
-        table: whose numbers of the paper stand beside those of its runs.
-        layer: the convolution whose masks are shown; by default the middle one.
+        runs: The runs. Those of `table` are shown in its order, then dense ones, then the rest.
+        table: A table with the paper's numbers for its runs.
+        layer: Name of the convolution whose masks are shown; default: the middle one.
 
     Raises:
-        ReportError: if no run that prunes has such a layer, or a run of `table` is there twice.
+        ReportError: If a run that prunes does not prune `layer`, or a run of `table` is given
+            twice.
     """
     comparison = None if table is None else compared(table, runs)
     variants = _ordered(variants_of(runs), comparison)
@@ -100,7 +100,7 @@ def write_report(report: Report, folder: Path) -> Path:
 
 
 def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list[Variant]:
-    """Those of a table in its order, then dense ones, then the rest as they come."""
+    """The variants of a table in its order, then dense ones, then the rest in their order."""
     places = comparison.places if comparison else {}
 
     def place(variant: Variant) -> tuple[float, bool]:
@@ -111,7 +111,7 @@ def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list
 
 
 def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
-    """A layer that is asked for must be pruned in every run whose masks are shown."""
+    """Raise ReportError if a run whose masks are shown does not prune the layer asked for."""
     for variant in variants:
         for run in variant.runs:
             if layer is None or run.sparsity is None or variant.method == "dense":
@@ -123,17 +123,17 @@ def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
                     own.name for own in run.sparsity.layers if own.selected and own.kind == "conv"
                 ]
                 raise ReportError(
-                    f"--layer {layer} is no convolution that {run.folder} prunes; it prunes "
-                    f"{', '.join(convs[:8])}{' …' * (len(convs) > 8)}"
+                    f"--layer (={layer}) is not a convolution that {run.folder} prunes; it prunes "
+                    f"{first_few(convs, 8)}"
                 ) from error
 
 
 def _paper_section(comparison: Comparison | None) -> Section | None:
     grid = None if comparison is None else paper_grid(comparison)
-    return None if grid is None else Section("Beside the paper", grids=(grid,))
+    return None if grid is None else Section("Comparison with the paper", grids=(grid,))
 
 
-# Words
+# Texts
 
 
 def _title(variants: Sequence[Variant], comparison: Comparison | None) -> str:
@@ -160,7 +160,7 @@ def _summary(variants: Sequence[Variant]) -> Iterator[str]:
 
 
 def _best_and_worst(pruned: Sequence[Variant], variants: Sequence[Variant]) -> Iterator[str]:
-    """The pruned variants with the highest and the lowest mean, if all are of the same data."""
+    """The pruned variants with the highest and the lowest mean, if all have the same data."""
     if len({data_text(own.recipe) for own in variants}) > 1:
         return
     ranked = sorted(pruned, key=lambda own: mean_top1(own) or 0.0)
@@ -202,7 +202,7 @@ def _to_dense(variant: Variant, variants: Sequence[Variant]) -> str:
 
 
 def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iterator[str]:
-    """What limits a comparison of the runs."""
+    """Sentences on what limits a comparison of the runs."""
     yield from _unlike("data sets", variants, data_text, ": their accuracies can't be compared")
     yield from _unlike("models", variants, lambda recipe: recipe.model.name)
     yield from _unlike("numbers of epochs", variants, lambda recipe: str(recipe.epochs))
@@ -214,27 +214,27 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
     ]
     if behind:
         yield (
-            f"Not finished: {_few(behind)}. They count in means only where no run of their "
-            f"variant is finished, and then as far as they are."
+            f"Not finished: {first_few(behind, 8)}. They count in means only if no run of their "
+            f"variant is finished, with the epochs that are done."
         )
     averaged = [
         run.name for own in variants for run in own.runs if run.numbers.average_top1 is not None
     ]
     if averaged:
         yield (
-            f"Exported with a moving average of the weights: {_few(averaged)}. Its top-1 is in the "
-            f"table of runs; curves and means are of the weights that trained."
+            f"Exported with a moving average of the weights: {first_few(averaged, 8)}. Its top-1 "
+            f"is in the table of runs; curves and means are of the trained weights."
         )
     yield from _copies(variants)
     if comparison is not None:
         if comparison.missing:
-            yield f"Not among these runs, but in the table: {_few(comparison.missing)}."
+            yield f"Runs of the table that are not reported: {first_few(comparison.missing, 8)}."
         for problem in comparison.problems:
-            yield f"Not set beside the paper: {problem}."
+            yield f"Not compared with the paper: {problem}."
 
 
 def _copies(variants: Sequence[Variant]) -> Iterator[str]:
-    """A sentence on each seed of which a variant has several runs."""
+    """A sentence on each seed with which a variant has several runs."""
     for own in variants:
         by_seed: dict[int, list[str]] = {}
         for run in own.runs:
@@ -242,23 +242,19 @@ def _copies(variants: Sequence[Variant]) -> Iterator[str]:
         for seed, folders in by_seed.items():
             if len(folders) > 1:
                 yield (
-                    f"Of the same settings and the same seed {seed}: {_few(folders)}. If they are "
-                    f"copies, means count one run several times, and deviations are too small."
+                    f"The same settings and the same seed {seed} have {first_few(folders, 8)}. If "
+                    f"they are copies, means count one run several times, and deviations are too "
+                    f"small."
                 )
-
-
-def _few(items: Sequence[str], most: int = 8) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def _unlike(
     what: str, variants: Sequence[Variant], key: Callable[[Recipe], str], consequence: str = ""
 ) -> Iterator[str]:
-    """A sentence on which variants are of what, where they differ in it."""
+    """A sentence on which variants have which value, if they differ in it."""
     groups: dict[str, list[str]] = {}
     for own in variants:
         groups.setdefault(key(own.recipe), []).append(own.name)
     if len(groups) > 1:
-        told = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
-        yield f"The runs are of different {what}{consequence} ({told})."
+        values = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
+        yield f"The runs have different {what}{consequence} ({values})."

@@ -27,7 +27,12 @@ from starfire_prune.recipe.sections import Model, Recipe
 from starfire_prune.runs.folder import RunError, exported_file, read_metrics
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.serialization.pruned import read_metadata
-from starfire_prune.utils.errors import CheckpointError, EvaluationError, PretrainedError
+from starfire_prune.utils.errors import (
+    CheckpointError,
+    EvaluationError,
+    ModelError,
+    PretrainedError,
+)
 from starfire_prune.utils.settings import RecipeError
 
 __all__ = [
@@ -43,25 +48,25 @@ __all__ = [
 
 _SEED: Final = re.compile(r"-seed\d+$")
 _NAMED_DATA: Final = {"digits", "tiny_imagenet"}
-# By how much the exported zeros may differ from the last epoch's: an average of weights, which
-# may be what is exported, holds other accidental zeros
+# Largest difference between the exported zeros and those of the last epoch: if an average of the
+# weights is exported, it has other accidental zeros
 _OTHER_WEIGHTS: Final = 1e-3
 
 
 class ReportError(ValueError):
-    """A run that can't be reported; the message says why and what to do, in a sentence."""
+    """A run can't be reported; the message is a sentence that says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-    """A run as it is reported.
+    """A run of a report.
 
     Attributes:
-        folder: of the run, as it was given.
-        recipe: that it trained.
-        metrics: the objects of its `metrics.jsonl`.
-        sparsity: of the weights that it exported; None while it isn't finished.
-        evaluation: what its `evaluation.json` holds; None if it has not been evaluated.
+        folder: Path of the run's folder, as it was given.
+        recipe: The recipe that the run trained.
+        metrics: The objects of its `metrics.jsonl`.
+        sparsity: Sparsity of the exported weights; None if the run isn't finished.
+        evaluation: Contents of its `evaluation.json`; None if it was not evaluated.
     """
 
     folder: Path
@@ -72,11 +77,11 @@ class ReportedRun:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return self.folder.resolve().name
 
     def mask(self, layer: str) -> Tensor:
-        """Which weights of a layer the exported file keeps, bool, of the weight's shape."""
+        """The mask of a layer in the exported file, bool, of the weight's shape."""
         with safe_open(str(exported_file(self.folder)), framework="pt") as file:
             weight: Tensor = file.get_tensor(f"{layer}.weight")
         return weight != 0
@@ -88,18 +93,18 @@ class ReportedRun:
 
     @functools.cached_property
     def numbers(self) -> RunNumbers:
-        """What its metrics come to."""
+        """The numbers that its metrics give."""
         pruning = self.recipe.pruning
         return run_numbers(self.metrics, 0.0 if pruning == "none" else pruning.amount)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-        name: of their folders without the seed.
-        runs: by seed.
+        name: Name of their folders, without the seed.
+        runs: The runs by seed.
     """
 
     name: str
@@ -107,30 +112,30 @@ class Variant:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the first run."""
+        """The recipe of the first run."""
         return self.runs[0].recipe
 
     @property
     def method(self) -> str:
-        """How it prunes: `"dense"`, or the method for convolutions."""
+        """The pruning method for convolutions, or `"dense"`."""
         return "dense" if self.recipe.pruning == "none" else self.recipe.pruning.method
 
     @property
     def counted(self) -> tuple[ReportedRun, ...]:
-        """The runs that its means are of: the finished ones, if there are any."""
+        """The runs that count in means: the finished ones, or all if none is finished."""
         return tuple(run for run in self.runs if run.finished) or self.runs
 
 
 def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
-    """Reads the folder of a run.
+    """Read the folder of a run.
 
     Args:
-        folder: of the run.
-        unfinished: also take a run that isn't finished, as far as it is.
+        folder: Path of the run's folder.
+        unfinished: Accept a run that isn't finished.
 
     Raises:
-        ReportError: if there is no such folder, it is no run's, the run isn't finished, or a file
-            is damaged or another run's.
+        ReportError: If there is no such folder, it isn't a run's, the run isn't finished, or a
+            file is damaged or belongs to another run.
 
     Example:
         >>> read_run(Path("runs/quickstart")).numbers.best_top1  # doctest: +SKIP
@@ -141,7 +146,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
         metrics = read_metrics(folder)
     except UnicodeDecodeError as error:
         raise ReportError(
-            f"{folder / 'metrics.jsonl'} is damaged: it is no text: restore it"
+            f"{folder / 'metrics.jsonl'} is damaged: it is not text: restore it"
         ) from error
     except (RunError, OSError) as error:
         raise ReportError(_sentence(error)) from error
@@ -156,10 +161,10 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
 
 
 def variants_of(runs: Iterable[ReportedRun]) -> tuple[Variant, ...]:
-    """The runs in groups that differ in their seeds alone, in the order of their first ones.
+    """The runs in groups that differ only in the seed, in the order of their first runs.
 
-    A variant is named as its first run's folder without `-seedN`; with the folder above it, or
-    more, where another variant has that name.
+    The name of a variant is that of its first run's folder without `-seedN`. Where two variants
+    would have the same name, the folders above are added.
     """
     groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
@@ -173,7 +178,7 @@ def variants_of(runs: Iterable[ReportedRun]) -> tuple[Variant, ...]:
 
 
 def settings_key(recipe: Recipe, *, pruning: bool = True) -> str:
-    """What two recipes share that train alike but for the seed, and perhaps for `pruning`."""
+    """A text that recipes share if they train alike except for the seed, and maybe `pruning`."""
     data = recipe.data.model_copy(update={"root": folder_of_data(recipe)})
     training = recipe.training.model_copy(update={"trackers": (), "keep_checkpoints": ()})
     same = {"seed": 0, "data": data, "training": training}
@@ -181,9 +186,9 @@ def settings_key(recipe: Recipe, *, pruning: bool = True) -> str:
 
 
 def folder_of_data(recipe: Recipe) -> str | None:
-    """The name of the folder that is a recipe's data set; None where another name tells it.
+    """The folder's name where it identifies the data set of a recipe; None where `data.name` does.
 
-    Only its last part: the same data lie elsewhere on another machine.
+    Only the last part of the path counts: on another machine the same data are elsewhere.
     """
     data = recipe.data
     if data.root is None or data.name in _NAMED_DATA or data.name.startswith("hfds/"):
@@ -192,7 +197,7 @@ def folder_of_data(recipe: Recipe) -> str | None:
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each folder without the seed; more parts where those are not distinct."""
+    """The last part of each path without the seed; more parts where these are not distinct."""
     parts = [folder.resolve().parts for folder in folders]
     names = [_SEED.sub("", own[-1]) for own in parts]
     depth = 1
@@ -209,13 +214,13 @@ def _distinct_names(folders: Sequence[Path]) -> list[str]:
 def _recipe(folder: Path) -> Recipe:
     if not folder.is_dir():
         raise ReportError(
-            f"there is no folder {folder}: name a folder that tools/train.py has made"
+            f"there is no folder {folder}: give a run's folder, which starfire train creates"
         )
     file = folder / "recipe.yaml"
     if not file.is_file():
         inner = sorted(path.parent for path in folder.glob("*/recipe.yaml"))
-        way_out = f"; it holds runs, name these: {inner[0]} …" if inner else ""
-        raise ReportError(f"{folder} is no run's folder: it holds no {file.name}{way_out}")
+        hint = f"; it holds runs, give their folders: {inner[0]} …" if inner else ""
+        raise ReportError(f"{folder} is not a run's folder: it holds no {file.name}{hint}")
     try:
         return load_recipe(file, keep_unset=True)
     except (RecipeError, OSError) as error:
@@ -229,7 +234,7 @@ def _check_metrics(folder: Path, recipe: Recipe, metrics: Sequence[Mapping[str, 
         raise ReportError(f"{file} is damaged: its epochs are not 0, 1, 2 …: restore it")
     if len(epochs) > recipe.epochs:
         raise ReportError(
-            f"{file} is of another run: it has {len(epochs)} epochs, and the recipe beside it "
+            f"{file} belongs to another run: it has {len(epochs)} epochs, and the recipe beside it "
             f"{recipe.epochs}: restore it, or leave the run out"
         )
     for row in metrics:
@@ -251,7 +256,7 @@ def _check_unfinished(
     if not unfinished:
         raise ReportError(
             f"{folder} isn't finished ({done} of {recipe.epochs} epochs are done): wait for it, "
-            f"leave it out, or add --unfinished to have it reported as far as it is"
+            f"leave it out, or add --unfinished to report the epochs that are done"
         )
 
 
@@ -259,7 +264,7 @@ def _check_unfinished(
 
 
 def _sparsity(folder: Path, recipe: Recipe, last: Mapping[str, Any]) -> Sparsity:
-    """Of the exported weights, which must be the recipe's model's and end as the metrics do."""
+    """Sparsity of the exported weights, which must fit the recipe's model and the metrics."""
     file = exported_file(folder)
     try:
         pruned = _pruned_layers(read_metadata(file), file)
@@ -267,9 +272,11 @@ def _sparsity(folder: Path, recipe: Recipe, last: Mapping[str, Any]) -> Sparsity
         fresh = load_weights(model, file)
     except (CheckpointError, PretrainedError) as error:
         raise ReportError(f"{_sentence(error)}; restore it, or leave the run out") from error
+    except ModelError as error:
+        raise ReportError(f"{folder}: {error}; leave the run out") from error
     if fresh:
         raise ReportError(
-            f"{file} is of another number of classes than the recipe beside it "
+            f"{file} has another number of classes than the recipe beside it "
             f"({recipe.model.num_classes}): restore it, or leave the run out"
         )
     sparsity = measure_sparsity(model, pruned)
@@ -282,16 +289,16 @@ def _pruned_layers(metadata: Mapping[str, Any], file: Path) -> list[str]:
         return [key.removesuffix(".weight") for key in metadata["weights"]]
     except (AttributeError, LookupError, TypeError) as error:
         raise ReportError(
-            f"{file} was not exported by tools/train.py, its metadata don't tell what is pruned: "
-            f"restore it, or leave the run out"
+            f"{file} was not exported by starfire train, its metadata don't name the pruned "
+            f"layers: restore it, or leave the run out"
         ) from error
 
 
 def _check_zeros(file: Path, exported: float, trained: float | None) -> None:
     if trained is not None and abs(exported - trained) > _OTHER_WEIGHTS:
         raise ReportError(
-            f"{file} is of another run: {exported:.2%} of its weights are zero, and metrics.jsonl "
-            f"ends with {trained:.2%}: restore it, or leave the run out"
+            f"{file} belongs to another run: {exported:.2%} of its weights are zero, and "
+            f"metrics.jsonl ends with {trained:.2%}: restore it, or leave the run out"
         )
 
 
@@ -303,27 +310,24 @@ def _evaluation(folder: Path) -> Evaluation | None:
     file = exported_file(folder)
     if evaluation is not None and evaluation.weights_sha256 != file_sha256(file):
         raise ReportError(
-            f"{evaluation_file(folder)} is of other weights than {file}: evaluate anew, or delete "
-            f"it"
+            f"{evaluation_file(folder)} belongs to other weights than {file}: evaluate again, or "
+            f"delete it"
         )
     return evaluation
 
 
 def _model(settings: Model) -> nn.Module:
-    """The model of a recipe; runs of a report mostly share it, and load their weights into it."""
+    """The model of a recipe, the same object for subsequent runs of the same model."""
     return _cached_model(settings.name, settings.num_classes, json.dumps(settings.options))
 
 
 @functools.lru_cache(maxsize=1)
 def _cached_model(name: str, num_classes: int, options: str) -> nn.Module:
-    try:
-        return create_model(name, num_classes, **json.loads(options))
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ReportError(f"the recipe's model {name} can't be made here: {error}") from error
+    return create_model(name, num_classes, **json.loads(options))
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of an error, and of how many more there are."""
+    """The first line of an error, and the number of further lines."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} can't be read: {error.strerror}"
     first, *more = str(error).splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""The parts of a report that are curves and points, with the words beside them."""
+"""The sections of a report on accuracy, sparsity and robustness: figures and captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starfire_prune.reporting.attacks import SPACES, attack_curve, attacks_of, r
 from starfire_prune.reporting.curves import Curve, curve, mean_curve
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import Points, Series, curves, points
-from starfire_prune.reporting.labels import listed, numbered, settings_text, titled_picture
+from starfire_prune.reporting.labels import enumerated, numbered, settings_text, titled_picture
 from starfire_prune.reporting.runs import Variant
 from starfire_prune.reporting.style import MOST_CURVES, Images, Line
 from starfire_prune.reporting.tables import mean_top1, robustness_grid
@@ -23,19 +23,21 @@ __all__ = ["accuracy_section", "robustness_section", "sparsity_section"]
 
 
 Lines = Mapping[str, Line]
-_CLOSER_FROM: Final = 8  # epochs from which on the last half has a picture of its own
-_BAND: Final = "Lines are means over the seeds, bands go from the lowest to the highest run"
+_CLOSER_FROM: Final = 8  # least epochs of runs whose last half has another picture
+_BAND: Final = "Lines are means over the seeds; bands go from the lowest to the highest run"
 
 
 def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
-    """Accuracy over the epochs, all of them and the last half, and last and best epochs apart."""
+    """Accuracy over all epochs and over the last half, and in the last and the best epoch."""
     pictures = []
     for part_name, suffix, part in _parts(variants):
         series = _series(part, lines, "top1")
-        ends = _told_ends(part, mean_top1)
+        ends = _ends_text(part, mean_top1)
         settings = f"{_band(part)}Settings: {settings_text(part)}."
         drops = _shared_drops(part)
-        dotted = f" Dotted: the learning rate drops, after epoch {listed(drops)}." if drops else ""
+        dotted = (
+            f" Dotted: the learning rate drops, after epoch {enumerated(drops)}." if drops else ""
+        )
         axes = ("epoch", "top-1 on held-out images [%]")
         pictures.append(
             titled_picture(
@@ -55,8 +57,8 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                 titled_picture(
                     f"accuracy-closer{suffix}",
                     f"The same from epoch {last // 2} on{part_name}",
-                    f"The y axis is cut to what these epochs reach. {settings}{dotted}",
-                    f"The last half of the same curves, closer. After the last epoch: {ends}.",
+                    f"The y axis shows the range of these epochs only. {settings}{dotted}",
+                    f"The last half of the same curves, enlarged. After the last epoch: {ends}.",
                     closer,
                 )
             )
@@ -67,7 +69,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                     f"Top-5 accuracy over the epochs{part_name}",
                     f"As in the paper's Figure 10. {settings}",
                     f"Curves of top-5 accuracy over the epochs. After the last: "
-                    f"{_told_ends(part, _top5)}.",
+                    f"{_ends_text(part, _top5)}.",
                     curves(_series(part, lines, "top5"), ("epoch", "top-5 on held-out images [%]")),
                 )
             )
@@ -75,15 +77,15 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
 
 
 def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
-    """Sparsity over the epochs, and what was asked for against what was reached."""
+    """Sparsity over the epochs, and the sparsity asked for and reached."""
     pictures = [
         titled_picture(
             f"sparsity{suffix}",
             f"Sparsity over the epochs{part_name}",
             f"Share of zeros among all convolution and linear weights, as in the paper's Figures "
-            f"4, 7 to 9 and 11: it rises within the pruning era and is fixed after it. "
+            f"4, 7 to 9 and 11: it rises in the pruning era and is constant after it. "
             f"{_band(part)}Settings: {settings_text(part)}.",
-            f"Curves of sparsity over the epochs. After the last: {_told_ends(part, _reached)}.",
+            f"Curves of sparsity over the epochs. After the last: {_ends_text(part, _reached)}.",
             curves(
                 _series(part, lines, "sparsity_network"), ("epoch", "zero weights [%]"), to_100=True
             ),
@@ -97,7 +99,7 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
 
 
 def robustness_section(variants: Sequence[Variant], lines: Lines) -> Section | None:
-    """Top-1 under attack over epsilon; None where no run has been evaluated."""
+    """Top-1 under attack over epsilon; None if no run was evaluated."""
     evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
     if not evaluated:
         return None
@@ -108,8 +110,8 @@ def robustness_section(variants: Sequence[Variant], lines: Lines) -> Section | N
         if attack.name != "none" and attack.source is None
     ]
     text = (
-        "Pictures show attacks that follow the gradients of the network itself (white box), as the "
-        "paper's Table 3; those transferred from another run are in the table alone."
+        "The pictures show attacks that follow the gradients of the network itself (white box), as "
+        "the paper's Table 3; attacks transferred from another run are only in the table."
         if any(attack.source is not None for attack in found)
         else "The attacks follow the gradients of the network itself (white box), as the paper's "
         "Table 3."
@@ -134,10 +136,10 @@ def _last_and_best(variants: Sequence[Variant], lines: Lines) -> Picture:
     return titled_picture(
         "last-and-best",
         "Last and best epoch",
-        "A dot is a run after its last epoch, the ring its best one: choosing that by the same "
-        f"images flatters, so the dot counts. Settings: {settings_text(variants)}.",
+        "A dot is the top-1 of a run after its last epoch, a ring that of its best epoch, which is "
+        f"optimistic: it is chosen by the same images. Settings: {settings_text(variants)}.",
         f"Top-1 of each run after its last and its best epoch. Means after the last: "
-        f"{_told_ends(variants, mean_top1)}.",
+        f"{_ends_text(variants, mean_top1)}.",
         points(marks, "top-1 on held-out images [%]", ("last epoch", "best epoch")),
     )
 
@@ -152,7 +154,7 @@ def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
         )
         for own in pruned
     ]
-    told = "; ".join(
+    texts = "; ".join(
         f"{own.name} asked {number_text(own.runs[0].numbers.asked, 1)} %, reached "
         f"{number_text(_reached(own), 1)} %"
         for own in pruned
@@ -160,9 +162,9 @@ def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
     return titled_picture(
         "asked-and-reached",
         "Sparsity asked for and reached",
-        "A stroke is the sparsity asked for, a dot what a run has reached over all convolution and "
-        f"linear weights. Settings: {settings_text(pruned)}.",
-        f"Sparsity asked for and reached: {told}.",
+        "A stroke is the sparsity asked for, a dot the one that a run has reached over all "
+        f"convolution and linear weights. Settings: {settings_text(pruned)}.",
+        f"Sparsity asked for and reached: {texts}.",
         points(marks, "zero weights [%]", ("reached", "asked for"), strokes=True),
     )
 
@@ -176,9 +178,9 @@ def _top5(variant: Variant) -> float | None:
 
 
 def _parts(variants: Sequence[Variant]) -> Iterator[tuple[str, str, list[Variant]]]:
-    """The variants of each picture of curves, with what its title and its file's name end with.
+    """The variants of each picture of curves, after the ends of its title and its file name.
 
-    Many are parted by their methods, each part beside the dense ones.
+    Too many variants for a picture are split by method, each part with the dense ones.
     """
     if len(variants) <= MOST_CURVES:
         yield "", "", list(variants)
@@ -203,7 +205,7 @@ def _series(variants: Sequence[Variant], lines: Lines, key: str) -> list[Series]
 
 
 def _shared_drops(variants: Sequence[Variant]) -> list[int]:
-    """After which epochs the learning rate drops, where it does so in all runs alike."""
+    """The epochs after which the learning rate drops, if they are the same in all runs."""
     schedules = {
         own.recipe.lr_schedule.milestones if own.recipe.lr_schedule.name == "step" else ()
         for own in variants
@@ -228,7 +230,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
     )
     shown = [own for own in variants if own.name in {one.label for one in series}]
     has_clean = any(x[:1] == (0.0,) for own in series for x, _ in own.curves)
-    clean = "; at 0 stand the clean images" if has_clean else ""
+    clean = "; at 0 are the clean images" if has_clean else ""
     images = sorted(
         {
             result.images
@@ -241,14 +243,14 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
         f"robustness-{attack.name}",
         f"Top-1 under {attack.label}",
         f"ε is the most by which {SPACES[attack.space]} change{clean}. "
-        f"{listed(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
+        f"{enumerated(images)} images. {_band(shown)}Settings: {settings_text(shown)}.",
         f"Top-1 over epsilon: {ends}.",
         _over_epsilon(series, attack),
     )
 
 
 def _over_epsilon(series: Sequence[Series], attack: Attack) -> Images:
-    """The picture of curves over epsilon, in 255ths where all are numbers of these."""
+    """The picture of curves over epsilon, in 255ths if all are whole pixel levels."""
     in_levels = attack.space == "pixel" and all(
         is_level(epsilon) for own in series for x, _ in own.curves for epsilon in x
     )
@@ -268,12 +270,12 @@ def _attack_curves(variant: Variant, attack: Attack) -> tuple[Curve, ...]:
     return tuple(own for own in found if own[0])
 
 
-def _told_ends(variants: Sequence[Variant], value: Callable[[Variant], float | None]) -> str:
+def _ends_text(variants: Sequence[Variant], value: Callable[[Variant], float | None]) -> str:
     return "; ".join(f"{own.name} {number_text(value(own))} %" for own in variants)
 
 
 def _band(variants: Sequence[Variant]) -> str:
-    """What lines and bands are, where there are several runs of a variant."""
+    """The meaning of lines and bands, if a variant has several runs."""
     several = any(len(own.counted) > 1 for own in variants)
     return f"{_BAND}. " if several else ""
 

@@ -1,4 +1,4 @@
-"""How pictures of a report look: two themes, a palette that colour-blind readers can tell apart.
+"""The style of a report's figures: two themes, and a palette for colour-blind readers.
 
 They need matplotlib: `pip install 'starfire-prune[plots]'`.
 """
@@ -31,25 +31,25 @@ __all__ = [
 ]
 
 
-# At this width letters of 10 points are read on a phone, where a picture is as wide as the screen
+# At this width text of 10 points is legible on a phone, where a picture fills the screen's width
 WIDTH_INCHES: Final = 4.8
 DPI: Final = 200
-MOST_CURVES: Final = 12  # in a picture, that can still be told apart
-# Okabe and Ito's colours but black, which the themes' ink stands for, and yellow, which is too pale
+MOST_CURVES: Final = 12  # in a picture; more are hard to distinguish
+# Okabe and Ito's colours without black, which the ink replaces, and yellow, which is too pale
 _COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _DASHES: Final[tuple[tuple[float, ...], ...]] = ((), (5, 2), (1.5, 1.5), (6, 1.5, 1.5, 1.5))
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a picture, the same as the page's around it.
+    """Colours of a picture, the same as those of the page around it.
 
     Attributes:
-        background: of page and picture.
-        ink: of names and of dense runs' lines.
-        muted: of the axes' labels.
-        grid: of lines behind the data.
-        kept: of weights that a mask keeps.
+        background: Background of page and picture.
+        ink: Colour of names and of dense runs' lines.
+        muted: Colour of the axes' labels.
+        grid: Colour of the lines behind the data.
+        kept: Colour of weights that a mask keeps.
     """
 
     background: str
@@ -69,18 +69,18 @@ DARK: Final = Theme(
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """How the lines of a variant are drawn: dense runs have the ink's colour.
+    """The style of a variant's lines.
 
     Attributes:
-        colour: of the palette; None for the ink.
-        dashes: lengths of strokes and gaps, in line widths; none for a solid line.
+        colour: A colour of the palette; None for the theme's ink, which dense runs have.
+        dashes: Lengths of strokes and gaps, in line widths; empty for a solid line.
     """
 
     colour: str | None
     dashes: tuple[float, ...] = ()
 
     def colour_on(self, theme: Theme) -> str:
-        """The colour under a theme."""
+        """The colour with a theme."""
         return self.colour or theme.ink
 
 
@@ -89,11 +89,11 @@ DENSE_LINE: Final = Line(None)
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """A picture as PNGs, on a light and on a dark page.
+    """A picture as PNG files, for a light and for a dark page.
 
     Attributes:
-        light, dark: the files' bytes.
-        width, height: of both, in pixels.
+        light, dark: The files' bytes.
+        width, height: Size of both, in pixels.
     """
 
     light: bytes
@@ -103,9 +103,10 @@ class Images:
 
 
 def lines_of(methods: list[str]) -> list[Line]:
-    """A line for each variant by its method: those that prune have a colour and dashes in turn.
+    """A line style for each variant's method; variants that prune have different ones.
 
-    More variants than `MOST_CURVES` are drawn in a picture a method, and have their turns in that.
+    More than `MOST_CURVES` variants have a picture per method, so that only variants of the same
+    method differ.
 
     Example:
         >>> [line.colour for line in lines_of(["dense", "ck", "ck"])]
@@ -124,11 +125,11 @@ def lines_of(methods: list[str]) -> list[Line]:
 
 
 def rendered(draw: Callable[[Figure, Theme], None], height_inches: float = 3.6) -> Images:
-    """Draw a picture under both themes.
+    """Draw a picture in both themes.
 
     Args:
-        draw: fills a figure in the colours of a theme.
-        height_inches: of the figure; its width is `WIDTH_INCHES`.
+        draw: A function that draws on a figure in the colours of a theme.
+        height_inches: Height of the figure; its width is `WIDTH_INCHES`.
     """
     size = (WIDTH_INCHES, height_inches)
     light, dark = (_png(draw, theme, size) for theme in (LIGHT, DARK))
@@ -137,7 +138,7 @@ def rendered(draw: Callable[[Figure, Theme], None], height_inches: float = 3.6) 
 
 def _png(draw: Callable[[Figure, Theme], None], theme: Theme, size: tuple[float, float]) -> bytes:
     with matplotlib.rc_context(_settings(theme)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a run's name: a box stands
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # in a run's name
         figure = Figure(figsize=size)
         draw(figure, theme)
         file = io.BytesIO()
@@ -146,7 +147,7 @@ def _png(draw: Callable[[Figure, Theme], None], theme: Theme, size: tuple[float,
 
 
 def _with_palette(file: io.BytesIO) -> bytes:
-    """A PNG of at most 256 colours: a third of the size, and nobody sees the difference."""
+    """A PNG of at most 256 colours: a third of the size, without a visible difference."""
     smaller = io.BytesIO()
     with Image.open(file) as image:
         image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "png")
@@ -164,7 +165,7 @@ def _settings(theme: Theme) -> dict[Any, Any]:
         "axes.edgecolor": theme.grid,
         "grid.color": theme.grid,
         "font.size": 9.5,
-        "text.parse_math": False,  # of a run's name
+        "text.parse_math": False,  # in a run's name
         "axes.titlesize": 9.5,
         "axes.grid": True,
         "axes.axisbelow": True,

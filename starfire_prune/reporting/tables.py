@@ -1,4 +1,4 @@
-"""The tables of a report: variants, their runs, and the paper's numbers beside measured ones."""
+"""The tables of a report: variants, runs, the paper's numbers, and robustness."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 _Numbers = Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]
 _NUMBERS: Final[_Numbers] = {
-    # heading: the number, its digits, whether it has a sign
+    # heading: number, digits, whether a positive number has a sign
     "top-1, last epoch [%]": (lambda own: own.last_top1, 2, False),
     "top-1, best epoch [%]": (lambda own: own.best_top1, 2, False),
     "best epoch": (lambda own: own.best_epoch, 0, False),
@@ -40,7 +40,7 @@ _NUMBERS: Final[_Numbers] = {
     "sparsity asked [%]": (lambda own: own.asked, 1, False),
     "reached [%]": (lambda own: own.reached, 1, False),
 }
-_OF_RUNS_ALONE: Final[_Numbers] = {
+_OF_RUNS: Final[_Numbers] = {
     "reached in pruned layers [%]": (lambda own: own.reached_selected, 1, False),
     "top-5, last epoch [%]": (lambda own: own.last_top5, 2, False),
 }
@@ -51,15 +51,15 @@ _AVERAGED: Final[_Numbers] = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The runs of a table among those that are reported.
+    """The runs of a table among the reported runs.
 
     Attributes:
-        table: with the paper's numbers.
-        results: of its runs that are reported, in the table's order.
-        places: of each reported run that has the name of one of the table's, and is that one where
-            any is: its resolved folder, and where in the table's order that run is.
-        missing: folders of its runs that are not.
-        problems: why a run with the name of one of the table's isn't that one, a sentence each.
+        table: The table with the paper's numbers.
+        results: Results of its reported runs, in the table's order.
+        places: Resolved folders of reported runs, with the index of the table's run of that name.
+            Runs that are not that run are left out if another one is.
+        missing: Names of the folders of its runs that are not reported.
+        problems: Why a run has the name of one of the table's and isn't that run, a sentence each.
     """
 
     table: Table
@@ -70,10 +70,10 @@ class Comparison:
 
 
 def compared(table: Table, runs: Sequence[ReportedRun]) -> Comparison:
-    """Find the runs of a table: by the names of their folders, and of the same recipe.
+    """Find the runs of a table, by the names of their folders and their recipes.
 
     Raises:
-        ReportError: if there are several of the same name and recipe.
+        ReportError: If there are several runs of the same name and recipe.
     """
     by_name: dict[str, list[Path]] = {}
     for own in runs:
@@ -101,14 +101,14 @@ def _check_single(table: Table, run: Run, folders: Sequence[Path]) -> None:
 
 
 def mean_top1(variant: Variant) -> float | None:
-    """Mean top-1 after the last epoch in percent, of the finished runs if there are any."""
+    """Mean top-1 in percent after the last epoch, of the finished runs if there are any."""
     return mean_of(run.numbers.last_top1 for run in variant.counted)
 
 
 def above_dense(variant: Variant, variants: Sequence[Variant]) -> float | None:
-    """By how many points the mean top-1 is above that of dense training, all else the same.
+    """The mean top-1 less that of the dense variant with the same other settings, in points.
 
-    None where there is no such dense variant, or this is dense itself.
+    None if there is no such dense variant, or this is it.
     """
     key = settings_key(variant.recipe, pruning=False)
     own = mean_top1(variant)
@@ -121,7 +121,7 @@ def above_dense(variant: Variant, variants: Sequence[Variant]) -> float | None:
 
 
 def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Grid:
-    """The table of variants: means over their seeds."""
+    """The table of variants, with means over their seeds."""
     header = ["variant", *_NUMBERS, "method", "era", "epochs", "runs"]
     at = header.index("top-1, last epoch [%]") + 1
     header.insert(at, "to dense")
@@ -137,8 +137,8 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
         row.insert(at, number_text(above_dense(variant, variants), sign=True))
         rows.append(_asked_once(row, header, variant))
     caption = (
-        "Means ± standard deviations over the seeds; sparsity is that of all convolution and "
-        "linear weights; epochs count from 1."
+        "Means ± standard deviations over the seeds. Sparsity is the share of zeros in all "
+        "convolution and linear weights. Epochs count from 1."
     )
     swatches = tuple(_swatch(lines[variant.name]) for variant in variants)
     left = (0, header.index("method"), header.index("era"))
@@ -146,9 +146,9 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
 
 
 def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None) -> Grid:
-    """The table of runs, a line each, with the paper's numbers and those under attack."""
+    """The table of runs, with the paper's numbers and accuracies under attack."""
     averaged = any(run.numbers.average_top1 is not None for own in variants for run in own.runs)
-    numbers = {**_NUMBERS, **_OF_RUNS_ALONE, **(_AVERAGED if averaged else {})}
+    numbers = {**_NUMBERS, **_OF_RUNS, **(_AVERAGED if averaged else {})}
     attacks = columns_of(run.evaluation for variant in variants for run in variant.runs)
     columns = _paper_columns(comparison) if comparison else []
     header = [
@@ -182,7 +182,7 @@ def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None)
 
 
 def paper_grid(comparison: Comparison) -> Grid | None:
-    """The paper's numbers beside the measured ones; None where the table has none of its runs."""
+    """The paper's numbers beside the measured ones; None if it has none of these runs."""
     columns = _paper_columns(comparison)
     if not columns:
         return None
@@ -197,12 +197,12 @@ def paper_grid(comparison: Comparison) -> Grid | None:
         (name, *(cell for column in columns for cell in _compared_cells(results, column)))
         for name, results in by_name.items()
     ]
-    caption = f"{comparison.table.title}: measured, in the paper, and measured less the paper's."
+    caption = f"{comparison.table.title}: measured, the paper's number, and the difference."
     return Grid(caption, tuple(header), tuple(rows))
 
 
 def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Grid:
-    """Top-1 of variants under each attack that any of their runs was evaluated under."""
+    """Top-1 of variants under each attack with which any of their runs was evaluated."""
     evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
     columns = columns_of(run.evaluation for variant in evaluated for run in variant.runs)
     rows = [
@@ -218,7 +218,7 @@ def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> G
         )
         for variant in evaluated
     ]
-    caption = "Top-1 on clean and on attacked images; means ± standard deviations over the seeds."
+    caption = "Top-1 on clean and on attacked images: means ± standard deviations over the seeds."
     header = ("variant", *(name for name, _, _ in columns))
     return Grid(
         caption, header, tuple(rows), swatches=tuple(_swatch(lines[row[0]]) for row in rows)
@@ -226,7 +226,7 @@ def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> G
 
 
 def era_text(recipe_pruning: object) -> str:
-    """The epochs from 1 in which a recipe prunes."""
+    """The epochs, from 1, in which a recipe prunes."""
     era = getattr(recipe_pruning, "era", None)
     return ABSENT if era is None else f"{era[0] + 1}–{era[1]}"
 
@@ -236,14 +236,14 @@ def _variant_cells(variant: Variant) -> tuple[str, str, str]:
 
 
 def _epochs(variant: Variant) -> str:
-    """The epochs of a variant, and how far the runs are that aren't through."""
+    """The epochs of a variant, with the epochs done in its unfinished runs."""
     behind = [str(run.numbers.epochs) for run in variant.runs if not run.finished]
     done = f" ({', '.join(behind)} done)" if behind else ""
     return f"{variant.recipe.epochs}{done}"
 
 
 def _asked_once(row: list[str], header: Sequence[str], variant: Variant) -> list[str]:
-    """What all runs of a variant share is no mean."""
+    """The row with the sparsity asked for, which all runs share, instead of its mean."""
     row[header.index("sparsity asked [%]")] = number_text(variant.runs[0].numbers.asked, 1)
     return row
 
@@ -268,7 +268,7 @@ def _digits(column: Column) -> int:
 def _paper_cells(
     run: ReportedRun, comparison: Comparison | None, columns: Sequence[Column]
 ) -> list[str]:
-    """What a run has in the table's columns, and what the paper has there."""
+    """The numbers of a run in the table's columns, each with the paper's."""
     results: Sequence[RunResult] = ()
     if comparison is not None and run.folder.resolve() in comparison.places:
         results = [own for own in comparison.results if own.run.folder == run.name]
@@ -282,7 +282,7 @@ def _paper_cells(
 
 
 def _compared_cells(results: Sequence[RunResult], column: Column) -> list[str]:
-    """Measured, the paper's, and the difference."""
+    """The measured number, the paper's, and the difference."""
     digits = _digits(column)
     values = [value for result in results if (value := result.value(column)) is not None]
     paper = results[0].run.paper.get(column.name)

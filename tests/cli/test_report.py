@@ -147,7 +147,7 @@ def test_the_tables_title_is_the_pages(report):
 def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_phone(scheme, report, tmp_path):
     page = (report / "report.html").read_text(encoding="utf-8")
     found = probed(page, scheme, tmp_path)
-    assert len(found["widths"]) == len(list(report.glob("*.png")))
+    assert len(found["widths"]) == len(list((report / "report_pictures").iterdir()))
     assert set(found["widths"]) == {960}
     assert (found["across"], found["beyond"]) == (PHONE, 0)
     dark = [source[-40:] for source in re.findall(r'srcset="([^"]*)"', page)]
@@ -181,7 +181,7 @@ def test_runs_in_a_folder_of_a_tables_name_are_of_that_table(
     shutil.copytree(runs[1], folder / "dense-seed0")
     assert tool(folder / "dense-seed0", "--output", tmp_path / "out").status == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "Not set beside the paper: " in text
+    assert "Not compared with the paper: " in text
     assert "holds the run of another recipe" in text
 
 
@@ -193,7 +193,7 @@ def test_without_names_all_runs_of_a_table_that_are_there_are_reported(
     ended = tool("--table", runs[0].parent / "table.yaml")
     assert ended.stdout == "1 run: report/report.html\n"
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "Not among these runs, but in the table: dense-seed3." in text
+    assert "Runs of the table that are not reported: dense-seed3." in text
 
 
 # Refusals
@@ -216,7 +216,7 @@ def test_a_table_that_is_not_there_is_refused(tool, runs, tmp_path):
 
 def test_a_missing_run_is_refused(tool, tmp_path):
     assert refusal(tool(tmp_path / "gone")) == (
-        f"there is no folder {tmp_path}/gone: name a folder that tools/train.py has made"
+        f"there is no folder {tmp_path}/gone: give a run's folder, which starfire train creates"
     )
 
 
@@ -229,7 +229,9 @@ def test_an_unfinished_run_is_refused_and_reported_when_asked_for(tool, tmp_path
 
 
 def test_a_layer_that_is_not_pruned_is_refused(tool, runs):
-    assert refusal(tool(runs[0], "--layer", "fc")).startswith("--layer fc is no convolution that ")
+    assert refusal(tool(runs[0], "--layer", "fc")).startswith(
+        "--layer (=fc) is not a convolution that "
+    )
 
 
 @pytest.mark.parametrize("option", ["--output", "--table", None])

@@ -69,12 +69,12 @@ def test_a_curve_of_different_numbers_of_images_has_no_clean_point():
     assert attack_curve(own, Attack("fgsm")) == ((0.05, 0.1), (50.0, 25.0))
 
 
-def test_there_is_no_curve_of_an_attack_that_was_not_made():
+def test_an_attack_that_was_not_measured_has_no_curve():
     assert attack_curve(evaluation(CLEAN), Attack("fgsm")) == ((), ())
     assert attack_curve(None, Attack("fgsm")) == ((), ())
 
 
-def test_a_transferred_attack_is_another_one_than_that_on_the_model_itself():
+def test_a_transferred_attack_differs_from_one_on_the_model_itself():
     own = evaluation(fgsm(0.1, 0.25), fgsm(0.1, 0.5, source="dense"))
     assert accuracy(own, Attack("fgsm"), 0.1) == 25.0
     assert accuracy(own, Attack("fgsm", source="dense"), 0.1) == 50.0
@@ -100,7 +100,7 @@ def test_columns_are_of_all_epsilons_that_any_evaluation_holds():
     assert [name for name, _, _ in columns] == ["clean [%]", "FGSM, ε 0.05 [%]", "FGSM, ε 0.1 [%]"]
 
 
-def test_epsilon_is_told_in_steps_of_pixels_where_it_is_some():
+def test_epsilon_is_written_in_255ths_where_it_is_a_whole_number_of_levels():
     levels = columns_of([evaluation(fgsm(2 / 255, 0.5), fgsm(0.05, 0.25))])
     assert [name for name, _, _ in levels] == ["FGSM, ε 2/255 [%]", "FGSM, ε 0.05 [%]"]
     (column,) = columns_of([evaluation(fgsm(2 / 255, 0.5, space="normalised"))])

@@ -1,4 +1,4 @@
-"""The report of runs: what its words say, and which pictures it has."""
+"""The report of runs: its texts, and which pictures it has."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Left = Callable[..., ReportedRun]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures have tests of their own, and take a while."""
+    """Pictures have their own tests, and take a while."""
     for module in (pictures, mask_pictures):
         monkeypatch.setattr(module, "rendered", lambda *_: Images(b"light", b"dark", 960, 720))
 
@@ -72,27 +72,27 @@ def test_a_report_of_a_dense_run_has_no_masks(left):
     assert headings(report) == ["Results", "Accuracy", "Sparsity", "Each run"]
 
 
-def test_the_highest_and_the_lowest_pruned_variant_are_told(left):
+def test_the_summary_names_the_highest_and_the_lowest_pruned_variant(left):
     runs = [left("ck"), left("window", "pruning.method=window", top1=(0.1, 0.1, 0.1, 0.25))]
     summary = build_report(runs).summary
     assert "The highest of the pruned variants is ck, at 75.00 % top-1." in summary
     assert "The lowest is window, at 25.00 %." in summary
 
 
-def test_runs_that_hit_their_targets_are_told(left):
+def test_the_summary_says_if_all_runs_reached_their_targets(left):
     run = left("magnitude", "pruning.method=magnitude")
     assert build_report([run]).summary[-1] == (
         "All sparse runs have reached the sparsity asked for within 1 point."
     )
 
 
-def test_runs_of_different_data_are_told_and_not_ranked(left, tmp_path):
+def test_different_data_are_a_caveat_and_runs_are_not_ranked(left, tmp_path):
     other = left(
         "folder-ck", "data.name=folder", f"data.root={tmp_path}/birds", "pruning.amount=0.5"
     )
     report = build_report([left("ck"), other])
     assert report.caveats[0] == (
-        "The runs are of different data sets: their accuracies can't be compared (digits (10 "
+        "The runs have different data sets: their accuracies can't be compared (digits (10 "
         "classes, 16 px): ck; birds (10 classes, 16 px): folder-ck)."
     )
     assert not [line for line in report.summary if "highest" in line]
@@ -111,15 +111,15 @@ def test_shards_in_different_folders_are_different_data(left):
     )
 
 
-def test_a_seed_that_is_there_twice_is_told(left, tmp_path):
+def test_several_runs_of_a_seed_are_a_caveat(left, tmp_path):
     runs = [left("ck-seed0", "seed=0"), left("ck-seed1", "seed=1"), left("copied", "seed=0")]
     assert build_report(runs).caveats == (
-        f"Of the same settings and the same seed 0: {tmp_path}/ck-seed0, {tmp_path}/copied. If "
+        f"The same settings and the same seed 0 have {tmp_path}/ck-seed0, {tmp_path}/copied. If "
         f"they are copies, means count one run several times, and deviations are too small.",
     )
 
 
-def test_runs_of_a_table_come_in_its_order_and_others_of_their_names_behind(left, tmp_path):
+def test_runs_of_a_table_come_in_its_order_and_others_of_their_names_after(left, tmp_path):
     ck, dense = left("table/ck-seed3"), left("table/dense-seed3", "pruning=none")
     other = left("else/ck-seed3", "pruning.amount=0.5")
     file = tmp_path / "table" / "table.yaml"
@@ -132,26 +132,26 @@ def test_runs_of_a_table_come_in_its_order_and_others_of_their_names_behind(left
     assert [row[0] for row in rows] == ["table/ck-seed3", "dense", "else/ck-seed3"]
 
 
-def test_runs_of_different_lengths_are_told(left):
+def test_different_numbers_of_epochs_are_a_caveat(left):
     runs = [left("ck"), left("long", "epochs=5", top1=(0.5,) * 5)]
-    assert "The runs are of different numbers of epochs (4: ck; 5: long)." in (
+    assert "The runs have different numbers of epochs (4: ck; 5: long)." in (
         build_report(runs).caveats
     )
 
 
-def test_unfinished_runs_are_told_and_have_no_masks(left):
+def test_unfinished_runs_are_a_caveat_and_have_no_masks(left):
     report = build_report([left("ck", top1=TOP1[:2], exports=False)])
     assert report.caveats[0].startswith("Not finished: ck (2 of 4 epochs). They count in means")
     assert "Layers and masks" not in headings(report)
 
 
-def test_a_run_that_has_done_no_epoch_is_reported(left):
+def test_a_run_without_an_epoch_is_reported(left):
     report = build_report([left("ck", top1=(), exports=False)])
     assert "Not finished: ck (0 of 4 epochs)" in report.caveats[0]
     assert report.runs.rows[0][report.runs.header.index("top-1, last epoch [%]")] == "-"
 
 
-def test_the_average_of_weights_is_told_apart(left):
+def test_an_average_of_weights_is_a_caveat_with_its_own_column(left):
     run = left("dense")
     rows = [{**row, "ema_top1": 0.8125} for row in run.metrics]
     report = build_report([ReportedRun(run.folder, run.recipe, rows)])
@@ -160,12 +160,12 @@ def test_the_average_of_weights_is_told_apart(left):
     assert report.runs.rows[0][column] == "81.25"
 
 
-def test_long_runs_have_the_last_half_of_their_curves_closer(left):
+def test_long_runs_have_a_picture_of_their_last_half(left):
     report = build_report([left("ck", "epochs=8", top1=(0.5,) * 8)])
     assert names(report)[:2] == ["accuracy", "accuracy-closer"]
 
 
-def test_many_variants_have_a_picture_a_method_beside_dense(left, tmp_path):
+def test_many_variants_have_a_picture_per_method_with_dense(left, tmp_path):
     run = left("dense")
     small = tmp_path / "small.yaml"
     amounts = [load_recipe(small, [f"pruning.amount=0.{n}"]) for n in range(20, 34)]
@@ -187,16 +187,16 @@ def test_attacks_on_the_model_itself_have_pictures_and_all_are_in_the_table(tmp_
     assert "ε is the most by which pixels in [0, 1] change. 24 images." in caption
 
 
-def test_a_picture_of_an_attack_tells_that_it_begins_at_the_clean_images(tmp_path):
+def test_a_caption_says_that_a_curve_begins_at_the_clean_images(tmp_path):
     folder = leave_run(tmp_path / "ck")
     clean = {"attack": "none", "epsilon": 0.0, "top1": 0.75}
     leave_evaluation(folder, clean, {"attack": "fgsm", "epsilon": 0.1, "top1": 0.25})
     report = build_report([read_run(folder)])
     (picture,) = (own for own in report.pictures if own.name == "robustness-fgsm")
-    assert "change; at 0 stand the clean images. 24 images." in picture.caption
+    assert "change; at 0 are the clean images. 24 images." in picture.caption
 
 
-def test_captions_tell_the_settings(left):
+def test_captions_contain_the_settings(left):
     for picture in build_report([left("ck")]).pictures:
         assert "resnet18 on digits (10 classes, 16 px), 4 epochs, seed 3" in picture.caption
         assert picture.alt
@@ -212,12 +212,12 @@ def test_masks_are_of_the_middle_layer_or_the_one_that_is_named(left):
 def test_a_layer_that_is_not_pruned_raises(left):
     run = left("ck")
     with pytest.raises(
-        ReportError, match=r"--layer fc is no convolution that .* prunes; it prunes"
+        ReportError, match=r"--layer \(=fc\) is not a convolution that .* prunes; it prunes"
     ):
         build_report([left("dense"), run], layer="fc")
 
 
-def test_a_model_of_points_alone_shows_one_of_them(left):
+def test_a_model_with_only_pointwise_convolutions_shows_one_of_them(left):
     run = left("ck", "pruning.include=[layer2.0.downsample.0]")
     assert run.sparsity is not None
     layer = chosen_layer(run.sparsity)
@@ -225,7 +225,7 @@ def test_a_model_of_points_alone_shows_one_of_them(left):
     assert layer.name == "layer2.0.downsample.0"
 
 
-def test_pictures_of_like_names_have_files_of_their_own(left):
+def test_pictures_of_the_same_name_have_distinct_files(left):
     picture = build_report([left("dense")]).pictures[0]
     assert [own.name for own in numbered([picture] * 3)] == ["accuracy", "accuracy-2", "accuracy-3"]
     assert file_name("../a b") == "a-b"

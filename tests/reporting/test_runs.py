@@ -27,7 +27,7 @@ def export_of(folder: Path) -> Path:
     return folder / "export" / "model.safetensors"
 
 
-def refusal(folder: Path, *, unfinished: bool = False) -> str:
+def error_of(folder: Path, *, unfinished: bool = False) -> str:
     """The sentence that refuses a run, without the folders above it."""
     with pytest.raises(ReportError) as caught:
         read_run(folder, unfinished=unfinished)
@@ -77,27 +77,27 @@ def test_an_evaluation_belongs_to_the_exported_weights(folder):
 
 
 def test_a_folder_that_is_not_there_raises(tmp_path):
-    assert refusal(tmp_path / "gone") == (
-        "there is no folder gone: name a folder that tools/train.py has made"
+    assert error_of(tmp_path / "gone") == (
+        "there is no folder gone: give a run's folder, which starfire train creates"
     )
 
 
 def test_a_folder_of_something_else_raises(tmp_path):
     (tmp_path / "else").mkdir()
-    assert refusal(tmp_path / "else") == "else is no run's folder: it holds no recipe.yaml"
+    assert error_of(tmp_path / "else") == "else is not a run's folder: it holds no recipe.yaml"
 
 
-def test_a_folder_of_runs_is_refused_with_the_way_to_name_them(folder):
+def test_a_folder_of_runs_raises_and_suggests_them(folder):
     parent = folder.parent
-    assert refusal(parent) == (
-        f"{parent.name} is no run's folder: it holds no recipe.yaml; it holds runs, name these: "
-        f"{parent.name}/ck-seed3 …"
+    assert error_of(parent) == (
+        f"{parent.name} is not a run's folder: it holds no recipe.yaml; it holds runs, give "
+        f"their folders: {parent.name}/ck-seed3 …"
     )
 
 
-def test_a_damaged_recipe_is_refused_with_what_is_wrong(folder):
+def test_a_damaged_recipe_raises_its_first_error(folder):
     (folder / "recipe.yaml").write_text("epochs: 4\n", encoding="utf-8")
-    assert refusal(folder) == (
+    assert error_of(folder) == (
         "ck-seed3/recipe.yaml: model: is required (the network) (and 3 more); restore that file, "
         "or leave the run out"
     )
@@ -105,51 +105,51 @@ def test_a_damaged_recipe_is_refused_with_what_is_wrong(folder):
 
 def test_damaged_metrics_raise(folder):
     (folder / "metrics.jsonl").write_text("{\n", encoding="utf-8")
-    assert refusal(folder).startswith("ck-seed3/metrics.jsonl is damaged (")
+    assert error_of(folder).startswith("ck-seed3/metrics.jsonl is damaged (")
 
 
-def test_metrics_that_are_no_text_raise(folder):
+def test_metrics_that_are_not_text_raise(folder):
     (folder / "metrics.jsonl").write_bytes(b"\xff\xfe")
-    assert refusal(folder) == "ck-seed3/metrics.jsonl is damaged: it is no text: restore it"
+    assert error_of(folder) == "ck-seed3/metrics.jsonl is damaged: it is not text: restore it"
 
 
 def test_metrics_without_an_epoch_raise(folder):
     write_metrics(folder, [{"epoch": 1, "top1": 0.5, "sparsity_network": 0.0}])
-    assert "its epochs are not 0, 1, 2 …: restore it" in refusal(folder)
+    assert "its epochs are not 0, 1, 2 …: restore it" in error_of(folder)
 
 
 def test_metrics_without_accuracy_raise(folder):
     write_metrics(folder, [{"epoch": 0, "sparsity_network": 0.0}])
-    assert "is damaged: epoch 0 has no top1: restore it" in refusal(folder)
+    assert "is damaged: epoch 0 has no top1: restore it" in error_of(folder)
 
 
 def test_metrics_of_more_epochs_than_the_recipes_raise(folder):
     rows = [{"epoch": e, "top1": 0.5, "sparsity_network": 0.6} for e in range(5)]
     write_metrics(folder, rows)
-    assert "is of another run: it has 5 epochs, and the recipe beside it 4" in refusal(folder)
+    assert "belongs to another run: it has 5 epochs, and the recipe beside it 4" in error_of(folder)
 
 
 def test_metrics_that_end_before_the_exported_weights_raise(folder):
     rows = [{"epoch": e, "top1": 0.5, "sparsity_network": 0.6} for e in range(3)]
     write_metrics(folder, rows)
-    assert "it ends after 3 of 4 epochs, though the run has exported" in refusal(
+    assert "it ends after 3 of 4 epochs, though the run has exported" in error_of(
         folder, unfinished=True
     )
 
 
-def test_an_unfinished_run_is_refused_unless_it_is_asked_for(tmp_path):
+def test_an_unfinished_run_raises_unless_it_is_asked_for(tmp_path):
     folder = leave_run(tmp_path / "ck", top1=TOP1[:3], exports=False)
-    assert refusal(folder) == (
+    assert error_of(folder) == (
         "ck isn't finished (3 of 4 epochs are done): wait for it, leave it out, or add "
-        "--unfinished to have it reported as far as it is"
+        "--unfinished to report the epochs that are done"
     )
     run = read_run(folder, unfinished=True)
     assert (run.finished, run.numbers.epochs, run.sparsity) == (False, 3, None)
 
 
-def test_weights_that_are_no_safetensors_raise(folder):
+def test_weights_that_are_not_safetensors_raise(folder):
     export_of(folder).write_bytes(b"nothing")
-    assert refusal(folder).startswith("ck-seed3/export/model.safetensors can't be read: ")
+    assert error_of(folder).startswith("ck-seed3/export/model.safetensors can't be read: ")
 
 
 def test_weights_of_another_model_raise(folder):
@@ -157,9 +157,9 @@ def test_weights_of_another_model_raise(folder):
     state = load_file(export_of(folder))
     state["head.weight"] = state.pop("fc.weight")
     save_file(state, export_of(folder), metadata)
-    assert refusal(folder) == (
+    assert error_of(folder) == (
         "ck-seed3/export/model.safetensors is of another model: it lacks fc.weight and also holds "
-        "head.weight; restore it, or leave the run out"
+        "'head.weight'; restore it, or leave the run out"
     )
 
 
@@ -168,40 +168,41 @@ def test_weights_of_other_classes_raise(folder):
     state = load_file(export_of(folder))
     state |= {"fc.weight": state["fc.weight"][:7], "fc.bias": state["fc.bias"][:7]}
     save_file(state, export_of(folder), metadata)
-    assert "is of another number of classes than the recipe beside it (10)" in refusal(folder)
+    assert "has another number of classes than the recipe beside it (10)" in error_of(folder)
 
 
-def test_weights_that_something_else_has_written_raise(folder):
+def test_weights_without_metadata_raise(folder):
     save_file(load_file(export_of(folder)), export_of(folder))
-    assert "was not exported by tools/train.py" in refusal(folder)
+    assert "was not exported by starfire train" in error_of(folder)
 
 
 def test_weights_of_another_run_of_the_same_model_raise(folder, tmp_path):
     shutil.copy(export_of(leave_dense(tmp_path / "dense")), export_of(folder))
-    assert "is of another run: 0.00% of its weights are zero, and metrics.jsonl ends" in refusal(
-        folder
+    assert (
+        "belongs to another run: 0.00% of its weights are zero, and metrics.jsonl ends"
+        in error_of(folder)
     )
 
 
 def test_a_damaged_evaluation_raises(folder):
     (folder / "evaluation.json").write_text("{", encoding="utf-8")
-    assert refusal(folder).startswith("ck-seed3/evaluation.json can't be read: ")
+    assert error_of(folder).startswith("ck-seed3/evaluation.json can't be read: ")
 
 
 def test_an_evaluation_of_other_weights_raises(folder, tmp_path):
     other = leave_dense(tmp_path / "dense")
     leave_evaluation(other, {"attack": "none", "epsilon": 0.0, "top1": 0.5})
     shutil.copy(other / "evaluation.json", folder / "evaluation.json")
-    assert refusal(folder) == (
-        "ck-seed3/evaluation.json is of other weights than ck-seed3/export/model.safetensors: "
-        "evaluate anew, or delete it"
+    assert error_of(folder) == (
+        "ck-seed3/evaluation.json belongs to other weights than ck-seed3/export/model.safetensors: "
+        "evaluate again, or delete it"
     )
 
 
 # Variants
 
 
-def test_runs_that_differ_in_their_seed_alone_are_a_variant(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_a_variant(tmp_path):
     seeds = [leave_run(tmp_path / f"ck-seed{seed}", f"seed={seed}") for seed in (1, 0)]
     dense = leave_dense(tmp_path / "dense-seed0", "seed=0")
     variants = variants_of(read_run(path) for path in (seeds[0], dense, seeds[1]))
@@ -209,7 +210,7 @@ def test_runs_that_differ_in_their_seed_alone_are_a_variant(tmp_path):
     assert [run.recipe.seed for run in variants[0].runs] == [0, 1]
 
 
-def test_variants_of_the_same_name_are_told_apart_by_the_folder_above(tmp_path):
+def test_variants_of_the_same_name_are_named_with_the_folder_above(tmp_path):
     paths = [
         leave_run(tmp_path / f"at{amount}" / "ck-seed3", f"pruning.amount=0.{amount}")
         for amount in (4, 5)
@@ -218,7 +219,7 @@ def test_variants_of_the_same_name_are_told_apart_by_the_folder_above(tmp_path):
     assert [own.name for own in variants] == ["at4/ck-seed3", "at5/ck-seed3"]
 
 
-def test_where_the_data_lie_and_who_is_told_makes_no_other_variant(folder):
+def test_kept_checkpoints_and_seed_make_no_other_variant(folder):
     recipe = read_run(folder).recipe
     training = recipe.training.model_copy(update={"keep_checkpoints": (2,)})
     moved = recipe.model_copy(update={"training": training, "seed": 9})
@@ -232,7 +233,7 @@ def at(recipe: Recipe, name: str, root: str) -> Recipe:
 
 
 @pytest.mark.parametrize("name", ["folder", "wds/photographs", "torch/image_folder"])
-def test_runs_on_other_folders_of_photographs_are_no_variant(name, folder):
+def test_runs_on_different_folders_of_photographs_are_different_variants(name, folder):
     recipe = read_run(folder).recipe
     birds, moved, cars = (at(recipe, name, root) for root in ("/a/birds", "/b/birds/", "/a/cars"))
     assert settings_key(birds) == settings_key(moved)
@@ -240,17 +241,17 @@ def test_runs_on_other_folders_of_photographs_are_no_variant(name, folder):
 
 
 @pytest.mark.parametrize("name", ["tiny_imagenet", "hfds/uoft-cs/cifar10"])
-def test_where_data_of_a_name_of_their_own_lie_makes_no_other_variant(name, folder):
+def test_the_folder_of_a_named_data_set_makes_no_other_variant(name, folder):
     recipe = read_run(folder).recipe
     assert settings_key(at(recipe, name, "/a/one")) == settings_key(at(recipe, name, "/b/two"))
 
 
-def test_a_means_runs_are_the_finished_ones_if_there_are_any(tmp_path):
+def test_means_count_the_finished_runs_if_there_are_any(tmp_path):
     done = leave_run(tmp_path / "ck-seed0", "seed=0")
     half = leave_run(tmp_path / "ck-seed1", "seed=1", top1=TOP1[:2], exports=False)
-    both, alone = (
+    both, single = (
         variants_of(read_run(path, unfinished=True) for path in paths)[0]
         for paths in ((done, half), (half,))
     )
     assert [run.name for run in both.counted] == ["ck-seed0"]
-    assert [run.name for run in alone.counted] == ["ck-seed1"]
+    assert [run.name for run in single.counted] == ["ck-seed1"]

@@ -97,19 +97,19 @@ def test_a_variant_has_the_means_of_its_seeds(variants):
     }
 
 
-def test_dense_training_is_the_measure_and_not_measured_by_itself(variants):
+def test_dense_training_is_not_compared_with_itself(variants):
     dense = columns(table_of_variants(variants), 0)
     assert (dense["to dense"], dense["era"], dense["method"]) == ("-", "-", "dense")
 
 
-def test_dense_training_of_other_settings_is_no_measure(made):
+def test_dense_training_with_other_settings_is_not_compared(made):
     variants = variants_of(
         [made("dense", (0.75,), "pruning=none", "optimizer.lr=0.1"), made("ck", (0.5,))]
     )
     assert above_dense(variants[1], variants) is None
 
 
-def test_a_variant_tells_which_runs_are_behind(made):
+def test_a_variant_shows_the_epochs_of_unfinished_runs(made):
     variants = variants_of(
         [made("ck-seed0", (0.5,) * 4, "seed=0"), made("ck-seed1", (0.9,), "seed=1")]
     )
@@ -145,7 +145,7 @@ def left(tmp_path: Path) -> list[ReportedRun]:
     ]
 
 
-def test_the_papers_numbers_stand_beside_the_means(table, left):
+def test_the_papers_numbers_are_beside_the_means(table, left):
     grid = paper_grid(compared(table, left))
     assert grid is not None
     assert grid.header == (
@@ -155,14 +155,14 @@ def test_the_papers_numbers_stand_beside_the_means(table, left):
     assert grid.rows == (("dense", "62.50 ± 17.68", "76.50", "-14.00", "2 ± 1", "4", "-2"),)
 
 
-def test_a_run_of_another_recipe_is_not_set_beside_the_paper(table, left):
+def test_a_run_of_another_recipe_is_not_compared_with_the_paper(table, left):
     comparison = compared(table, left)
     assert [result.run.folder for result in comparison.results] == ["dense-seed0", "dense-seed1"]
     (problem,) = comparison.problems
     assert "holds the run of another recipe (pruning.amount: 0.5 there, 0.6 here)" in problem
 
 
-def test_runs_of_the_table_that_are_missing_are_told(table, left):
+def test_missing_runs_of_the_table_are_listed(table, left):
     assert compared(table, left).missing == ("ck-seed1", "window-seed0", "window-seed1")
 
 
@@ -173,7 +173,7 @@ def test_each_run_of_a_table_has_the_papers_numbers_too(table, left):
     assert columns(grid, 2)["top1, paper"] == "-"
 
 
-def test_a_run_of_the_table_that_is_there_twice_raises(table, left, tmp_path):
+def test_a_run_of_the_table_that_is_given_twice_raises(table, left, tmp_path):
     again = read_run(leave_dense(tmp_path / "copy" / "dense-seed0", "seed=0"))
     with pytest.raises(ReportError) as caught:
         compared(table, [*left, again])
@@ -199,7 +199,7 @@ def test_a_run_of_the_same_name_from_elsewhere_has_none_of_the_tables_numbers(
     assert numbers[str(left[0].folder)] == ("75.00", "76.50")
 
 
-def test_a_table_without_numbers_of_the_paper_is_not_set_beside(table, made):
+def test_a_table_without_numbers_of_the_paper_has_no_comparison(table, made):
     assert paper_grid(compared(table, [made("else", (0.5,))])) is None
 
 
