@@ -547,8 +547,8 @@ def test_weights_of_another_model_are_refused_with_some_of_their_keys(tool, run)
     save_file({"features.weight": torch.zeros(3)}, weights_of(run))
     assert refusal(tool(run)) == (
         f"{weights_of(run)} is of another model: it lacks conv1.weight, bn1.weight, bn1.bias and "
-        f"{len(model_of(run).state_dict()) - 3} more and also holds features.weight (the recipe's "
-        f"model is resnet18)"
+        f"{len(model_of(run).state_dict()) - 3} more and also holds 'features.weight' (the "
+        f"recipe's model is resnet18)"
     )
 
 
