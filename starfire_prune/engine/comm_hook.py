@@ -1,7 +1,7 @@
-"""Less to send: after the era, DDP's all-reduce carries the gradients of kept weights alone.
+"""A DDP communication hook that all-reduces only the gradients of unpruned weights.
 
-In the fixed phase every rank has the same masks and zero gradients where they prune, so that
-nothing but values has to travel: no positions, no targets, and nothing is lost.
+In the fixed phase every rank has the same masks, and the gradients of pruned weights are zero. So
+only values are sent, without their positions, and the average is exact.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ _INT32_POSITIONS = 2**31
 
 
 class MaskedAllreduceState:
-    """What `masked_allreduce_hook` has to know: the pruner, whose phase says what is sent.
+    """The state of `masked_allreduce_hook`: the pruner, whose phase decides what is sent.
 
     Args:
-        pruner: of the model that DDP wraps.
-        process_group: that averages, DDP's own if it has one; None is the default group.
+        pruner: Pruner of the model that DDP wraps.
+        process_group: Process group that averages: DDP's own if it has one; None is the default
+            group.
 
     Example:
         >>> from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +42,7 @@ class MaskedAllreduceState:
     """
 
     def __init__(
-        self, pruner: Pruner, process_group: distributed.ProcessGroup | None = None
+        self, pruner: Pruner, process_group: "distributed.ProcessGroup | None" = None
     ) -> None:
         self.pruner = pruner
         self.process_group = process_group
@@ -49,16 +50,18 @@ class MaskedAllreduceState:
 
     @property
     def index_bytes(self) -> int:
-        """What the positions of kept gradients take, four bytes each; 0 until the fixed phase."""
+        """Memory of the positions of kept gradients, four bytes each; 0 until the fixed phase."""
         return sum(index.kept.nbytes for index in self._indices.values() if index.kept is not None)
 
     def kept_in(self, bucket: _GradBucket) -> Tensor | None:
-        """Where the kept gradients of a bucket are in its buffer, `(kept,)`; None for all of them.
+        """The positions of a bucket's kept gradients in its buffer, `(kept,)`; None for all.
 
-        Worked out once for the same parameters in the same order, and checked at its first use.
+        They are computed once for the same parameters in the same order, and checked at their
+        first use.
 
         Raises:
-            PruningError: naming the parameter, if a gradient that would be dropped is not zero.
+            PruningError: With the parameter's name, if a gradient that would be dropped is not
+                zero.
         """
         if self.pruner.phase != "fixed":
             self._indices.clear()
@@ -85,24 +88,25 @@ class MaskedAllreduceState:
     def _indexed(
         self, key: tuple[int, ...], parameters: list[Tensor], masks: list[Tensor | None]
     ) -> "_Index":
-        """A new index, in place of those of the buckets that its parameters were in before."""
+        """A new index; it replaces those of the buckets that its parameters were in before."""
         index = _Index(parameters, masks, _kept_positions(parameters, masks))
         others = [known for known in self._indices.items() if not set(key).intersection(known[0])]
         self._indices = {**dict(others), key: index}
         return index
 
     def _check_dropped(self, index: "_Index", dropped: Tensor) -> bool:
-        """Whether all dropped gradients are zero, and none is a NaN that hides what it was.
+        """Whether all dropped gradients are zero, and none is NaN.
 
-        An infinite gradient, as a scaled loss may have, becomes NaN as its hook masks it.
+        Masking turns an infinite gradient, which a scaled loss may have, into NaN, so that it can't
+        be told from a gradient of a pruned weight that should be zero.
         """
         unknown = dropped.isnan()
         wrong = dropped.ne(0.0) & ~unknown
         if bool(wrong.any()):
-            raise PruningError(self._refusal(index, wrong))
+            raise PruningError(self._message(index, wrong))
         return not bool(unknown.any())
 
-    def _refusal(self, index: "_Index", wrong: Tensor) -> str:
+    def _message(self, index: "_Index", wrong: Tensor) -> str:
         parts = torch.split(wrong, [parameter.numel() for parameter in index.parameters])
         place = next(number for number, part in enumerate(parts) if part.any())
         name = next(key for key, mask in self.pruner.masks().items() if mask is index.masks[place])
@@ -117,22 +121,22 @@ def masked_allreduce_hook(
     state: MaskedAllreduceState,
     bucket: _GradBucket,
 ) -> Future[Tensor]:
-    """Average a bucket of gradients over all ranks; in the fixed phase, send the kept ones alone.
+    """Average a bucket of gradients over all ranks; in the fixed phase, send only kept ones.
 
     A communication hook of DDP, registered once: in the dense phase and the era it sends all
     gradients, as DDP does without a hook. Compose it with
     `torch.distributed.algorithms.ddp_comm_hooks.default_hooks.bf16_compress_wrapper`.
 
     Args:
-        state: of the pruner of the model.
-        bucket: that DDP hands over; its buffer is `(gradients,)`, each parameter's in the order
-            in which the parameter lies in memory.
+        state: The state, made of the model's pruner.
+        bucket: Bucket that DDP passes; its buffer has shape `(gradients,)`, with the gradients of
+            each parameter in the memory order of the parameter.
 
     Returns:
         A future of the buffer, averaged in place; gradients of pruned weights are zero in it.
 
     Raises:
-        PruningError: naming the parameter, if a gradient that would be dropped is not zero.
+        PruningError: With the parameter's name, if a gradient that would be dropped is not zero.
 
     Example:
         >>> from torch.nn.parallel import DistributedDataParallel
@@ -157,12 +161,12 @@ def _gather(buffer: Tensor, kept: Tensor) -> Tensor:
 
 
 def _scatter(buffer: Tensor, kept: Tensor, values: Tensor) -> Tensor:
-    """Put the averages in their places, and zero in all others: a NaN there no other rank has."""
-    return buffer.zero_().index_add_(0, kept, values)  # index_copy_ takes int64 alone
+    """Write the averages to their places and zero elsewhere, where a rank may have NaN."""
+    return buffer.zero_().index_add_(0, kept, values)  # index_copy_ only takes int64
 
 
-def _averaged(values: Tensor, group: distributed.ProcessGroup | None) -> Future[Tensor]:
-    """The mean of `values` over the ranks, in place, by the operations of DDP itself."""
+def _averaged(values: Tensor, group: "distributed.ProcessGroup | None") -> Future[Tensor]:
+    """The mean of `values` over the ranks, in place, by the same operations as DDP."""
     values.mul_(1.0 / distributed.get_world_size(group))
     work = distributed.all_reduce(values, group=group, async_op=True)
     future: Future[list[Tensor]] = work.get_future()
@@ -173,18 +177,18 @@ def _first(tensors: Future[list[Tensor]]) -> Tensor:
     return tensors.value()[0]
 
 
-# --- where the kept gradients are ------------------------------------------------------------
+# --- the positions of kept gradients ---------------------------------------------------------
 
 
 @dataclasses.dataclass
 class _Index:
-    """Where the kept gradients of a bucket are.
+    """The positions of the kept gradients of a bucket.
 
     Attributes:
-        parameters: of the bucket, held so that no other ones get their ids.
-        masks: of each of them, None where it is not pruned.
-        kept: positions in the buffer, int32 where they fit, `(kept,)`; None if nothing is pruned.
-        is_checked: whether what it drops was seen to be zero.
+        parameters: Parameters of the bucket, held so that no other ones get their ids.
+        masks: Mask of each parameter, None if it is not pruned.
+        kept: Positions in the buffer, `(kept,)`, int32 if they fit; None if nothing is pruned.
+        is_checked: Whether the gradients that it drops were found to be zero.
     """
 
     parameters: list[Tensor]
@@ -193,7 +197,7 @@ class _Index:
     is_checked: bool = False
 
     def is_of(self, masks: Sequence[Tensor | None]) -> bool:
-        """Whether it was made from these very masks."""
+        """Whether it was made from these masks."""
         return all(own is other for own, other in zip(self.masks, masks, strict=True))
 
 
@@ -206,13 +210,14 @@ def _kept_positions(parameters: Sequence[Tensor], masks: Sequence[Tensor | None]
 
 
 def _in_memory_order(parameter: Tensor, mask: Tensor | None) -> Tensor:
-    """A mask as DDP's buffer has the gradient, bool `(numel,)`; all ones for no mask.
+    """A mask in the order that the gradient has in DDP's buffer, bool `(numel,)`.
 
-    There gradients have the parameter's strides if it fills its memory, and else lie row by row.
+    The buffer keeps the parameter's strides if the parameter is dense in memory, and is row-major
+    otherwise. Without a mask all entries are ones.
     """
     if mask is None:
         return parameter.new_ones(parameter.numel(), dtype=torch.bool)
-    laid = torch.empty_like(parameter, dtype=torch.bool)  # dense, and of its strides if it is
+    laid = torch.empty_like(parameter, dtype=torch.bool)  # dense, with its strides if it is dense
     if laid.stride() != parameter.stride():
         laid = laid.contiguous()
     return laid.copy_(mask).as_strided((laid.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""What pruning has to know of several ranks: equal masks, DDP's broadcasts, sharded parameters."""
+"""Pruning on several ranks: equal masks, buffers that DDP leaves alone, sharded parameters."""
 
 from collections.abc import Callable, Iterable
 
@@ -23,13 +23,13 @@ def compare_across_ranks(
     """Raise on every rank if `digest()`, a hexadecimal hash, is not the same on all of them.
 
     Args:
-        digest: of what has to be equal; not called where there is one process.
-        what: it is, for the error, in the plural.
-        device: of the tensors that the process group sends.
-        reason: that such a difference has, or the way out.
+        digest: Function that hashes what has to be equal; it isn't called in a single process.
+        what: Name of what is compared, in the plural, for the error.
+        device: Device of the tensors that the process group sends.
+        reason: The cause of such a difference, or what to do about it.
 
     Raises:
-        RanksError: naming the ranks that differ from rank 0.
+        RanksError: With the ranks that differ from rank 0.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return
@@ -45,11 +45,11 @@ def compare_across_ranks(
 
 
 def broadcast_from_first(bools: Iterable[Tensor], device: torch.device) -> None:
-    """Overwrite bool tensors by those of rank 0, all of them in one broadcast.
+    """Overwrite bool tensors by those of rank 0, in one broadcast.
 
     Args:
-        bools: of the same shapes on every rank.
-        device: of the tensors that the process group sends.
+        bools: Tensors of the same shapes on every rank.
+        device: Device of the tensors that the process group sends.
     """
     bools = list(bools)
     if not bools or not distributed.is_available() or not distributed.is_initialized():
@@ -61,10 +61,10 @@ def broadcast_from_first(bools: Iterable[Tensor], device: torch.device) -> None:
 
 
 def keep_buffers_from_ddp(model: nn.Module, layers: Iterable[nn.Module], buffer: str) -> None:
-    """Let DDP not broadcast a buffer of these layers, whether it wraps the model already or will.
+    """Exclude a buffer of these layers from DDP's broadcasts, before or after DDP wraps the model.
 
-    It broadcasts all buffers at each forward pass, and knows them by their names in the module
-    that it wraps, which may be a compiled one.
+    DDP broadcasts all buffers at each forward pass, and identifies them by their names in the
+    module that it wraps, which may be a compiled one.
     """
     module = unwrap(model)
     chosen = {id(layer) for layer in layers}
@@ -81,10 +81,10 @@ def keep_buffers_from_ddp(model: nn.Module, layers: Iterable[nn.Module], buffer:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise for a model under FSDP.
+    """Raise an error for a model under FSDP.
 
     Raises:
-        ValueError: if it is wrapped by FSDP or has sharded parameters.
+        ValueError: If it is wrapped by FSDP or has sharded parameters.
     """
     sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
     if sharded or any(hasattr(weight, "_local_tensor") for weight in model.parameters()):

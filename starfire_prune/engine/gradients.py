@@ -1,10 +1,13 @@
-"""Gradients masked where they arise: before anything else sees them.
+"""Masking of gradients before anything else reads them.
 
-A hook of a tensor returns what its gradient becomes. Out of place that takes memory, and time to
-get it, for each weight anew; in place it would change whatever shares the gradient's memory, such
-as the gradient of the other operand of an addition. So a gradient is masked in its own memory where
-nothing else can refer to it, which torch's counts of references tell. They are not public: where a
-version of torch lacks them or counts otherwise, all is done out of place.
+A hook of a tensor returns the gradient that replaces its gradient. Computing it out of place
+allocates memory for each weight again; in place it would change whatever shares the gradient's
+memory, such as the gradient of the other operand of an addition. So a gradient is masked in place
+if nothing else refers to its memory, according to torch's reference counts. These are not public:
+where a version of torch lacks them or counts differently, all gradients are masked out of place.
+
+The public `register_post_accumulate_grad_hook` can't replace this: if the operands of an addition
+are views, the gradient that it gets shares its memory with that of the other operand.
 """
 
 from __future__ import annotations
@@ -29,21 +32,21 @@ Hook = Callable[[Tensor], Tensor]
 def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
     """Mask a weight's gradients from now on, also those of `torch.autograd.grad`.
 
-    What has been accumulated until now is masked at once.
+    The gradient that has been accumulated so far is masked at once.
 
     Args:
-        weight: a leaf; one that is frozen is masked once it requires gradients.
-        mask: bool of its shape, True = kept, on its device.
+        weight: A leaf; the gradients of a frozen weight are masked once it requires gradients.
+        mask: Bool tensor of the weight's shape on its device, True = kept.
 
     Returns:
-        What takes the hook off.
+        A handle that removes the hook.
     """
-    _counts_alone()  # not within a backward pass
+    _counts_alone()  # counted now, as this can't be done in a backward pass
     if weight.grad is not None:
         weight.grad.mul_(mask)
     hook = functools.partial(_masked, mask)
     requires_grad = weight.requires_grad
-    weight.requires_grad_(True)  # else torch refuses a hook, which stays all the same
+    weight.requires_grad_(True)  # without it torch refuses the hook, which stays when it is reset
     handle: RemovableHandle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
     weight.requires_grad_(requires_grad)
     return handle
@@ -58,7 +61,7 @@ def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _counts(gradient: Tensor) -> Counts | None:
-    """References to a gradient's memory, to its tensor and to that in Python."""
+    """Numbers of references to a gradient's memory, to its tensor and to its Python object."""
     count: Any = getattr(torch._C, "_storage_Use_Count", None)
     if count is None or type(gradient) is not Tensor or not hasattr(gradient, "_use_count"):
         return None
@@ -67,10 +70,10 @@ def _counts(gradient: Tensor) -> Counts | None:
 
 
 def counts_in_hook(wrap: Callable[[Hook], Hook] = lambda hook: hook) -> Counts | None:
-    """What is counted in a hook for a gradient that nothing else refers to; None if unknown.
+    """The counts in a hook for a gradient that nothing else refers to; None if unknown.
 
     Args:
-        wrap: what is put around the hooks, such as to time them, which holds references too.
+        wrap: Wrapper around the hooks, for example to time them, which holds references too.
     """
     seen: list[Counts | None] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from starfire_prune.engine.distributed import (
 )
 from starfire_prune.engine.era import update_masks
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
+from starfire_prune.engine.mirrors import mirror_of, sync_mirror
 from starfire_prune.engine.selection import PrunedLayer, select_layers
 from starfire_prune.engine.settings import Pruning, parse_pruning
 from starfire_prune.engine.sparsity import Sparsity, measure_sparsity
@@ -25,7 +26,7 @@ from starfire_prune.engine.state import Phase, PrunerState
 from starfire_prune.engine.zero_inputs import prunes_dead_inputs, zero_inputs_of
 from starfire_prune.methods.base import find_hook, make_permanent
 from starfire_prune.utils.errors import PruningError
-from starfire_prune.utils.modules import layer_weight, prunable_layers, unwrap, weight_key
+from starfire_prune.utils.modules import layer_weight, unwrap, weight_key
 
 __all__ = ["Pruner"]
 
@@ -265,22 +266,10 @@ class Pruner:
             ValueError: If it lacks a pruned layer or has another shape there, and if it is the
                 pruned model itself or mirrored already.
         """
-        modules = prunable_layers(model)
-        for name, layer in self._items():
-            if name not in modules or layer_weight(modules[name]).shape != layer.shape:
-                raise ValueError(
-                    f"the mirrored model has no layer {name} with a weight of shape "
-                    f"{tuple(layer.shape)}"
-                )
-        mirror = {name: modules[name] for name in self.layers}
         known = [module for own in [self._modules(), *self._mirrors] for module in own.values()]
-        if any(module is other for module in mirror.values() for other in known):
-            raise ValueError(
-                "the model is the pruned one itself, or mirrored already: mirror a copy, once"
-            )
+        mirror = mirror_of(model, self.layers, known)
         self._mirrors.append(mirror)
-        if self.phase != "dense":
-            self._sync_mirror(mirror)
+        self._sync_mirrors([mirror])
         return model
 
     def state_dict(self) -> dict[str, Any]:
@@ -315,8 +304,7 @@ class Pruner:
         else:
             frozen = {name: mask.bool().clone() for name, mask in masks.items()}
             self._fixed = FixedMasks(self._modules(), frozen, self._optimizer)
-        for mirror in self._mirrors:
-            self._sync_mirror(mirror)
+        self._sync_mirrors(self._mirrors)
 
     # --- counting and phases ---------------------------------------------------------------------
 
@@ -342,16 +330,14 @@ class Pruner:
             resolution=self.pruning.resolution,
             zero_inputs=self._zero_inputs,
         )
-        for mirror in self._mirrors:
-            self._sync_mirror(mirror, changed)
+        self._sync_mirrors(self._mirrors, changed)
 
     def _freeze(self) -> None:
         """End the era: make the pruning permanent and begin the fixed phase."""
         if self.pruning.prune_dead_inputs and self._zero_inputs:
             masks = {name: _mask(layer.module) for name, layer in self._items()}
             self._count(dead_input_zeros=self._zero_inputs.prune_readers(masks))
-            for mirror in self._mirrors:
-                self._sync_mirror(mirror)
+            self._sync_mirrors(self._mirrors)
         self._compare_ranks()
         masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
         for name, mask in masks.items():
@@ -380,22 +366,16 @@ class Pruner:
         reason = "the ranks' weights have drifted apart"
         compare_across_ranks(self.mask_hash, "pruning masks", device, reason)
 
-    @torch.no_grad()
-    def _sync_mirror(self, mirror: Mapping[str, nn.Module], names: list[str] | None = None) -> None:
-        """Bring a mirror's layers to the masks of the model's."""
+    def _sync_mirrors(
+        self, mirrors: Iterable[Mapping[str, nn.Module]], names: Iterable[str] | None = None
+    ) -> None:
+        """Bring mirrors to the masks of the model, all of them or those of some layers."""
+        if self.phase == "dense":
+            return
         masks = self.masks()
-        for name in self.layers if names is None else names:
-            module, mask = mirror[name], masks[weight_key(name)]
-            _, hook = find_hook(module, "weight")
-            if self.phase == "fixed":
-                if hook is not None:
-                    make_permanent(module, "weight")
-                layer_weight(module).mul_(mask.to(layer_weight(module).device))
-            elif hook is None:
-                method = self.layers[name].method_at(0.0)
-                method.register(module, "weight", mask.to(layer_weight(module).device))
-            else:
-                _mask(module).copy_(mask)
+        layers = {name: self.layers[name] for name in (self.layers if names is None else names)}
+        for mirror in mirrors:
+            sync_mirror(mirror, layers, masks, self.phase)
 
     def _items(self) -> Iterator[tuple[str, PrunedLayer]]:
         return iter(self.layers.items())

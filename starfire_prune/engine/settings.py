@@ -17,25 +17,20 @@ from pydantic import (
     Discriminator,
     Field,
     GetJsonSchemaHandler,
-    ModelWrapValidatorHandler,
     SerializeAsAny,
     Tag,
-    ValidationInfo,
     create_model,
-    model_validator,
 )
-from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from torch import nn
 
+from starfire_prune.engine.method_section import MethodSection, method_problems, with_options
 from starfire_prune.methods.base import CONVOLUTIONS, LINEAR, MaskMethod
 from starfire_prune.methods.registry import (
     METHODS,
-    applies_to_any,
     method_class,
     method_name,
-    method_options,
 )
 from starfire_prune.methods.schedules import SCHEDULES, Schedule, schedule_function, schedule_name
 from starfire_prune.utils.settings import (
@@ -51,7 +46,7 @@ from starfire_prune.utils.settings import (
 )
 from starfire_prune.utils.text import did_you_mean
 
-__all__ = ["Fc", "MethodSection", "Override", "Pruning", "is_era", "one_or_list", "parse_pruning"]
+__all__ = ["Fc", "Override", "Pruning", "is_era", "one_or_list", "parse_pruning"]
 
 SectionT = TypeVar("SectionT", bound="MethodSection")
 
@@ -171,109 +166,6 @@ ScheduleName = Annotated[
 ]
 
 
-class MethodSection(Settings):
-    """A section whose further keys are the options of its `method`."""
-
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = (*CONVOLUTIONS, *LINEAR)
-    default_method: ClassVar[str | None] = None
-    option_classes: ClassVar[tuple[type[MaskMethod], ...] | None] = None
-    """The methods whose options are keys of this section; None before its method is known."""
-
-    def __new__(cls, **settings: Any) -> MethodSection:
-        """An instance of the section with the options of the method."""
-        return super().__new__(cls.for_tree(settings))
-
-    @classmethod
-    def methods(cls) -> dict[str, type[MaskMethod]]:
-        """The registered methods that this section takes, by name."""
-        return {name: own for name, own in METHODS.items() if applies_to_any(own, cls.kinds)}
-
-    @classmethod
-    def method_of(cls, tree: Mapping[str, Any]) -> type[MaskMethod] | None:
-        """The method that a mapping names, or None if this section doesn't take it."""
-        try:
-            own = method_class(str(tree.get("method", cls.default_method)))
-        except ValueError:
-            return None
-        return own if applies_to_any(own, cls.kinds) else None
-
-    @classmethod
-    def for_tree(cls, tree: Any) -> type[MethodSection]:
-        """The section with the options of the method that a mapping names."""
-        if cls.option_classes is not None or not isinstance(tree, dict):
-            return cls
-        own = cls.method_of(tree)
-        # Where the method is wrong, no option is reported as unknown on top of it.
-        return _with_options(cls, (own,) if own else tuple(METHODS.values()))
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _by_method(
-        cls: type[SectionT],
-        value: Any,
-        handler: ModelWrapValidatorHandler[SectionT],
-        info: ValidationInfo,
-    ) -> SectionT:
-        if isinstance(value, MethodSection) and not isinstance(value, cls):
-            value = plain(value)  # an override whose place among the settings was unknown
-        section = cls.for_tree(value)
-        if section is cls:
-            return handler(value)
-        return section.model_validate(value, context=info.context)  # type: ignore[return-value]
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        if cls.option_classes is not None:
-            return handler(core_schema)
-        sections = [_schema_section(cls, name) for name in cls.methods()]
-        return {"oneOf": [handler(own.__pydantic_core_schema__) for own in sections]}
-
-    @classmethod
-    def unknown_key(cls, key: str) -> str:
-        """What is known of a key that this section doesn't have: whose option it is."""
-        owners = [name for name, own in METHODS.items() if key in method_options(own)]
-        return f"; it is an option of {', '.join(owners)}" if owners else ""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return globals()[type(self).__name__].model_validate, (plain(self),)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The method's options by name."""
-        classes = type(self).option_classes or ()
-        names = {name: None for own in classes for name in method_options(own)}
-        return {name: getattr(self, name) for name in names}
-
-
-@functools.cache
-def _with_options(
-    section: type[SectionT], classes: tuple[type[MaskMethod], ...], optional: bool = False
-) -> type[SectionT]:
-    """A section that also has the options of these methods."""
-    fields: dict[str, Any] = {}
-    for own in classes:
-        for name, (annotation, default) in method_options(own).items():
-            if optional:
-                description = FieldInfo.from_annotation(annotation).description
-                fields[name] = (annotation | None, Field(None, description=description))
-            else:
-                fields[name] = (annotation, default)
-    made = create_model(section.__name__, __base__=section, __doc__=section.__doc__, **fields)
-    made.option_classes = classes
-    return made
-
-
-def _schema_section(section: type[MethodSection], name: str) -> type[MethodSection]:
-    """The section of one method, as the JSON Schema shows it."""
-    field = section.model_fields["method"]
-    default = name if name == section.default_method else ...
-    method: Any = (Literal[name], Field(default, description=field.description))
-    base = _with_options(section, (METHODS[name],))
-    return create_model(f"{section.__name__}_{name}", __base__=base, method=method)
-
-
 class Fc(MethodSection):
     """How linear layers are pruned."""
 
@@ -286,7 +178,7 @@ class Fc(MethodSection):
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
         """A method that linear layers don't have, and options without effect."""
-        return _method_problems(cls, section)
+        return method_problems(cls, section)
 
 
 class Override(MethodSection):
@@ -308,9 +200,9 @@ class Override(MethodSection):
         if cls.option_classes is not None or not isinstance(tree, dict):
             return cls
         if tree.get("method") is None:
-            return _with_options(cls, cls.inherited, optional=True)
+            return with_options(cls, cls.inherited or tuple(METHODS.values()), optional=True)
         own = cls.method_of(tree)
-        return _with_options(cls, (own,) if own else tuple(METHODS.values()), optional=True)
+        return with_options(cls, (own,) if own else tuple(METHODS.values()), optional=True)
 
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
@@ -318,7 +210,7 @@ class Override(MethodSection):
         if [key for key, value in section.items() if value is not None] == ["layers"]:
             yield (), "changes nothing; give it a method, an amount or an option"
         if section.get("method") is not None:
-            yield from _method_problems(cls, section)
+            yield from method_problems(cls, section)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -326,7 +218,7 @@ class Override(MethodSection):
     ) -> JsonSchemaValue:
         if cls.option_classes is not None:
             return handler(core_schema)
-        made = _with_options(cls, tuple(METHODS.values()), optional=True)
+        made = with_options(cls, tuple(METHODS.values()), optional=True)
         return handler(made.__pydantic_core_schema__)
 
 
@@ -368,7 +260,7 @@ class Pruning(MethodSection):
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
         """A method that convolutions don't have, and options without effect."""
-        return _method_problems(cls, section)
+        return method_problems(cls, section)
 
     @property
     def mask_method(self) -> MaskMethod:
@@ -395,15 +287,3 @@ def _with_overrides(section: type[Pruning], fc: tuple[type[MaskMethod], ...]) ->
     made = create_model(section.__name__, __base__=section, overrides=overrides)
     made.parts = {**section.parts, "overrides": Own}
     return made
-
-
-def _method_problems(cls: type[MethodSection], section: Mapping[str, Any]) -> Iterator[Problem]:
-    method = section.get("method", cls.default_method)
-    own = cls.method_of(section)
-    if own is not None:
-        for option, reason in own.option_problems(section):
-            yield (option,), f"{reason} {got(section[option])}; remove it"
-    elif isinstance(method, str):
-        names = list(cls.methods())
-        suggestion = did_you_mean(method, names)
-        yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"

@@ -1,7 +1,7 @@
 """Sparsity of a model, measured on the weights themselves, and its table.
 
-Counters of other packages see a pruned module's stale `weight`, or its zeros not at all; these
-read what a forward pass would use.
+Other packages count the zeros of a pruned module's stale `weight`, or none. The functions here read
+the weights that a forward pass would use.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ class LayerSparsity:
     """The zeros of a layer's weight.
 
     Attributes:
-        name: of the module.
+        name: Name of the module.
         kind: `"conv"` or `"linear"`.
-        shape: `(K, C / groups, *kernel)` or `(out_features, in_features)`.
-        zeros: weights that are zero.
-        total: weights.
-        kernels_gone: kernels of nothing but zeros; 0 for a linear layer.
-        dead_outputs: output channels or neurons of nothing but zeros.
-        dead_input_zeros: weights pruned because they only read zeros, beyond the amount asked for.
-        selected: whether it is among the layers that are pruned.
+        shape: Shape `(K, C / groups, *kernel)` or `(out_features, in_features)`.
+        zeros: Number of weights that are zero.
+        total: Number of weights.
+        pruned_kernels: Number of kernels with only zeros; 0 for a linear layer.
+        dead_outputs: Number of output channels or neurons with only zeros.
+        selected: Whether the layer is one of those that are pruned.
+        dead_input_zeros: Number of weights that were pruned because they only read zeros, beyond
+            the amount asked for.
     """
 
     name: str
@@ -41,7 +42,7 @@ class LayerSparsity:
     shape: tuple[int, ...]
     zeros: int
     total: int
-    kernels_gone: int
+    pruned_kernels: int
     dead_outputs: int
     selected: bool
     dead_input_zeros: int = 0
@@ -70,7 +71,7 @@ class Sparsity:
 
     @property
     def dead_input_zeros(self) -> int:
-        """Zeros that were taken because they only read zeros, beyond the amounts asked for."""
+        """Weights that were pruned because they only read zeros, beyond the amounts asked for."""
         return sum(layer.dead_input_zeros for layer in self.layers)
 
     def __getitem__(self, name: str) -> LayerSparsity:
@@ -89,9 +90,11 @@ def measure_sparsity(
     """Count the zeros of a model's convolutions and linear layers.
 
     Args:
-        model: pruned by hooks, permanently, or not at all; DDP and compiled models too.
-        selected: names of the layers that are pruned; all by default.
-        dead_input_zeros: how many weights of each layer were pruned because they only read zeros.
+        model: A model that is pruned by hooks, permanently or not at all, also wrapped by DDP or
+            compiled.
+        selected: Names of the layers that are pruned; all by default.
+        dead_input_zeros: Number of weights of each layer that were pruned because they only read
+            zeros.
 
     Example:
         >>> measure_sparsity(nn.Sequential(nn.Linear(4, 2))).network
@@ -119,8 +122,8 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 
 def format_table(sparsity: Sparsity) -> str:
-    """The table of layers: kind, shape, zeros, kernels gone, dead channels; totals at the end."""
-    header = ("layer", "kind", "shape", "zeros", "sparsity", "kernels gone", "dead outputs")
+    """The table of layers: kind, shape, zeros, pruned kernels, dead channels; totals at the end."""
+    header = ("layer", "kind", "shape", "zeros", "sparsity", "pruned kernels", "dead outputs")
     rows = [
         (
             layer.name + ("" if layer.selected else " (dense)"),
@@ -128,7 +131,7 @@ def format_table(sparsity: Sparsity) -> str:
             "x".join(map(str, layer.shape)),
             f"{layer.zeros:,} / {layer.total:,}",
             f"{layer.sparsity:.2%}",
-            f"{layer.kernels_gone:,} / {math.prod(layer.shape[:2]):,}"
+            f"{layer.pruned_kernels:,} / {math.prod(layer.shape[:2]):,}"
             if layer.kind == "conv"
             else "",
             f"{layer.dead_outputs} / {layer.shape[0]}",
@@ -159,7 +162,7 @@ def _measured(name: str, module: nn.Module, selected: bool, dead_input_zeros: in
         shape=tuple(kept.shape),
         zeros=kept.numel() - int(kept.sum()),
         total=kept.numel(),
-        kernels_gone=kernels.numel() - int(kernels.sum()) if is_conv else 0,
+        pruned_kernels=kernels.numel() - int(kernels.sum()) if is_conv else 0,
         dead_outputs=len(kernels) - int(kernels.any(1).sum()),
         selected=selected,
         dead_input_zeros=dead_input_zeros,

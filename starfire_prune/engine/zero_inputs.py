@@ -1,19 +1,18 @@
-"""Which weights of a model in training only ever read zeros, the same on every rank."""
+"""Input channels that are always zero, and the weights that read them: the same on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from starfire_prune.engine.distributed import broadcast_from_first
+from starfire_prune.engine.settings import Pruning
 from starfire_prune.structure.analysis import ChannelAnalysis, over_weight
 from starfire_prune.utils.errors import PruningError
-
-if TYPE_CHECKING:
-    from starfire_prune.engine.settings import Pruning
+from starfire_prune.utils.text import first_line
 
 __all__ = ["ZeroInputs", "prunes_dead_inputs", "reads_any", "zero_inputs_of"]
 
@@ -24,14 +23,10 @@ def zero_inputs_of(
     """A `ZeroInputs` where `prune_dead_inputs` or the method `dead_inputs` ask for one.
 
     Raises:
-        ValueError: if they do without an `example_input`, or the model can't be exported.
+        ValueError: If there is no `example_input`, or the model can't be exported.
     """
-    methods = [override.method for override in pruning.overrides]
-    if (
-        not pruning.prune_dead_inputs
-        and not prunes_dead_inputs(pruning)
-        and "dead_inputs" not in methods
-    ):
+    methods = {override.method for override in pruning.overrides}
+    if not (pruning.prune_dead_inputs or prunes_dead_inputs(pruning) or "dead_inputs" in methods):
         return None
     if example_input is None:
         raise ValueError(
@@ -48,15 +43,15 @@ def prunes_dead_inputs(pruning: Pruning) -> bool:
 
 
 class ZeroInputs:
-    """Finds the input channels that are zero while training and in eval mode alike.
+    """Finds the input channels that are zero both in training and in eval mode.
 
     Args:
-        model: also wrapped by DDP or `torch.compile`, in any phase of pruning.
-        example_input: a small batch, or the tuple of the model's arguments.
+        model: The model, also wrapped by DDP or `torch.compile`, in any phase of pruning.
+        example_input: A small batch, or the tuple of the model's arguments.
 
     Raises:
-        TypeError: if `example_input` is neither a tensor nor a tuple.
-        ValueError: if `torch.export` can't export the model in training and in eval mode.
+        TypeError: If `example_input` is neither a tensor nor a tuple.
+        ValueError: If `torch.export` can't export the model in training and in eval mode.
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> None:
@@ -69,12 +64,11 @@ class ZeroInputs:
         self._device = next(model.parameters()).device
         try:
             self._analysis = ChannelAnalysis(model, example_input)
-            self._analysis.zero_inputs()  # in both modes: what can't be exported is told now
-        except Exception as error:  # of many kinds, as the model's code fails or isn't understood
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._analysis.zero_inputs()  # in both modes, so that a failing export is found now
+        except Exception as error:  # of any type: it may come from the model's own code
             raise ValueError(
                 f"`pruning.prune_dead_inputs` and the method dead_inputs need the model's graph, "
-                f"which torch.export can't make with this `example_input`: {first}"
+                f"which torch.export can't make with this `example_input`: {first_line(error)}"
             ) from error
 
     @property
@@ -83,7 +77,7 @@ class ZeroInputs:
         return self._analysis.fully_connected()
 
     def reasons(self) -> dict[str, str]:
-        """Why a layer has no input that is always zero, by its name; of those that have none."""
+        """Why layers have no input that is always zero, by the layer's name."""
         found = self.find()
         other = "none of its constant inputs is zero while training and in eval mode alike"
         return {
@@ -102,34 +96,39 @@ class ZeroInputs:
         return found
 
     def prune_readers(self, masks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Take the weights that only read zeros out of masks, in place, by the layer's name.
+        """Remove the weights that only read zeros from masks, in place.
 
-        Until no further channel dies of it. Of a linear layer's weights each output neuron keeps
-        one all the same.
+        This is repeated until no further channel becomes dead. Each output neuron of a linear layer
+        keeps one weight.
+
+        Args:
+            masks: Mask of each layer's weight by the layer's name.
 
         Returns:
-            How many weights each layer lost.
+            The number of weights that each layer has lost.
 
         Raises:
-            PruningError: if a layer would lose all its weights.
+            PruningError: If a layer would lose all its weights.
         """
-        taken = dict.fromkeys(masks, 0)
+        lost = dict.fromkeys(masks, 0)
         while True:
             found = self.find()
-            used = [name for name in masks if name in found]  # not what no forward pass reaches
-            numbers = {name: _take(name, masks[name], found[name]) for name in used}
+            used = [
+                name for name in masks if name in found
+            ]  # the others aren't part of a forward pass
+            numbers = {name: _prune_readers(name, masks[name], found[name]) for name in used}
             if not any(numbers.values()):
-                return taken
+                return lost
             for name, number in numbers.items():
-                taken[name] += number
+                lost[name] += number
 
 
 def _reads(mask: Tensor, zeros: Tensor) -> Tensor:
-    """Which kept weights read a zero, bool of the mask's shape.
+    """The kept weights that read a zero, a bool tensor of the mask's shape.
 
     Args:
-        mask: of a weight `(K, C / groups, …)`, True = kept.
-        zeros: bool `(C,)`, the input channels that are zero.
+        mask: Mask of a weight of shape `(K, C / groups, …)`, True = kept.
+        zeros: Bool tensor `(C,)`, the input channels that are zero.
     """
     return over_weight(zeros.to(mask.device), mask) & mask.bool()
 
@@ -138,15 +137,15 @@ def reads_any(module: nn.Module, zeros: Tensor | None) -> bool:
     """Whether a weight that is kept reads one of these zeros."""
     mask = module._buffers.get("weight_mask")
     if zeros is None or mask is None:
-        return False  # at first a layer is due anyway
+        return False  # a layer without a mask is due anyway
     return bool(_reads(mask, zeros).any())
 
 
-def _take(name: str, mask: Tensor, zeros: Tensor) -> int:
-    useless = _reads(mask, zeros)
+def _prune_readers(name: str, mask: Tensor, zeros: Tensor) -> int:
+    redundant = _reads(mask, zeros)
     if mask.ndim == 2:
-        useless = _all_but_one(useless, mask.bool())
-    number = int(torch.count_nonzero(useless))
+        redundant = _all_but_one(redundant, mask.bool())
+    number = int(torch.count_nonzero(redundant))
     if number and number == int(torch.count_nonzero(mask)):
         raise PruningError(
             f"layer {name} would lose all its weights by `prune_dead_inputs`, "
@@ -154,12 +153,12 @@ def _take(name: str, mask: Tensor, zeros: Tensor) -> int:
             f"layers before it, or set `prune_dead_inputs: false`"
         )
     if number:
-        mask.masked_fill_(useless, 0)
+        mask.masked_fill_(redundant, 0)
     return number
 
 
-def _all_but_one(useless: Tensor, kept: Tensor) -> Tensor:
-    """`useless` without the first kept weight of each row that would lose all it has."""
-    emptied = (kept.any(1) & ~(kept & ~useless).any(1)).nonzero().squeeze(1)
-    useless[emptied, kept[emptied].to(torch.uint8).argmax(1)] = False
-    return useless
+def _all_but_one(redundant: Tensor, kept: Tensor) -> Tensor:
+    """`redundant` without the first kept weight of each row that would otherwise be emptied."""
+    emptied = (kept.any(1) & ~(kept & ~redundant).any(1)).nonzero().squeeze(1)
+    redundant[emptied, kept[emptied].to(torch.uint8).argmax(1)] = False
+    return redundant

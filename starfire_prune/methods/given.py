@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from starfire_prune.methods.base import MaskMethod
 from starfire_prune.utils.modules import clean_name, named_modules_with_duplicates, unwrap
+from starfire_prune.utils.text import did_you_mean
 
 __all__ = ["apply_masks"]
 
@@ -32,24 +32,25 @@ class KeptMask(MaskMethod):
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """Put masks on a model, so that it trains on with the weights that they keep.
+    """Prune a model by given masks, so that it can train on with the weights that they keep.
 
     Modifies model in place: each parameter is pruned as by `ck_structured` and the other functions
     of this package, with `weight_orig`, `weight_mask` and one hook of `torch.nn.utils.prune`.
-    Whatever the optimizer does, no pruned weight comes back. `prune.remove` makes it permanent,
-    `save_pruned` writes it as it is, and a further method only takes more. Build the optimizer
-    first, or from the parameters as they then are: they stay the same objects.
+    Pruned weights stay pruned under any optimizer. `prune.remove` makes the pruning permanent,
+    `save_pruned` writes the model as it is, and a further method only prunes more. The parameters
+    remain the same objects, so the optimizer may be built before or afterwards.
 
     Args:
-        model: dense, such as from `load_pruned_model`.
-        masks: bool by parameter name (`layer1.0.conv1.weight`), True = kept, as of `load_masks`.
+        model: Dense model, such as from `load_pruned_model`.
+        masks: Bool masks by parameter name (`layer1.0.conv1.weight`), True = kept, such as from
+            `load_masks`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: for a name that the model has not, a parameter that is pruned already, and a
-            mask of another shape or dtype. Nothing has changed then.
+        ValueError: For a name that the model doesn't have, a parameter that is pruned already, and
+            a mask of another shape or dtype. Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 1))
@@ -78,9 +79,7 @@ def _check_mask(name: str, module: nn.Module | None, mask: Tensor, model: nn.Mod
         if f"{name.rpartition('.')[2]}_orig" in own:
             raise ValueError(f"{name} is pruned already: make that permanent by prune.remove")
         names = [clean_name(key) for key, _ in unwrap(model).named_parameters()]
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        raise ValueError(f"the model has no parameter {name!r}{hint}")
+        raise ValueError(f"the model has no parameter {name!r}{did_you_mean(name, names)}")
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise ValueError(
             f"the mask of {name}, {mask.dtype} of shape {tuple(mask.shape)}, must be bool of the "

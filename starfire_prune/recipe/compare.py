@@ -11,7 +11,7 @@ from starfire_prune.utils.settings import KeyPath
 __all__ = ["beyond_pruning", "dense_epochs", "differing_keys", "training_differences"]
 
 
-# What doesn't change a run: the data may lie elsewhere, as on a node's own disk
+# Keys that don't change training: the data may lie elsewhere, for example on a node's own disk
 _MAY_DIFFER: Final = ("data.root", "training.trackers", "training.keep_checkpoints")
 
 
@@ -19,6 +19,7 @@ def differing_keys(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
     """Where two recipes differ: dotted key to the values in `a` and in `b`; empty if nowhere.
 
     Example:
+        >>> from starfire_prune.recipe import load_recipe
         >>> a = load_recipe("recipes/quickstart.yaml")
         >>> differing_keys(a, load_recipe("recipes/quickstart.yaml", ["pruning.amount=0.7"]))
         {'pruning.amount': (0.6, 0.7)}
@@ -27,9 +28,10 @@ def differing_keys(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
 
 
 def training_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
-    """`differing_keys` of two recipes, but for where the data lie and what is merely kept or told.
+    """`differing_keys` without keys that don't change training: paths, trackers, kept checkpoints.
 
     Example:
+        >>> from starfire_prune.recipe import load_recipe
         >>> a = load_recipe("recipes/quickstart.yaml")
         >>> training_differences(
         ...     a, load_recipe("recipes/quickstart.yaml", ["training.keep_checkpoints=[3]"])
@@ -42,14 +44,15 @@ def training_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object
 def beyond_pruning(
     differing: Mapping[str, tuple[object, object]],
 ) -> dict[str, tuple[object, object]]:
-    """Those of differing keys that are not within `pruning`."""
+    """The differing keys that are not within `pruning`."""
     return {key: value for key, value in differing.items() if key.partition(".")[0] != "pruning"}
 
 
 def dense_epochs(recipe: Recipe) -> int:
-    """The epochs that a recipe trains dense, before its era or without one.
+    """The number of epochs that a recipe trains dense: before its era, or all of them.
 
     Example:
+        >>> from starfire_prune.recipe import load_recipe
         >>> dense_epochs(load_recipe("recipes/quickstart.yaml"))
         3
     """

@@ -1,7 +1,7 @@
-"""Recipes: a training run written down as strict data.
+"""Reading, overriding and writing recipes: YAML files that describe a training run.
 
-A recipe is a YAML file read into frozen models. Unknown keys, wrong types, values out of range and
-options without effect are refused, all of them in one `RecipeError`.
+A recipe is read into frozen models. Unknown keys, wrong types, values out of range and options
+without effect are errors, and all of them are reported in one `RecipeError`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ __all__ = ["dump_recipe", "load_recipe", "recipe_schema", "write_schema"]
 def load_recipe(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, keep_unset: bool = False
 ) -> Recipe:
-    """Reads a recipe from a YAML file.
+    """Read a recipe from a YAML file.
 
     Args:
-        path: the file, in UTF-8.
-        overrides: settings that replace the file's, each `"KEY=VALUE"`: a dotted key (items of a
-            list by index, from 0) and a value in YAML. Of two for the same key the later wins.
-        keep_unset: leave `${NAME}` where that variable is not set, in a recipe that is not to run.
+        path: Path of the file, in UTF-8.
+        overrides: Settings that replace the file's, each `"KEY=VALUE"`: a dotted key (items of a
+            list by index, from 0) and a value in YAML. Of two for the same key the later applies.
+        keep_unset: Whether `${NAME}` is kept where that variable is not set, for a recipe that is
+            only read.
 
     Raises:
-        RecipeError: all that is wrong, a line each: the source (the file, or `--set` for what an
-            override brought), the dotted key, what is wrong with which value, and the way out.
+        RecipeError: All errors, a line each: the source (the file, or `--set` for an override),
+            the dotted key, what is wrong, the value, and a suggestion.
 
     Example:
         >>> recipe = load_recipe("recipes/quickstart.yaml", ["pruning.amount=0.7"])
@@ -64,15 +65,20 @@ def load_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe in YAML: defaults written out, variables expanded.
+    """The resolved recipe in YAML: defaults are written out, variables expanded.
 
-    Options without effect are left out, and `load_recipe` reads it back to an equal recipe.
+    Options without effect are left out. `load_recipe` reads it back to an equal recipe.
 
     Example:
         >>> print(dump_recipe(load_recipe("recipes/quickstart.yaml")).splitlines()[-1])
           fc: {method: fine}
     """
     tree = recipe.model_dump(exclude_none=True)
+    if recipe.pruning != "none":  # the method's options follow the method
+        pruning = tree["pruning"]
+        first = ("method", "amount", *recipe.pruning.options)
+        own = {key: pruning.pop(key) for key in first if key in pruning}
+        tree["pruning"] = {**own, **pruning}
     for (*parents, option), _ in list(deep_problems(Pruning, plain(tree["pruning"]))):
         section = tree["pruning"]
         for parent in parents:
@@ -82,7 +88,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a recipe: keys, types and ranges, not the cross checks.
+    """The JSON Schema (draft 2020-12) of a recipe: keys, types and ranges, no checks between keys.
 
     Example:
         >>> sorted(recipe_schema()["required"])
@@ -92,10 +98,10 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def write_schema(path: str | os.PathLike[str]) -> None:
-    """Writes `recipe_schema()` to the file `path`.
+    """Write `recipe_schema()` to the file `path`.
 
     Example:
-        >>> write_schema("recipes/recipe.schema.json")
+        >>> write_schema("recipes/recipe.schema.json")  # doctest: +SKIP
     """
     write_text(Path(path), _schema_text())
 
@@ -105,14 +111,14 @@ def _schema_text() -> str:
 
 
 def main() -> None:
-    """Prints the schema."""
+    """Print the schema."""
     sys.stdout.write(_schema_text())
 
 
 def _overridden(
     tree: Any, overrides: Sequence[str]
 ) -> tuple[Any, list[tuple[str, ...]], list[str]]:
-    """The tree with the overrides, the keys they set, and a line for each that could not be set."""
+    """The tree with the overrides, the keys that they set, and an error for each that failed."""
     keys_set, lines = [], []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -145,24 +151,24 @@ def _with_value(node: Any, keys: Sequence[str], value: object) -> Any:
 
 
 def read_mapping(path: Path, kind: str = "recipe", root: type[Settings] = Recipe) -> dict[Any, Any]:
-    """The keys and values of a YAML file that is to hold a `root`, unchecked."""
+    """The unchecked keys and values of a YAML file with the keys of `root`."""
     try:
         tree = parse_yaml(path.read_bytes().decode("utf-8-sig"))
         if isinstance(tree, dict):
             return tree
         received = "is empty" if tree is None else f"must be a mapping {got(tree, typed=True)}"
-        fault = f"{received}; a {kind} has the keys {', '.join(root.model_fields)}"
+        message = f"{received}; a {kind} has the keys {', '.join(root.model_fields)}"
     except FileNotFoundError:
-        fault = f"no such file{_near_files(path.parent, path.name)}"
+        message = f"no such file{_near_files(path.parent, path.name)}"
     except IsADirectoryError:
-        fault = f"is a folder, not a {kind}{_near_files(path, f'{kind}.yaml')}"
+        message = f"is a folder, not a {kind}{_near_files(path, f'{kind}.yaml')}"
     except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
+        message = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
-        fault = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        message = f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
     except ValueError as error:
-        fault = str(error)
-    raise RecipeError(problem_line(os.fspath(path), (), fault))
+        message = str(error)
+    raise RecipeError(problem_line(os.fspath(path), (), message))
 
 
 def _near_files(folder: Path, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The section of a report on layers and masks, read from the exported weights of runs."""
+"""The part of a report on layers and masks of single runs, read from their exported weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["chosen_layer", "layers_section"]
 
 
 def layers_section(variants: Sequence[Variant], layer: str | None = None) -> Section | None:
-    """The sparsity of each layer and the masks, for one run of each variant that prunes.
+    """Sparsity of each layer, and the masks, of a run of each variant that prunes.
 
     Args:
-        variants: The variants; those without a finished run are left out.
-        layer: Name of the convolution whose masks are shown; default: the middle one.
+        variants: of which those are shown that have a finished run.
+        layer: the convolution whose masks are shown; by default the middle one.
 
     Returns:
-        The section; None if no variant is left.
+        The section; None where no variant is shown.
     """
     pictures: list[Picture] = []
     for own in variants:
@@ -42,10 +42,10 @@ def layers_section(variants: Sequence[Variant], layer: str | None = None) -> Sec
 
 
 def chosen_layer(sparsity: Sparsity, name: str | None = None) -> LayerSparsity | None:
-    """The convolution whose masks are shown: by default the middle pruned one larger than 1×1.
+    """The convolution whose masks are shown: the middle one of those pruned, larger than a point.
 
     Raises:
-        KeyError: If no pruned convolution has this name.
+        KeyError: if none of that name is pruned; the message names those that are.
     """
     convs = [own for own in sparsity.layers if own.selected and own.kind == "conv"]
     if name is not None:
@@ -61,17 +61,17 @@ def _layers(variant: Variant, run: ReportedRun, sparsity: Sparsity) -> Picture:
     layers = [own for own in sparsity.layers if own.selected]
     low = min(layers, key=lambda own: own.sparsity)
     high = max(layers, key=lambda own: own.sparsity)
-    text = (
+    told = (
         f"{len(layers)} pruned layers, from {low.sparsity:.1%} ({low.name}) to {high.sparsity:.1%} "
         f"({high.name})"
     )
     dense = len(sparsity.layers) - len(layers)
-    rest = f"; {dense} more are not pruned" if dense else ""
+    rest = f"; {dense} more are left dense" if dense else ""
     return titled_picture(
         f"layers-{file_name(variant.name)}",
-        f"{variant.name}: sparsity of the layers",
-        f"As in the paper's Figure 5: {text}{rest}. Settings: {_run_text(run)}.",
-        f"Bars of the sparsity of each layer: {text}.",
+        f"{variant.name}: sparsity of its layers",
+        f"As in the paper's Figure 5: {told}{rest}. Settings: {_run_text(run)}.",
+        f"Bars of sparsity a layer: {told}.",
         bars(layers, run.numbers.asked),
     )
 
@@ -84,19 +84,20 @@ def _masks(variant: Variant, run: ReportedRun, sparsity: Sparsity, name: str | N
     if conv is not None:
         parts.append(
             f"{conv.name}, of shape {'×'.join(map(str, conv.shape))}, has {conv.sparsity:.1%} "
-            f"zeros and {conv.kernels_gone:,} of {conv.shape[0] * conv.shape[1]:,} kernels pruned"
+            f"zeros and {conv.pruned_kernels:,} of {conv.shape[0] * conv.shape[1]:,} kernels "
+            f"pruned"
         )
     if linear is not None:
         parts.append(f"{linear.name} has {linear.sparsity:.1%} zeros")
-    text = "; ".join(parts)
+    told = "; ".join(parts)
     return titled_picture(
         f"masks-{file_name(variant.name)}",
-        f"{variant.name}: masks",
-        f"As in the paper's Figure 2; blue weights are kept. On the right each pixel is a kernel: "
-        f"the stronger its blue, the more weights it keeps. {text}. Settings: {_run_text(run)}."
+        f"{variant.name}: its masks",
+        f"As in the paper's Figure 2; blue weights are kept. On the right a pixel is a kernel, the "
+        f"fainter the fewer of its weights are kept: {told}. Settings: {_run_text(run)}."
         if conv is not None
-        else f"Blue weights are kept. {text}. Settings: {_run_text(run)}.",
-        f"Masks: {text}.",
+        else f"Blue weights are kept: {told}. Settings: {_run_text(run)}.",
+        f"Masks: {told}.",
         masks_picture(
             None if conv is None else run.mask(conv.name),
             None if linear is None else run.mask(linear.name),
@@ -105,7 +106,7 @@ def _masks(variant: Variant, run: ReportedRun, sparsity: Sparsity, name: str | N
 
 
 def _run_text(run: ReportedRun) -> str:
-    """The settings of a run and its pruning."""
+    """The settings of a run and of its pruning."""
     pruning = run.recipe.pruning
     what = "dense" if pruning == "none" else f"{pruning.method} to {100 * pruning.amount:g} %"
     return f"{what} in epochs {era_text(pruning)}, {settings_text([Variant('', (run,))])}"

@@ -129,7 +129,7 @@ def test_a_depthwise_convolution_is_pruned_by_its_kernels():
     model = nn.Sequential(conv)
     pruner = Pruner(model, settings(include="0"), updates_per_epoch=1)
     pruner.step()
-    assert pruner.sparsity()["0"].kernels_gone == 4
+    assert pruner.sparsity()["0"].pruned_kernels == 4
 
 
 def test_fc_none_leaves_linear_layers_dense():

@@ -41,7 +41,7 @@ def test_counts_of_a_hooked_layer_and_after_removal(removed):
         shape=(10, 3, 3, 3),
         zeros=6 * 3 * 9,
         total=270,
-        kernels_gone=18,
+        pruned_kernels=18,
         dead_outputs=dead_rows(model[0]),
         selected=True,
     )
@@ -61,7 +61,7 @@ def test_counts_of_torchs_own_pruning(removed):
     sparsity = measure_sparsity(model)
     assert sparsity["5"].zeros == 7
     assert (sparsity["0"].zeros, sparsity["0"].dead_outputs) == (4 * 27, 4)
-    assert sparsity["0"].kernels_gone == 12
+    assert sparsity["0"].pruned_kernels == 12
 
 
 def test_counts_by_hand():
@@ -70,8 +70,8 @@ def test_counts_by_hand():
     model[0].weight.data = weight.float()
     model[1].weight.data = torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
     conv, linear = measure_sparsity(model).layers
-    assert (conv.zeros, conv.total, conv.kernels_gone, conv.dead_outputs) == (15, 16, 3, 1)
-    assert (linear.zeros, linear.total, linear.kernels_gone, linear.dead_outputs) == (5, 6, 0, 1)
+    assert (conv.zeros, conv.total, conv.pruned_kernels, conv.dead_outputs) == (15, 16, 3, 1)
+    assert (linear.zeros, linear.total, linear.pruned_kernels, linear.dead_outputs) == (5, 6, 0, 1)
     assert (conv.sparsity, linear.sparsity) == (15 / 16, 5 / 6)
 
 
@@ -134,10 +134,10 @@ def test_a_model_without_layers():
 
 
 TABLE = """\
-layer         kind    shape           zeros  sparsity  kernels gone  dead outputs
-------------  ------  --------  -----------  --------  ------------  ------------
-stem          conv    64x3x3x3  864 / 1,728    50.00%      96 / 192        0 / 64
-head (dense)  linear  10x64         0 / 640     0.00%                      0 / 10
+layer         kind    shape           zeros  sparsity  pruned kernels  dead outputs
+------------  ------  --------  -----------  --------  --------------  ------------
+stem          conv    64x3x3x3  864 / 1,728    50.00%        96 / 192        0 / 64
+head (dense)  linear  10x64         0 / 640     0.00%                        0 / 10
 sparsity: 50.00% of the pruned layers' weights, 36.49% of all convolution and linear weights"""
 
 

@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused and in which words."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -731,3 +732,9 @@ def test_schema_describes_every_field():
 
 def test_recipe_and_schema_have_the_same_keys():
     assert list(recipe_schema()["properties"]) == list(Recipe.model_fields)
+
+
+def test_settings_can_be_pickled():
+    settings = {**CK, "fc": {"method": "block"}, "overrides": [{"layers": "a", "scope": "layer"}]}
+    pruning = parse_pruning(settings)
+    assert pickle.loads(pickle.dumps(pruning)) == pruning

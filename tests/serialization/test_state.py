@@ -173,7 +173,7 @@ def test_a_method_on_top_takes_more(reloaded):
 def mask_for(kind: str) -> tuple[dict[str, Tensor], str]:
     ones = torch.ones(12, 8, 3, 3, dtype=torch.bool)
     return {
-        "unknown": ({"bdy.weight": ones}, "no parameter 'bdy.weight': did you mean body.weight?"),
+        "unknown": ({"bdy.weight": ones}, "no parameter 'bdy.weight'; did you mean body.weight?"),
         "none": ({"body.scale": ones}, "the model has no parameter 'body.scale'"),
         "shape": ({"body.weight": ones[1:]}, "torch.bool of shape (11, 8, 3, 3), must be bool of"),
         "dtype": ({"body.weight": ones.float()}, "the mask of body.weight, torch.float32 of shape"),
