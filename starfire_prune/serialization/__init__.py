@@ -1,4 +1,4 @@
-"""Files of pruned weights: safetensors without the zeros, with checksums."""
+"""Safetensors files of pruned models, compressed and with checksums."""
 
 from starfire_prune.serialization.inspect import inspect_pruned
 from starfire_prune.serialization.pruned import (

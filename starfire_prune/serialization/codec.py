@@ -1,16 +1,16 @@
-"""How a tensor with zeros is stored in fewer bytes: pure functions, specified in docs/format.md.
+"""Encodings of one tensor that don't store its zeros: pure functions, specified in docs/format.md.
 
-A tensor of shape `(K, C, *kernel)` is `K * C` kernels; one of fewer than three dimensions has a
-kernel a weight. What is zero is decided by bits: +0.0 alone, so that -0.0 and NaNs stay as they
-are. Four encodings, whose parts follow each other in this order:
+A tensor of shape `(K, C, *kernel)` consists of `K * C` kernels; in a tensor with fewer than three
+dimensions each weight is a kernel. Only +0.0 counts as zero (compared bitwise); -0.0 and NaN are
+stored. There are four encodings, with these parts in this order:
 
-- `dense`: `values`, every weight.
-- `ck`: `kernels`, a bit a kernel; `values`, all weights of the kernels whose bit is set.
-- `window`: `kernels`; `patterns`, a bit a weight of the kernels whose bit is set; `values`, the
+- `dense`: `values`, all weights.
+- `ck`: `kernels`, one bit per kernel; `values`, all weights of the kernels whose bit is set.
+- `window`: `kernels`; `patterns`, one bit per weight of the kernels whose bit is set; `values`, the
   weights whose bit is set.
-- `bitmap`: `weights`, a bit a weight; `values`, the weights whose bit is set.
+- `bitmap`: `weights`, one bit per weight; `values`, the weights whose bit is set.
 
-Decoding checks whatever it reads: the sizes that a shape claims come before any memory.
+Decoding checks everything that it reads, and sizes before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "window": ("kernels", "patterns", "values"),
     "bitmap": ("weights", "values"),
 }
-_BYTES_AT_ONCE = 2**20  # about what a core's cache holds
+_BYTES_AT_ONCE = 2**20  # about the size of a core's cache
 _MAX_KERNEL_BYTES = 2**30
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A tensor in one of the encodings.
+    """An encoded tensor.
 
     Attributes:
-        encoding: a key of `PARTS`.
-        shape: of the tensor.
-        item_bytes: size of a weight, 1, 2, 4 or 8.
-        parts: the bytes of each part, by its name, flat.
+        encoding: A key of `PARTS`.
+        shape: Shape of the tensor.
+        item_bytes: Bytes of a weight: 1, 2, 4 or 8.
+        parts: Bytes of each part by its name, flat.
     """
 
     encoding: str
@@ -76,18 +76,18 @@ class Encoded:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all parts."""
+        """Bytes of all parts together."""
         return sum(part.size for part in self.parts.values())
 
 
 def encode(tensor: Tensor, encoding: str | None = None) -> Encoded:
-    """Encode a tensor in the way that takes the fewest bytes; of equal ones the first of `PARTS`.
+    """Encode a tensor in the encoding that takes the fewest bytes, the first of equals in `PARTS`.
 
-    Tensors of fewer than three dimensions have no kernels: `dense` and `bitmap` are for them.
+    Tensors with fewer than three dimensions are encoded as `dense` or `bitmap`.
 
     Args:
-        tensor: of any shape and any dtype of 1, 2, 4 or 8 bytes, on the CPU.
-        encoding: to take whatever its size; a tensor without weights is dense in any case.
+        tensor: A tensor on the CPU of any shape, and of any dtype of 1, 2, 4 or 8 bytes.
+        encoding: The encoding to use instead; a tensor without weights is always dense.
 
     Example:
         >>> weight = torch.zeros(8, 2, 3, 3)
@@ -117,13 +117,13 @@ def decode(encoded: Encoded) -> Tensor:
 
 
 def decode_into(encoded: Encoded, out: Tensor) -> None:
-    """Decode into memory that is there.
+    """Decode a tensor into existing memory.
 
     Args:
-        encoded: by `encode` or `read_parts`, which have checked it.
-        out: integers of the weights' size, contiguous, of as many elements.
+        encoded: A tensor of `encode` or `read_parts`, which have checked it.
+        out: Contiguous integers of the weights' size, as many as there are weights.
     """
-    # NumPy's loops, and not torch's: they take one thread, and whoever calls may have several
+    # NumPy's loops, not torch's: they use one thread, and the caller may have several
     values, weights = kept_values(encoded), out.view(-1).numpy()
     if encoded.encoding == "dense":
         np.copyto(weights, values)
@@ -140,7 +140,7 @@ def decode_into(encoded: Encoded, out: Tensor) -> None:
 
 
 def kept_values(encoded: Encoded) -> Integers:
-    """The stored weights' bits as integers, flat."""
+    """The bits of the stored weights as integers, flat."""
     dtype = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}[encoded.item_bytes]
     return encoded.parts["values"].view(dtype)
 
@@ -148,22 +148,22 @@ def kept_values(encoded: Encoded) -> Integers:
 def read_parts(
     encoding: str, shape: tuple[int, ...], item_bytes: int, read: Callable[[str, int], Bytes]
 ) -> Encoded:
-    """Put an encoded tensor together from parts that are read, and check it.
+    """Read the parts of an encoded tensor, and check them.
 
     Args:
-        encoding: a key of `PARTS`.
-        shape: that the tensor claims, of ints from 0.
-        item_bytes: size of a weight, 1, 2, 4 or 8.
-        read: given a part's name and the bytes that it must have by all that was read before,
-            returns it or raises.
+        encoding: A key of `PARTS`.
+        shape: The tensor's shape, of ints that are not negative.
+        item_bytes: Bytes of a weight: 1, 2, 4 or 8.
+        read: Returns a part, or raises, given its name and the number of bytes that it must have
+            according to the shape and the parts before.
 
     Raises:
-        CodecError: if bits are set behind a bitmap's last one; what `read` raises.
+        CodecError: If the parts are not a tensor of this shape; also the errors of `read`.
     """
     n_kernels, kernel_size = _kernels_of(shape)
     count = n_kernels * kernel_size
     if encoding != "dense" and not count:
-        raise CodecError(f"a tensor of shape {shape} holds no weights: it must be dense")
+        raise CodecError(f"a tensor of shape {shape} has no weights: its encoding must be dense")
     if encoding in ("ck", "window") and kernel_size * item_bytes > _MAX_KERNEL_BYTES:
         raise CodecError(f"a kernel of shape {shape[2:]} has more than {_MAX_KERNEL_BYTES} bytes")
     parts: dict[str, Bytes] = {}
@@ -177,32 +177,32 @@ def read_parts(
 
 
 def pack_bits(bits: Bools) -> Bytes:
-    """Bits in row-major order, eight a byte, the first in the lowest place; zeros at the end."""
+    """Pack bits in row-major order, eight per byte, the first lowest; padding bits are zero."""
     return np.packbits(bits, bitorder="little")
 
 
 def unpack_bits(packed: Bytes, length: int) -> Bools:
-    """The inverse of `pack_bits`, flat."""
+    """The bits that `pack_bits` packed, flat."""
     return np.unpackbits(packed, count=length, bitorder="little").view(np.bool_)
 
 
 def deflate(data: Bytes, item_bytes: int) -> bytes:
-    """Deflate items of several bytes by planes: first all their lowest bytes, the highest last.
+    """Deflate items by byte planes: first the lowest byte of all items, the highest last.
 
     Returns:
         A zlib stream (RFC 1950).
     """
     planes = np.ascontiguousarray(data.reshape(-1, item_bytes).T)
-    # Weights hardly repeat: entropy coding alone is faster, and smaller, than a search for matches
+    # Weights hardly repeat: entropy coding without a search for matches is faster and smaller
     stream = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
     return stream.compress(planes.data) + stream.flush()
 
 
 def inflate(data: Bytes, size_bytes: int, item_bytes: int) -> Bytes:
-    """The inverse of `deflate`, into at most `size_bytes`.
+    """The data that `deflate` deflated, of which no more than `size_bytes` are inflated.
 
     Raises:
-        CodecError: if the stream is damaged, or holds fewer or more bytes.
+        CodecError: If the stream is damaged, or holds fewer or more bytes.
     """
     stream = zlib.decompressobj()
     try:
@@ -211,7 +211,9 @@ def inflate(data: Bytes, size_bytes: int, item_bytes: int) -> Bytes:
     except zlib.error as error:
         raise CodecError(f"its deflated bytes are damaged ({error})") from error
     if len(planes) != size_bytes or rest or not stream.eof or stream.unused_data:
-        raise CodecError(f"its deflated bytes don't hold the {size_bytes} that its shape needs")
+        raise CodecError(
+            f"its deflated bytes don't hold the {size_bytes} bytes that its shape needs"
+        )
     items = np.empty((size_bytes // item_bytes, item_bytes), np.uint8)
     for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(item_bytes, -1)):
         items[:, place] = plane
@@ -222,10 +224,10 @@ def bits_of(tensor: Tensor) -> Tensor:
     """The bits of a tensor as integers of the same size, in the same memory.
 
     Raises:
-        CodecError: if a weight has more than 8 bytes.
+        CodecError: If a number of its dtype has more than 8 bytes.
     """
     if tensor.element_size() not in _INTEGERS:
-        raise CodecError(f"{tensor.dtype} has more than 8 bytes a number: it can't be stored")
+        raise CodecError(f"{tensor.dtype} can't be stored: its numbers have more than 8 bytes")
     return tensor.detach().view(_INTEGERS[tensor.element_size()])
 
 
@@ -260,78 +262,78 @@ def _cheapest(kept: Bools, item_bytes: int, n_dims: int) -> str:
 
 
 def _kernels_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many kernels a tensor has, and how many weights a kernel."""
+    """Number of kernels of a tensor, and of weights per kernel."""
     return math.prod(shape[:2]), math.prod(shape[2:])
 
 
 def _n_set(packed: Bytes) -> int:
-    """How many bits are set; by parts, as an unpacked bit takes a byte."""
-    parts = (
+    """Number of bits that are set, counted in chunks because an unpacked bit takes a byte."""
+    chunks = (
         packed[first : first + _BYTES_AT_ONCE] for first in range(0, len(packed), _BYTES_AT_ONCE)
     )
-    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
+    return sum(int(np.count_nonzero(np.unpackbits(chunk))) for chunk in chunks)
 
 
 def _bits(packed: Bytes, first: int, length: int) -> Bools:
-    """So many bits from a first one on."""
+    """The `length` bits from bit `first` on."""
     skipped = first % 8
     return unpack_bits(packed[first // 8 :], skipped + length)[skipped:]
 
 
-def _parts_of(out: Items) -> Iterator[Items]:
-    """Consecutive parts of an array, that stay in the cache."""
+def _chunks(out: Items) -> Iterator[Items]:
+    """Consecutive chunks of an array that fit in the cache."""
     at_once = max(_BYTES_AT_ONCE // out.itemsize, 1)
     return (out[first : first + at_once] for first in range(0, len(out), at_once))
 
 
 def _scatter(out: Items, packed: Bytes, values: Items, first: int = 0) -> int:
-    """Put values, in their order, where bits are set, and zeros elsewhere.
+    """Write values, in their order, where bits are set, and zeros elsewhere.
 
-    By parts, as a position takes eight bytes.
+    This is done in chunks, because a position takes eight bytes.
 
     Args:
-        out: as many items as there are bits.
-        packed: the bits.
-        values: items of the same size, from the one of the first bit that is set on.
-        first: of the bits.
+        out: The items to write, one per bit.
+        packed: The packed bits.
+        values: Items of the same size, beginning with that of the first bit that is set.
+        first: Index of the first bit.
 
     Returns:
         The number of bits that are set.
     """
     start = 0
-    for part in _parts_of(out):
-        part.view(np.uint8).fill(0)
-        positions = np.flatnonzero(_bits(packed, first, len(part)))
+    for chunk in _chunks(out):
+        chunk.view(np.uint8).fill(0)
+        positions = np.flatnonzero(_bits(packed, first, len(chunk)))
         end = start + len(positions)
-        part[positions] = values[start:end]
-        start, first = end, first + len(part)
+        chunk[positions] = values[start:end]
+        start, first = end, first + len(chunk)
     return start
 
 
 def _scatter_windows(
     out: Integers, kernel_size: int, packed: Mapping[str, Bytes], values: Integers
 ) -> None:
-    """Put values where bits of the patterns of the kernels that are alive are set."""
+    """Write values where the patterns of kernels whose bit is set have a bit set."""
     first = pattern = start = 0
-    for kernels in _parts_of(_rows(out, kernel_size)):
+    for kernels in _chunks(_rows(out, kernel_size)):
         alive = np.flatnonzero(_bits(packed["kernels"], first, len(kernels)))
-        some = len(alive) < len(kernels)
+        is_sparse = len(alive) < len(kernels)
         weights = kernels.view(out.dtype)
-        dense = np.empty(len(alive) * kernel_size, out.dtype) if some else weights
+        dense = np.empty(len(alive) * kernel_size, out.dtype) if is_sparse else weights
         start += _scatter(dense, packed["patterns"], values[start:], pattern)
-        if some:
+        if is_sparse:
             weights.view(np.uint8).fill(0)
             kernels[alive] = _rows(dense, kernel_size)
         first, pattern = first + len(kernels), pattern + len(dense)
 
 
 def _rows(weights: Integers, kernel_size: int) -> Items:
-    """The kernels as items of an array, which is faster to index than rows."""
+    """The kernels as items of a flat array, which is faster to index than rows."""
     if kernel_size == 1:
-        return weights  # whose copies are faster than those of items of any size
+        return weights  # NumPy copies numbers faster than items of other sizes
     return weights.view(f"V{kernel_size * weights.itemsize}")
 
 
 def _check_end(name: str, packed: Bytes, length: int) -> None:
     if length % 8 and packed[-1] >> length % 8:
-        raise CodecError(f"bits are set behind the last of its {name}")
+        raise CodecError(f"padding bits after the last of its {name} are not zero")

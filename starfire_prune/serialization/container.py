@@ -1,8 +1,7 @@
-"""Safetensors files, written and read with checks that the format itself lacks.
+"""Safetensors files of raw bytes, with a checksum of the header, which the format itself lacks.
 
-A reader of safetensors takes any bytes for the tensors. Here the names, dtypes and shapes and all
-metadata carry a CRC-32 of their own (docs/format.md), in the metadata under `CRC_KEY`; those of the
-data are up to who writes them. Nothing that a header claims is believed before it is checked.
+The CRC-32 of all names, dtypes, shapes and metadata is in the metadata under `CRC_KEY`
+(docs/format.md). Checksums of the data are left to the caller.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ CRC_KEY = "starfire_prune.crc32"
 MAX_BYTES = 2**32
 _MAX_HEADER_BYTES = 100_000_000  # as in safetensors
 _MAX_DIMS = 16
-_MAX_LEVELS = 64  # of JSON, so that whatever goes through it by recursion comes to an end
+_MAX_LEVELS = 64  # of JSON, so that recursive readers of it can't overflow the stack
 _METADATA_NAME = "__metadata__"
 _ALIGNMENT = 8
 # The names of dtypes in safetensors files
@@ -65,12 +64,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in the file.
+    """A tensor in the container format.
 
     Attributes:
-        dtype: a key of `DTYPES`.
-        shape: of the tensor.
-        data: its bytes, flat.
+        dtype: A key of `DTYPES`.
+        shape: Shape of the tensor.
+        data: Bytes of the tensor, flat.
     """
 
     dtype: str
@@ -80,12 +79,12 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        tensors: by their names, in the order of their bytes.
-        metadata: strings by their names.
-        size_bytes: of the file.
+        tensors: Tensors by name, in the order of their bytes.
+        metadata: Strings by name.
+        size_bytes: Size of the file.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -96,10 +95,11 @@ class TensorFile:
 def write_tensor_file(
     file: BinaryIO, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, tensors of the largest items first so that all are aligned.
+    """Write a safetensors file. Tensors of the largest items come first, so that all are aligned.
 
     Raises:
-        DamageError: naming the tensor, for what `read_tensor_file` refuses; nothing is written.
+        DamageError: If `read_tensor_file` would refuse the file; it names the tensor, and nothing
+            is written.
     """
     for name, stored in tensors.items():
         _check_storable(name, stored)
@@ -120,8 +120,8 @@ def write_tensor_file(
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _MAX_HEADER_BYTES:
         raise DamageError(
-            f"its header would have {len(text):,} bytes, and may have {_MAX_HEADER_BYTES:,}: "
-            f"shorten the names of its tensors, or what it notes of the model and the recipe"
+            f"its header has {len(text):,} bytes, more than the {_MAX_HEADER_BYTES:,} allowed: "
+            f"shorten the names of its tensors, or its recipe or architecture"
         )
     file.write(struct.pack("<Q", len(text)) + text)
     for name in names:
@@ -158,27 +158,31 @@ def read_tensor_file(path: Path) -> TensorFile:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object of up to 64 levels, without duplicate keys or numbers that JSON has not.
+    """Parse a JSON object of at most 64 levels without duplicate keys, NaN and infinities.
+
+    Args:
+        text: The JSON.
+        what: What the text is, the subject of an error's sentence.
 
     Raises:
-        DamageError: if it is none; `what` names it.
+        DamageError: If the text is not such an object.
     """
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{what} is no valid JSON ({reason(error)})") from error
+        raise DamageError(f"{what} is not valid JSON ({reason(error)})") from error
     if not isinstance(content, dict):
-        raise DamageError(f"{what} is no JSON object")
+        raise DamageError(f"{what} is not a JSON object")
     if _is_deep(content):
         raise DamageError(f"{what} is nested deeper than {_MAX_LEVELS} levels")
     return content
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """A shape that a file claims, of up to 16 ints from 0.
+    """A shape in a file as a tuple.
 
     Raises:
-        DamageError: if it is none.
+        DamageError: If it is not a list of at most 16 ints that are not negative.
     """
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
         raise DamageError(f"its shape must be a list of at most {_MAX_DIMS} ints")
@@ -188,17 +192,17 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 
 def dtype_code(dtype: torch.dtype) -> str | None:
-    """The name of a dtype in safetensors files; None for one that these files don't hold."""
+    """The name of a dtype in safetensors files; None if such files can't hold it."""
     return _CODES.get(dtype)
 
 
 def _check_storable(name: str, stored: StoredTensor) -> None:
     if name == _METADATA_NAME:
-        raise DamageError(f"a tensor must not be named {name!r}: rename it")
+        raise DamageError(f"tensor {name!r} has a reserved name: rename it")
     if len(stored.shape) > _MAX_DIMS:
         raise DamageError(
-            f"tensor {name!r} has {len(stored.shape)} dimensions, and may have {_MAX_DIMS}: "
-            f"reshape it"
+            f"tensor {name!r} has {len(stored.shape)} dimensions, more than the {_MAX_DIMS} "
+            f"allowed: reshape it"
         )
 
 
@@ -241,11 +245,11 @@ def _check_header_crc(
 
 
 def _header_crc(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> int:
-    """The CRC-32 of what a header means, whatever the order and the places of tensors."""
+    """The CRC-32 of a header's content, independent of the order of tensors in the file."""
     try:
         return zlib.crc32("".join(_meaning(tensors, metadata)).encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise DamageError("a name or its metadata are no Unicode text") from error
+        raise DamageError("a name or the metadata are not valid Unicode") from error
 
 
 def _meaning(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> Iterable[str]:
@@ -263,7 +267,7 @@ def _item_bytes(dtype: str) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        raise ValueError("a key comes twice")
+        raise ValueError("a key appears twice")
     return content
 
 
@@ -276,4 +280,4 @@ def _is_deep(content: object) -> bool:
 
 
 def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number in JSON")

@@ -1,8 +1,8 @@
-"""Tensors of a pruned model as the stored tensors of a file, and back.
+"""Reading the tensors of a pruned file: its table of entries, their checks and their decoding.
 
-A tensor that is stored dense keeps its name, dtype and shape, so that every reader of safetensors
-finds it. The parts of an encoded one are `name:part`. A table, JSON under `TENSORS_KEY` in the
-file's metadata, tells for each tensor the encoding and a CRC-32 a part (docs/format.md).
+A dense tensor is stored under its own name, dtype and shape, so that every reader of safetensors
+finds it. The parts of an encoded one are stored as `name:part`. A table, JSON under `TENSORS_KEY`
+in the file's metadata, gives each tensor's encoding and the CRC-32 of each part (docs/format.md).
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from starfire_prune.serialization.state import check_tied
 from starfire_prune.utils.errors import CodecError, DamageError
 
 __all__ = [
-    "NOTE_BYTES",
+    "ENTRY_BYTES",
     "TENSORS_KEY",
     "TensorEntry",
     "decode_tensors",
     "fill_tensors",
     "in_parallel",
+    "part_names",
     "read_entries",
-    "stored_names",
 ]
 
 
 TENSORS_KEY = "starfire_prune.tensors"
-NOTE_BYTES = 200  # about what an encoded tensor adds to the header: it has to save more
+ENTRY_BYTES = 200  # that an encoded tensor adds to the header, about; it has to save more
 _KEYS = frozenset({"encoding", "dtype", "shape", "deflated", "crc32", "kept_zeros"})
 _MAX_THREADS = 8
 _LARGE_BYTES = 2**16
@@ -67,12 +67,13 @@ class TensorEntry:
     """A tensor of a file, checked but not decoded.
 
     Attributes:
-        name: of the tensor.
-        dtype: of its numbers.
-        encoded: its parts, inflated.
-        deflated: names of the parts that are stored deflated.
-        stored_bytes: that its parts take in the file.
-        kept_zeros: base64 of the deflated bitmap of weights that are +0.0 and not pruned.
+        name: Name of the tensor.
+        dtype: Dtype of the tensor.
+        encoded: The tensor's parts, inflated.
+        deflated: Names of the parts that are stored deflated.
+        stored_bytes: Bytes of its parts in the file.
+        kept_zeros: Base64 of the deflated bitmap of weights that are +0.0 but not pruned; None if
+            there are none.
     """
 
     name: str
@@ -84,30 +85,30 @@ class TensorEntry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
+        """Shape of the tensor."""
         return self.encoded.shape
 
     @property
     def size_bytes(self) -> int:
-        """That the tensor takes once decoded."""
+        """Bytes of the decoded tensor."""
         return math.prod(self.shape) * self.encoded.item_bytes
 
     def decode(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The decoded tensor, in new memory."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         decode_into(self.encoded, bits_of(tensor))
         return tensor
 
     def fits_in(self, target: Tensor) -> bool:
-        """Whether the tensor can be decoded in the memory of another of its shape."""
+        """Whether the tensor can be decoded directly into the memory of a tensor of its shape."""
         is_plain = target.device.type == "cpu" and target.is_contiguous()
         return is_plain and target.dtype == self.dtype
 
     def mask(self) -> Tensor:
-        """Which weights are kept, bool of the tensor's shape: those that are not +0.0, but noted.
+        """The tensor's mask, bool, True = kept: weights other than +0.0, and those in `kept_zeros`.
 
         Raises:
-            DamageError: if the note is damaged.
+            DamageError: If `kept_zeros` is damaged.
         """
         kept = bits_of(self.decode()) != 0
         if self.kept_zeros is None:
@@ -121,28 +122,31 @@ class TensorEntry:
 
 
 def decode_tensors(entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """Decode tensors of a file into memory of their own."""
+    """Decode the tensors of a file into new memory."""
     decoded = in_parallel(TensorEntry.decode, entries.values(), _decoded_bytes)
     return dict(zip(entries, decoded, strict=True))
 
 
 @torch.no_grad()
 def fill_tensors(targets: Mapping[str, Tensor], entries: Mapping[str, TensorEntry]) -> None:
-    """Decode tensors into others: in their own memory, or, where that is of another dtype, device
-    or order, by copies, all of which are decoded before anything is changed.
+    """Decode tensors into existing ones.
+
+    They are decoded directly into the targets' memory. For targets of another dtype, device or
+    memory format they are decoded to copies, before anything is changed.
 
     Args:
-        targets: of the entries' names and shapes.
-        entries: of a file.
+        targets: The tensors to change, of the entries' names and shapes.
+        entries: Entries of a file.
 
     Raises:
-        DamageError: if a dtype is of another kind, such as ints for floats, or targets that share
-            their memory would differ; nothing is changed.
+        DamageError: If a dtype is of another kind, such as int for float, or targets that share
+            memory would differ; nothing is changed then.
     """
     for name, entry in entries.items():
         if _kind(entry.dtype) != _kind(targets[name].dtype):
             raise DamageError(
-                f"tensor {name!r} is of {entry.dtype}, and the model's of {targets[name].dtype}"
+                f"tensor {name!r} has the dtype {entry.dtype}, but {targets[name].dtype} in the "
+                f"model"
             )
     try:
         check_tied(targets, lambda name: entries[name].decode())
@@ -173,23 +177,23 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:
-    """Check a file's tensors: sizes before anything is allocated, then the checksums.
+    """Check a file's tensors: first all sizes, before anything is allocated, then the checksums.
 
     Args:
-        file: with a table.
-        max_bytes: that all tensors may take once decoded.
+        file: A file with a table.
+        max_bytes: Most bytes that all decoded tensors may take together.
 
     Raises:
-        DamageError: naming the tensor, if anything does not fit.
+        DamageError: If the table and the file's bytes disagree; it names the tensor.
     """
     if TENSORS_KEY not in file.metadata:
-        raise DamageError("its metadata hold no table of tensors")
+        raise DamageError("its metadata have no table of tensors")
     table = parse_json(file.metadata[TENSORS_KEY], "its table of tensors")
     claims = [_named(name, lambda: _Claim.parse(name, table[name], file)) for name in table]  # noqa: B023
     total = sum(claim.size_bytes for claim in claims)
     if total > max_bytes:
         raise DamageError(
-            f"its tensors take {total:,} bytes, and `max_bytes` (={max_bytes:,}) allows no more: "
+            f"its tensors take {total:,} bytes, more than `max_bytes` (={max_bytes:,}) allows: "
             f"raise it if you trust the file"
         )
     used = collections.Counter(part for claim in claims for part in claim.stored)
@@ -206,7 +210,7 @@ def read_entries(file: TensorFile, max_bytes: int) -> dict[str, TensorEntry]:
 
 @dataclasses.dataclass(frozen=True)
 class _Claim:
-    """What the table claims of a tensor, well-formed but not compared with the bytes."""
+    """A tensor's entry in the table, well-formed but not yet compared with the bytes."""
 
     name: str
     encoding: str
@@ -228,10 +232,10 @@ class _Claim:
             raise DamageError("its parts are not those of its encoding")
         kept_zeros, deflated = entry.get("kept_zeros"), entry.get("deflated", [])
         if not isinstance(kept_zeros, str | None) or not isinstance(deflated, list):
-            raise DamageError("its entry in the table is of wrong types")
+            raise DamageError("its entry in the table has values of wrong types")
         if any(part not in PARTS[encoding] for part in deflated):
-            raise DamageError("an unknown part of it is deflated")
-        names = stored_names(name, encoding, deflated)
+            raise DamageError("its list of deflated parts names an unknown part")
+        names = part_names(name, encoding, deflated)
         missing = [stored for stored in names.values() if stored not in file.tensors]
         if missing:
             raise DamageError(f"its part {missing[0]!r} is missing")
@@ -249,7 +253,7 @@ class _Claim:
 
     @property
     def size_bytes(self) -> int:
-        # Dimensions of 0 count as 1: torch works out strides with them all the same
+        # Dimensions of 0 count as 1, because torch computes strides with them
         return math.prod(max(length, 1) for length in self.shape) * self.item_bytes
 
     @property
@@ -270,25 +274,25 @@ class _Claim:
         )
 
     def _read_part(self, part: str, size_bytes: int) -> npt.NDArray[np.uint8]:
-        name = stored_names(self.name, self.encoding, self.deflated)[part]
+        name = part_names(self.name, self.encoding, self.deflated)[part]
         stored, is_deflated = self.stored[name], part in self.deflated
         if zlib.crc32(stored.data.data) != self.crc32[part]:
-            raise DamageError(f"its {part} are damaged: they have not the CRC-32 of the table")
+            raise DamageError(f"CRC-32 mismatch in its {part!r}: the file is corrupt")
         item_bytes = self.item_bytes if part == "values" else 1
         if stored.dtype != (self.dtype if part == "values" and not is_deflated else "U8"):
-            raise DamageError(f"its {part} are stored as {stored.dtype}")
+            raise DamageError(f"its {part!r} are stored with the dtype {stored.dtype}")
         if is_deflated:
             return inflate(stored.data, size_bytes, item_bytes)
         if stored.data.size != size_bytes:
             raise DamageError(
-                f"its {part} have {stored.data.size} bytes, and its shape and the parts before "
+                f"its {part!r} have {stored.data.size} bytes, but its shape and the parts before "
                 f"need {size_bytes}"
             )
         return stored.data
 
 
-def stored_names(name: str, encoding: str, deflated: Iterable[str]) -> dict[str, str]:
-    """The names in the file of a tensor's parts."""
+def part_names(name: str, encoding: str, deflated: Iterable[str]) -> dict[str, str]:
+    """Names of the stored tensors that hold a tensor's parts, by part."""
     if encoding == "dense" and not list(deflated):
         return {"values": name}
     return {part: f"{name}:{part}" for part in PARTS[encoding]}
@@ -304,12 +308,13 @@ def _named(name: str, function: Callable[[], Result]) -> Result:
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], size_bytes: Callable[[Item], int]
 ) -> list[Result]:
-    """Map over items, the large ones by as many threads as torch uses.
+    """Apply a function to items; the large items are shared among as many threads as torch uses.
 
     Args:
-        function: which checksums and NumPy's loops are most of: they release the GIL.
-        items: most of which are small, where threads would only wait for each other.
-        size_bytes: of an item.
+        function: A function that mostly computes checksums or runs NumPy's loops, which release
+            the GIL.
+        items: The items. Small ones are not given to threads, which would wait for each other.
+        size_bytes: Returns the size of an item.
     """
     items = list(items)
     threads = min(torch.get_num_threads(), _MAX_THREADS)
@@ -322,7 +327,7 @@ def in_parallel(
     places = iter(sorted(large, key=lambda place: -sizes[place]))
 
     def work(_: int) -> None:
-        for place in places:  # the next one that no thread has taken
+        for place in places:  # each thread continues with the next one that is left
             results[place] = function(items[place])
 
     with ThreadPoolExecutor(threads) as pool:

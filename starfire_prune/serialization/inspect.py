@@ -1,4 +1,4 @@
-"""What a file of a pruned model holds, tensor by tensor: shapes, sparsity, encodings and bytes."""
+"""Inspecting a file of a pruned model: shape, sparsity, encoding and bytes of each tensor."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class TensorInfo:
     """A tensor of a file.
 
     Attributes:
-        name: of the tensor.
-        shape: of the tensor.
-        dtype: such as `"float32"`.
-        zeros: numbers that are +0.0.
-        total: numbers.
-        encoding: `"dense"`, `"ck"`, `"window"` or `"bitmap"`, with `"+deflate"` where a part of
-            it is deflated.
-        size_bytes: in the file.
-        share: of the file's bytes, in [0, 1].
+        name: Name of the tensor.
+        shape: Shape of the tensor.
+        dtype: Dtype, such as `"float32"`.
+        zeros: Number of elements that are +0.0.
+        total: Number of elements.
+        encoding: `"dense"`, `"ck"`, `"window"` or `"bitmap"`, followed by `"+deflate"` if a part
+            is deflated.
+        size_bytes: Bytes in the file.
+        share: Share of the file's bytes, in [0, 1].
     """
 
     name: str
@@ -53,13 +53,13 @@ class Inspection:
     """A file of a pruned model.
 
     Attributes:
-        tensors: in the order of the model's state dict.
-        size_bytes: of the file.
-        header_bytes: of them, those of the header.
-        dense_bytes: that all tensors take once decoded.
-        pruning: method, amount, era and phase, and the zeros of each pruned weight.
-        model: arguments of `timm.create_model`, if known.
-        recipe: of the run, if known.
+        tensors: The tensors in the order of the model's state dict.
+        size_bytes: Size of the file.
+        header_bytes: Size of its header.
+        dense_bytes: Bytes of all tensors once decoded.
+        pruning: Method, amount, era and phase, and the zeros of each pruned weight.
+        model: Arguments of `timm.create_model`; None if unknown.
+        recipe: The run's recipe; None if unknown.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -72,14 +72,14 @@ class Inspection:
 
 
 def inspect_pruned(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Inspection:
-    """Read what a file of `save_pruned` holds; all its checksums are verified.
+    """Describe the content of a file of `save_pruned`, and verify all its checksums.
 
     Args:
-        path: of the file.
-        max_bytes: as in `load_pruned`.
+        path: Path of the file.
+        max_bytes: Most bytes that all decoded tensors may take, as in `load_pruned`.
 
     Raises:
-        CheckpointError: as `load_pruned`.
+        CheckpointError: As `load_pruned`.
 
     Example:
         >>> print(format_inspection(inspect_pruned("model.safetensors")))  # doctest: +SKIP
@@ -98,7 +98,7 @@ def inspect_pruned(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
 
 
 def format_inspection(inspection: Inspection) -> str:
-    """The table of a file's tensors, with the header and the sums at its end."""
+    """A table of a file's tensors, with the header and the totals at the end."""
     header = ("tensor", "shape", "dtype", "sparsity", "encoding", "bytes", "share")
     rows = [
         (
@@ -139,5 +139,5 @@ def _info(entry: TensorEntry, file_bytes: int) -> TensorInfo:
 
 
 def _printable(name: str) -> str:
-    """A name without what would move a terminal's cursor."""
+    """A name without characters that control a terminal."""
     return name if name.isprintable() else repr(name)

@@ -1,4 +1,4 @@
-"""What a file of a pruned model tells of itself, as JSON in the metadata of its header."""
+"""The metadata of a pruned file: the pruning, the model and the recipe, as JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from starfire_prune.serialization.container import parse_json
 from starfire_prune.utils.errors import DamageError
 from starfire_prune.utils.files import reason
+from starfire_prune.utils.modules import weight_key
 
 if TYPE_CHECKING:
     from starfire_prune.engine.pruner import Pruner
@@ -35,35 +36,35 @@ RECIPE_KEY = "starfire_prune.recipe"
 
 
 def check_version(pruning: Mapping[str, Any]) -> None:
-    """Raise DamageError unless the metadata are of a version that this package reads."""
+    """Raise DamageError unless the metadata have the version that this package reads."""
     version = pruning.get("format_version")
     if version is None:
-        raise DamageError("it is no file of save_pruned: its metadata name no format_version")
+        raise DamageError("it is not a file of save_pruned: its metadata have no format_version")
     if version != FORMAT_VERSION:
         raise DamageError(
-            f"its format_version is {version!r}, and this version of starfire_prune reads "
-            f"{FORMAT_VERSION}: install the one that wrote it"
+            f"its format_version is {version!r}, but this version of starfire_prune reads "
+            f"{FORMAT_VERSION}: install the version that wrote it"
         )
 
 
 def metadata_text(content: Mapping[str, Any], argument: str) -> str:
-    """The JSON of metadata, such as a reader takes.
+    """The JSON of metadata, which `parse_json` accepts.
 
     Args:
-        content: plain data.
-        argument: of `save_pruned`, that the content comes from.
+        content: Plain data.
+        argument: Argument of `save_pruned` that the content comes from.
 
     Raises:
-        ValueError: for inf, NaN, keys that are the same as text, what is nested deeper than 64
-            levels, and all that JSON has not.
+        ValueError: For inf, NaN, keys that are equal as text, more than 64 levels, and types that
+            JSON does not have.
     """
     try:
         text = json.dumps(content, allow_nan=False)
         parse_json(text, "it")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"`{argument}` can't be noted in the file ({reason(error)}): give finite numbers, "
-            f"strings, and lists and dicts of these"
+            f"`{argument}` can't be stored in the file ({reason(error)}): it must consist of "
+            f"finite numbers, strings, and lists and dicts of these"
         ) from error
     return text
 
@@ -75,17 +76,17 @@ def pruning_metadata(
     pruner: Pruner | None,
     average_decay: float | None,
 ) -> dict[str, Any]:
-    """What a file tells of the pruning: for a run the method, and for each pruned weight its zeros.
+    """The metadata of the pruning: the settings of a run, and the zeros of each pruned weight.
 
     Args:
-        model: that the pruner prunes, or mirrors.
-        state: its plain state.
-        masks: of all pruned weights.
-        pruner: of the model, if any.
-        average_decay: noted where the model is a moving average of the weights.
+        model: The model that the pruner prunes, or mirrors.
+        state: The model's plain state.
+        masks: Masks of all pruned weights by parameter name.
+        pruner: The model's pruner, if any.
+        average_decay: Decay of the moving average, if the model is one.
     """
     sparsity = None if pruner is None else pruner.sparsity(model)
-    layers = {} if pruner is None else {_key(name): name for name in pruner.layers}
+    layers = {} if pruner is None else {weight_key(name): name for name in pruner.layers}
 
     def weight(name: str) -> dict[str, Any]:
         layer = pruner.layers[layers[name]] if pruner is not None and name in layers else None
@@ -107,10 +108,6 @@ def pruning_metadata(
     average = {} if average_decay is None else {"average_decay": average_decay}
     weights = {name: weight(name) for name in masks}
     return {"format_version": FORMAT_VERSION, **run, **average, "weights": weights}
-
-
-def _key(name: str) -> str:
-    return f"{name}.weight" if name else "weight"
 
 
 def recipe_metadata(recipe: Recipe | Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
-"""Files of pruned models, small and checked, that timm, the Hub and plain safetensors read.
+"""Saving and loading files of pruned models, which are small, and safetensors files for others.
 
-`save_pruned` writes a model, `load_pruned` its tensors under plain names, `load_pruned_model` a
-model, and `load_masks` what was pruned, so that training can go on. Both forms, `"dense"` and
-`"compressed"`, are safetensors files with a CRC-32 of each tensor and of the header's meaning,
-verified before anything is handed out (docs/format.md). Nothing in a file is executed.
+`save_pruned` writes a model, `load_pruned` reads its tensors under plain names, `load_pruned_model`
+a model, and `load_masks` the masks, so that training can continue. Both forms, `"dense"` and
+`"compressed"`, are safetensors files with a CRC-32 of each tensor and of the header, verified
+before anything is returned (docs/format.md). Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
 
 FileFormat = Literal["dense", "compressed"]
 StrPath = str | os.PathLike[str]
-_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|out of memory")  # torch's words
+_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|out of memory")  # torch's texts
 
 
 def save_pruned(
@@ -92,31 +92,32 @@ def save_pruned(
 ) -> None:
     """Write a pruned model to a safetensors file with plain keys.
 
-    The file appears whole or not at all, and its metadata tell the method, amount and era, each
-    pruned weight's zeros, the model and the recipe. Call it on every rank: the ranks' masks are
-    compared, and rank 0 writes.
+    The write is atomic. The metadata give the method, amount and era, the zeros of each pruned
+    weight, the model and the recipe. Call it on every rank: the ranks' masks are compared, and
+    rank 0 writes.
 
     Args:
-        model: that the pruner prunes, or mirrors, in any phase; wrappers are taken off.
-        path: of the file.
-        format: `"dense"`, with all zeros, which a fresh timm model loads strictly; `"compressed"`,
-            each tensor in the encoding of the fewest bytes, for the functions of this module.
-        deflate: also deflate what gets smaller by it, about a fifth of trained float32 weights;
-            such a file takes longer to load.
-        pruner: of the model. Without one, the masks of `torch.nn.utils.prune`'s hooks tell what is
-            pruned, and where there are none every zero of a convolution or linear layer is.
-        recipe: of the run, to be noted whole, with its paths.
+        model: The model that the pruner prunes, or mirrors, in any phase; wrappers are removed.
+        path: Path of the file.
+        format: `"dense"`, with all zeros, which a new timm model loads strictly; `"compressed"`,
+            with each tensor in the encoding that takes the fewest bytes, for this module's
+            functions.
+        deflate: Whether to deflate parts that get smaller by it, about a fifth for trained float32
+            weights; such a file takes longer to load.
+        pruner: The model's pruner. Without one, masks are those of `torch.nn.utils.prune`'s hooks,
+            and in convolutions and linear layers without hooks every zero counts as pruned.
+        recipe: The run's recipe, which is stored completely, including its paths.
         architecture: `{"name": "resnet50", "num_classes": 10, …}`, the arguments of
-            `timm.create_model`; by default those of the recipe, or the name and the classes of a
-            timm model. One that was made with other arguments or changed is not named by itself.
-        average_decay: noted where the model is a moving average of the weights.
+            `timm.create_model`. By default they are the recipe's, or name and classes of a timm
+            model that has not been changed or built with other arguments.
+        average_decay: Decay of the moving average, if the model is one.
 
     Raises:
-        PruningError, RanksError: from `pruner.check()`; nothing is written then.
-        CheckpointError: if the disk is full, or a tensor's name, dtype or more than 16 dimensions
-            can't be stored; what was at `path` is as it was.
-        ValueError: for another `format`, `deflate` of a dense file, or a `recipe` or `architecture`
-            that is more than plain data, or holds inf or NaN.
+        PruningError, RanksError: From `pruner.check()`; nothing is written then.
+        CheckpointError: If the disk is full, or a tensor's name, dtype or more than 16 dimensions
+            can't be stored; an existing file at `path` is unchanged.
+        ValueError: If `format` is unknown, `deflate` is used with a dense file, or `recipe` or
+            `architecture` is not plain data or contains inf or NaN.
 
     Example:
         >>> save_pruned(model, "model.safetensors", "compressed")  # doctest: +SKIP
@@ -136,24 +137,25 @@ def save_pruned(
     metadata = {METADATA_KEY: metadata_text(pruning, "average_decay")}
     if recipe_settings:
         metadata[RECIPE_KEY] = metadata_text(recipe_settings, "recipe")
-    noted = architecture_of(unwrap(model), recipe_settings, architecture)
-    if noted:
-        metadata[MODEL_KEY] = metadata_text(noted, "architecture")
+    arguments = architecture_of(unwrap(model), recipe_settings, architecture)
+    if arguments:
+        metadata[MODEL_KEY] = metadata_text(arguments, "architecture")
     _write(path, state, masks, metadata, compress=format == "compressed", deflate=deflate)
 
 
 def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
-    """Load the tensors of a file of `save_pruned`, of either form, under plain names.
+    """Load the tensors of a file of `save_pruned`, in either form, under plain names.
 
     Args:
-        path: of the file.
-        max_bytes: that all tensors may take: a small file can claim a large model.
+        path: Path of the file.
+        max_bytes: Most bytes that all decoded tensors may take; a small file can claim to hold a
+            large model.
 
     Returns:
-        A state dict of tensors on the CPU, as `load_state_dict` takes it.
+        A state dict of tensors on the CPU, as for `load_state_dict`.
 
     Raises:
-        CheckpointError: naming the file and the tensor, if anything is damaged or too large.
+        CheckpointError: If the file is damaged or too large; it names the file and the tensor.
 
     Example:
         >>> model.load_state_dict(load_pruned("model.safetensors"))  # doctest: +SKIP
@@ -166,24 +168,24 @@ def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tenso
 def load_pruned_model(
     path: StrPath, model: nn.Module | None = None, *, max_bytes: int = MAX_BYTES
 ) -> nn.Module:
-    """Load a model from a file of `save_pruned`, of either form.
+    """Load a model from a file of `save_pruned`, in either form.
 
     Args:
-        path: of the file.
-        model: to load into, dense, on any device: its parameters and buffers have to be those of
-            the file, and nothing is changed where they are not. Its dtypes stay: floats are rounded
-            to its floats, and what exceeds them becomes inf. By default timm builds the model that
-            the file names, with the file's dtypes.
-        max_bytes: as in `load_pruned`.
+        path: Path of the file.
+        model: A dense model to load into, on any device. Its parameters and buffers must have the
+            names and shapes of the file's; otherwise nothing is changed. It keeps its dtypes:
+            floats are rounded to them, and values out of their range become inf. By default timm
+            builds the model that the file names, with the file's dtypes.
+        max_bytes: Most bytes that all decoded tensors may take, as in `load_pruned`.
 
     Returns:
-        The model: `model`, or a new one in training mode, as timm gives it. It is dense and holds
-        zeros; `apply_masks(model, load_masks(path))` lets it train on sparse.
+        `model`, or a new one in training mode, as timm builds it. It is dense, with zeros;
+        `apply_masks(model, load_masks(path))` keeps them zero in further training.
 
     Raises:
-        CheckpointError: naming the file, if anything is damaged, names no model that timm can
-            build, or does not fit the model.
-        ValueError: if `model` is on the device `meta`.
+        CheckpointError: If the file is damaged, does not name a model that timm can build, or does
+            not fit the model; it names the file.
+        ValueError: If `model` is on the device `meta`.
 
     Example:
         >>> model = load_pruned_model("model.safetensors").eval()  # doctest: +SKIP
@@ -200,18 +202,18 @@ def load_pruned_model(
 
 
 def load_masks(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
-    """Load the masks of the pruned weights from a file of `save_pruned`, of either form.
+    """Load the masks of the pruned weights from a file of `save_pruned`, in either form.
 
     Args:
-        path: of the file.
-        max_bytes: as in `load_pruned`.
+        path: Path of the file.
+        max_bytes: Most bytes that all decoded tensors may take, as in `load_pruned`.
 
     Returns:
-        Bool tensors by parameter name (`layer1.0.conv1.weight`), True = kept: also where a kept
-        weight is zero.
+        Bool tensors by parameter name (`layer1.0.conv1.weight`), True = kept, also for kept weights
+        that are zero.
 
     Raises:
-        CheckpointError: as `load_pruned`.
+        CheckpointError: As `load_pruned`.
 
     Example:
         >>> model = load_pruned_model("model.safetensors")  # doctest: +SKIP
@@ -230,17 +232,17 @@ def convert_pruned(
     deflate: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> None:
-    """Write a file of `save_pruned` anew in another form, with the same tensors and metadata.
+    """Write a file of `save_pruned` in another form, with the same tensors and metadata.
 
     Args:
-        source: the file.
-        path: of the new one, which may be the same.
+        source: Path of the existing file.
+        path: Path of the new file, which may be the same.
         format: `"dense"` or `"compressed"`.
-        deflate: as in `save_pruned`.
-        max_bytes: as in `load_pruned`.
+        deflate: Whether to deflate parts, as in `save_pruned`.
+        max_bytes: Most bytes that all decoded tensors may take, as in `load_pruned`.
 
     Raises:
-        CheckpointError, ValueError: as `load_pruned` and `save_pruned`.
+        CheckpointError, ValueError: As `load_pruned` and `save_pruned`.
 
     Example:
         >>> convert_pruned("export/model.safetensors", "small.safetensors")  # doctest: +SKIP
@@ -257,16 +259,16 @@ def convert_pruned(
 
 
 class PrunedFile:
-    """What a file of `save_pruned` holds, checked but not decoded.
+    """The content of a file of `save_pruned`, checked but not decoded.
 
     Attributes:
-        path: of the file.
-        entries: of its tensors, by name, in the order of the model's state dict.
-        metadata: the strings of its header.
-        size_bytes: of the file.
-        pruning: method, amount, era and phase, and the zeros of each weight that is pruned.
-        model: arguments of `timm.create_model`, if known.
-        recipe: of the run, if known.
+        path: Path of the file.
+        entries: Entries of its tensors by name, in the order of the model's state dict.
+        metadata: Strings of its header by name.
+        size_bytes: Size of the file.
+        pruning: Method, amount, era and phase, and the zeros of each pruned weight.
+        model: Arguments of `timm.create_model`; None if unknown.
+        recipe: The run's recipe; None if unknown.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -282,11 +284,11 @@ class PrunedFile:
         """The masks of the pruned weights, bool, True = kept.
 
         Raises:
-            DamageError: if the metadata name weights that the file has not.
+            DamageError: If the metadata name weights that the file does not hold.
         """
         weights = self.pruning.get("weights")
         if not isinstance(weights, dict) or not weights.keys() <= self.entries.keys():
-            raise DamageError("its metadata name pruned weights that it has not")
+            raise DamageError("its metadata name pruned weights that it does not hold")
         return {name: self.entries[name].mask() for name in weights}
 
     def _content(self, key: str) -> dict[str, Any] | None:
@@ -298,20 +300,20 @@ def read_pruned_file(path: StrPath, *, max_bytes: int = MAX_BYTES) -> PrunedFile
     """Open a file of `save_pruned` and verify all its checksums.
 
     Args:
-        path: of the file.
-        max_bytes: as in `load_pruned`.
+        path: Path of the file.
+        max_bytes: Most bytes that all decoded tensors may take, as in `load_pruned`.
 
     Raises:
-        CheckpointError: as `load_pruned`.
+        CheckpointError: As `load_pruned`.
     """
     return PrunedFile(Path(path), max_bytes)
 
 
 def is_pruned_file(path: Path) -> bool:
-    """Whether a safetensors file is of `save_pruned`: a damaged name of one key leaves the others.
+    """Whether a safetensors file was written by `save_pruned`, even if one of its keys is damaged.
 
     Raises:
-        CheckpointError: if it is no safetensors file.
+        CheckpointError: If it is not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -325,17 +327,17 @@ def is_pruned_file(path: Path) -> bool:
 
 
 def read_metadata(path: StrPath) -> dict[str, Any]:
-    """What `save_pruned` noted of the pruning in a file's metadata; empty for foreign files.
+    """The metadata of the pruning in a file of `save_pruned`; empty for other safetensors files.
 
     Raises:
-        CheckpointError: if there is no such file, or it is no safetensors file.
+        CheckpointError: If the file does not exist, or is not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-        return parse_json(metadata.get(METADATA_KEY, "{}"), "what it notes of the pruning")
+        return parse_json(metadata.get(METADATA_KEY, "{}"), "its metadata of the pruning")
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {reason(error)}; export it anew") from error
+        raise CheckpointError(f"{path} can't be read: {reason(error)}; export it again") from error
 
 
 def is_writer() -> bool:
@@ -363,7 +365,7 @@ def _write(
 
 
 def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
-    """Decode all tensors into a model's own, once it is known that they fit."""
+    """Decode all tensors into a model's, after checking that they fit."""
     own = {clean_name(name): value for name, value in unwrap(model).state_dict().items()}
     if any(value.is_meta for value in own.values()):
         raise ValueError("`model` is on the device meta: call model.to_empty(device='cpu') first")
@@ -378,12 +380,12 @@ def _check_format(format: str, deflate: bool) -> None:
     if format not in ("dense", "compressed"):
         raise ValueError(f"`format` (={format!r}) must be 'dense' or 'compressed'")
     if deflate and format == "dense":
-        raise ValueError("`deflate` is for format='compressed': other readers want dense files raw")
+        raise ValueError("`deflate` needs format='compressed': other readers can't inflate")
 
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a file's contents into a sentence that names it."""
+    """Turn errors in a file's content into a CheckpointError that names the file."""
     try:
         yield
     except (CodecError, DamageError) as error:
@@ -391,4 +393,4 @@ def _loading(path: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
-        raise CheckpointError(f"{path} can't be loaded: there is no memory for it") from error
+        raise CheckpointError(f"{path} can't be loaded: there is not enough memory") from error

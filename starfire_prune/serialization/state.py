@@ -30,14 +30,15 @@ __all__ = ["check_tied", "describe_mismatch", "known_masks", "masks_of_zeros", "
 def plain_state_dict(
     model: nn.Module, masks: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A pruned model's state under the names of the dense one: `weight`, no `weight_orig`.
+    """A pruned model's state under the names of the dense model: `weight` for `weight_orig`.
 
-    Tensors are copies in contiguous memory on the CPU, and pruned weights are +0.0. So is every
-    zero of a convolution or linear layer of which nothing tells what is pruned.
+    The tensors are contiguous copies on the CPU, in which pruned weights are +0.0. Without a mask
+    all zeros of a convolution or linear layer count as pruned.
 
     Args:
-        model: in any phase; wrappers are taken off.
-        masks: of pruned weights by parameter name, bool, True = kept, where no hook has them.
+        model: A model in any phase; wrappers are removed.
+        masks: Masks of pruned weights by parameter name, bool, True = kept, in addition to those of
+            hooks.
     """
     model = unwrap(model)
     hooks = _hooked_masks(model)
@@ -56,8 +57,8 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
     """The masks of a model's hooks and of its pruner, bool on the CPU, by parameter name.
 
     Args:
-        model: that the pruner prunes, or mirrors.
-        pruner: all of whose layers have masks, of nothing but True in the dense phase.
+        model: The model that the pruner prunes, or mirrors.
+        pruner: The pruner; all its layers get masks, which are all True in the dense phase.
     """
     masks = _hooked_masks(unwrap(model))
     if pruner is not None:
@@ -70,11 +71,11 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
 
 
 def masks_of_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks by which +0.0 is pruned, of the convolutions and linear layers that have any.
+    """Masks in which every +0.0 is pruned, of the convolutions and linear layers with zeros.
 
     Args:
-        model: whose layers these are.
-        state: its plain state.
+        model: The model.
+        state: Its plain state.
     """
     names = _prunable_weights(unwrap(model))
     masks = {name: state[name] != 0 for name in names if name in state}
@@ -142,7 +143,7 @@ def describe_mismatch(
 
 
 def _hooked_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of parameters that a hook of `torch.nn.utils.prune` prunes, by plain name."""
+    """The masks of all parameters pruned by `torch.nn.utils.prune`, by plain name."""
     return {
         weight_key(prefix, name): mask.bool().contiguous().cpu()
         for prefix, module in named_modules_with_duplicates(model)
@@ -167,7 +168,7 @@ def _masks_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(value: Tensor, mask: Tensor | None, is_weight: bool) -> Tensor:
-    # Filled rather than multiplied: all bits of what is kept stay, and -0.0 and NaN don't
+    # Filled, not multiplied: kept weights keep all bits, and pruned -0.0 and NaN become +0.0
     plain = value.detach().clone(memory_format=torch.contiguous_format).cpu()
     if mask is not None:
         plain.masked_fill_(~mask.bool().cpu(), 0.0)

@@ -265,7 +265,7 @@ def test_bits_behind_the_last_are_refused(part):
     encoded = encode(torch.eye(3).view(3, 1, 3), encoding)
     damaged = encoded.parts[part].copy()
     damaged[-1] |= 0x80
-    with pytest.raises(CodecError, match=f"bits are set behind the last of its {part}"):
+    with pytest.raises(CodecError, match=f"padding bits after the last of its {part} are"):
         read_again(encoded, {**encoded.parts, part: damaged})
 
 
@@ -280,7 +280,7 @@ def test_the_sizes_that_are_asked_for_follow_from_what_was_read(encoding):
 
 @pytest.mark.parametrize("encoding", ["ck", "window", "bitmap"])
 def test_an_encoded_tensor_without_weights_is_refused(encoding):
-    with pytest.raises(CodecError, match=re.escape(f"shape (0, {2**40}) holds no weights")):
+    with pytest.raises(CodecError, match=re.escape(f"shape (0, {2**40}) has no weights")):
         read_parts(encoding, (0, 2**40), 4, lambda name, size_bytes: np.zeros(0, np.uint8))
 
 
@@ -291,7 +291,7 @@ def test_kernels_that_no_network_has_are_refused(encoding):
 
 
 def test_numbers_of_more_than_eight_bytes_are_refused():
-    with pytest.raises(CodecError, match="complex128 has more than 8 bytes a number"):
+    with pytest.raises(CodecError, match="complex128 can't be stored: its numbers have more"):
         encode(torch.zeros(2, dtype=torch.complex128))
 
 
@@ -323,7 +323,7 @@ def test_weights_that_pruning_has_left_deflate(dtype, most):
 @pytest.mark.parametrize("size_bytes", [0, 4, 1000, 999_996, 1_000_004])
 def test_a_stream_of_another_size_is_refused_without_inflating_it_all(size_bytes):
     bomb = np.frombuffer(zlib.compress(b"\0" * 1_000_000, 9), np.uint8)
-    with pytest.raises(CodecError, match=f"don't hold the {size_bytes} that its shape needs"):
+    with pytest.raises(CodecError, match=f"don't hold the {size_bytes} bytes that its shape needs"):
         inflate(bomb, size_bytes, 4)
 
 

@@ -135,20 +135,29 @@ BIT = part(b"\x01")
     ("made", "message"),
     [
         # One kernel of nine weights, and what does not go with it
-        (encoded("ck", [1, 1, 3, 4], {"kernels": BIT, "values": FLOATS}), "its values have 36"),
+        (encoded("ck", [1, 1, 3, 4], {"kernels": BIT, "values": FLOATS}), "its 'values' have 36"),
         (encoded("ck", [2, 4, 3, 3], {"kernels": part(b"\x03"), "values": FLOATS}), "need 72"),
-        (encoded("ck", [3, 3, 3, 3], {"kernels": BIT, "values": FLOATS}), "its kernels have 1"),
+        (encoded("ck", [3, 3, 3, 3], {"kernels": BIT, "values": FLOATS}), "its 'kernels' have 1"),
         (
             encoded("ck", [1, 1, 3, 3], {"kernels": part(b"\3"), "values": FLOATS}),
-            "behind the last",
+            "padding bits after the last",
         ),
-        (encoded("ck", [1, 1, 3, 3], {"kernels": FLOATS, "values": FLOATS}), "are stored as F32"),
-        (encoded("ck", [1, 1, 3, 3], {"kernels": BIT, "values": part(bytes(36))}), "stored as U8"),
+        (
+            encoded("ck", [1, 1, 3, 3], {"kernels": FLOATS, "values": FLOATS}),
+            "the dtype F32",
+        ),
+        (
+            encoded("ck", [1, 1, 3, 3], {"kernels": BIT, "values": part(bytes(36))}),
+            "with the dtype U8",
+        ),
         (encoded("ck", [1, 1, 3, 3], {"values": FLOATS, "weights": BIT}), "not those of its enc"),
         (encoded("ck", [1, 1, 3, 3], {"values": FLOATS}), "its parts are not those of its enc"),
         (encoded("zip", [9], {"values": FLOATS}), "its encoding is unknown"),
         (encoded([], [9], {"values": FLOATS}), "its encoding is unknown"),
-        (encoded("bitmap", [9], {"weights": part(b"\xff\x03"), "values": FLOATS}), "behind the"),
+        (
+            encoded("bitmap", [9], {"weights": part(b"\xff\x03"), "values": FLOATS}),
+            "after the",
+        ),
         (
             encoded("bitmap", [-9], {"weights": BIT, "values": FLOATS}),
             "must have dimensions from 0",
@@ -157,19 +166,22 @@ BIT = part(b"\x01")
         (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, dtype="X"), "its dtype is unk"),
         (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, dtype=[]), "its dtype is unk"),
         (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, more=1), "has unknown keys"),
-        (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, deflated=1), "of wrong types"),
-        (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, deflated=["b"]), "an unknown"),
+        (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, deflated=1), "wrong types"),
+        (
+            encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, deflated=["b"]),
+            "an unknown",
+        ),
         (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, kept_zeros=1), "wrong types"),
         (encoded("bitmap", [9], {"weights": BIT, "values": FLOATS}, crc32=[]), "not those of its"),
         (
             encoded(
                 "bitmap", [9], {"weights": BIT, "values": FLOATS}, crc32={"weights": 1, "values": 2}
             ),
-            "its weights are damaged",
+            "CRC-32 mismatch in its 'weights'",
         ),
         (
             encoded("bitmap", [2], {"weights": part(b"\3"), "values": part(b"\1\2")}, dtype="BOOL"),
-            "its values are stored as U8",
+            "its 'values' are stored with the dtype U8",
         ),
         (
             encoded(
@@ -188,7 +200,7 @@ BIT = part(b"\x01")
         (encoded("ck", [8, 1, 2**62, 2**62], {"kernels": BIT, "values": FLOATS}), "`max_bytes`"),
         (encoded("ck", [0, 2**62, 2**62], {"kernels": BIT, "values": FLOATS}), "`max_bytes`"),
         (encoded("ck", [1, 1, 2**29], {"kernels": BIT, "values": FLOATS}), "has more than 1073741"),
-        (encoded("ck", [0, 3, 3], {"kernels": BIT, "values": FLOATS}), "holds no weights"),
+        (encoded("ck", [0, 3, 3], {"kernels": BIT, "values": FLOATS}), "has no weights"),
         (
             encoded(
                 "dense", [2**20], {"values": part(zlib.compress(bytes(2**23)))}, deflated=["values"]
@@ -215,7 +227,7 @@ def test_parts_that_are_not_of_their_shape_are_refused(made, message, tmp_path):
     ("table", "message"),
     [
         ({}, "tensor 'a:kernels' is not in its table"),
-        ([], "its table of tensors is no JSON object"),
+        ([], "its table of tensors is not a JSON object"),
         ({"a": 1}, "tensor 'a': its entry in the table has unknown keys"),
         (
             {"b": {"encoding": "dense", "crc32": {"values": 0}}},
@@ -245,11 +257,11 @@ def test_a_stored_tensor_belongs_to_one_entry_of_the_table(tmp_path):
     [
         (
             {"format_version": 2},
-            "its format_version is 2, and this version of starfire_prune reads 1",
+            "its format_version is 2, but this version of starfire_prune reads 1",
         ),
-        ({"format_version": "1"}, "its format_version is '1', and"),
-        ({}, "it is no file of save_pruned: its metadata name no format_version"),
-        ([], "its metadata 'starfire_prune' is no JSON object"),
+        ({"format_version": "1"}, "its format_version is '1', but"),
+        ({}, "it is not a file of save_pruned: its metadata have no format_version"),
+        ([], "its metadata 'starfire_prune' is not a JSON object"),
     ],
 )
 def test_another_version_is_refused(pruning, message, tmp_path):
@@ -268,9 +280,9 @@ def test_metadata_that_are_nested_deep_are_refused(key, levels, tmp_path):
 @pytest.mark.parametrize(
     ("weights", "note", "message"),
     [
-        (None, None, "its metadata name pruned weights that it has not"),
-        ([], None, "its metadata name pruned weights that it has not"),
-        ({"b": {}}, None, "its metadata name pruned weights that it has not"),
+        (None, None, "its metadata name pruned weights that it does not hold"),
+        ([], None, "its metadata name pruned weights that it does not hold"),
+        ({"b": {}}, None, "its metadata name pruned weights that it does not hold"),
         ({"a": {}}, "!", "tensor 'a': its kept zeros are damaged"),
         ({"a": {}}, base64.b64encode(b"abc").decode(), "tensor 'a': its kept zeros are damaged"),
         (

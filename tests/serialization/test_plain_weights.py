@@ -135,7 +135,7 @@ def test_an_export_without_pruning_tells_no_method(tmp_path):
 def test_metadata_that_are_no_json_object_are_refused(text, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(1)}, path, metadata={"starfire_prune": text})
-    with pytest.raises(CheckpointError, match=r"can't be read: what it notes of the pruning is no"):
+    with pytest.raises(CheckpointError, match=r"can't be read: its metadata of the pruning is not"):
         read_metadata(path)
 
 

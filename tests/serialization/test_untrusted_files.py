@@ -100,8 +100,7 @@ def test_damaged_data_are_refused_with_the_tensors_name(tmp_path):
         damaged[8 + length + header[f"{name}{part}"]["data_offsets"][0]] ^= 0x10
         path.write_bytes(damaged)
         assert refused(path) == (
-            f"tensor '{name}': its {part[1:] or 'values'} are damaged: they have not the CRC-32 "
-            f"of the table"
+            f"tensor '{name}': CRC-32 mismatch in its {part[1:] or 'values'!r}: the file is corrupt"
         )
 
 

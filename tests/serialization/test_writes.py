@@ -158,7 +158,7 @@ def nested(levels: int) -> dict[str, Any]:
         ("recipe", {"clip": float("inf")}, "Out of range float values"),
         ("recipe", {"clip": [float("nan")]}, "Out of range float values"),
         ("recipe", {"root": Path("a")}, "is not JSON serializable"),
-        ("recipe", {"a": {1: 0, "1": 0}}, "a key comes twice"),
+        ("recipe", {"a": {1: 0, "1": 0}}, "a key appears twice"),
         ("recipe", nested(65), "nested deeper than 64 levels"),
         ("architecture", {"name": "x", "scale": nested(65)}, "nested deeper than 64 levels"),
         ("average_decay", float("nan"), "Out of range float values"),
@@ -166,7 +166,7 @@ def nested(levels: int) -> dict[str, Any]:
 )
 def test_settings_that_no_reader_takes_are_not_written(argument, content, message, tmp_path):
     with pytest.raises(
-        ValueError, match=rf"^`{argument}` can't be noted in the file \(.*{message}"
+        ValueError, match=rf"^`{argument}` can't be stored in the file \(.*{message}"
     ):
         save_pruned(SmallNet(), tmp_path / "a", **{argument: content})
     assert not os.listdir(tmp_path)
@@ -183,8 +183,8 @@ def test_an_architecture_of_no_finite_number_is_not_written(value, tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("__metadata__", (1,), "a tensor must not be named '__metadata__': rename it"),
-        ("a", (1,) * 17, "tensor 'a' has 17 dimensions, and may have 16: reshape it"),
+        ("__metadata__", (1,), "tensor '__metadata__' has a reserved name: rename it"),
+        ("a", (1,) * 17, "tensor 'a' has 17 dimensions, more than the 16 allowed: reshape it"),
     ],
 )
 def test_tensors_that_no_reader_takes_are_not_written(form, name, shape, message, tmp_path):
@@ -200,7 +200,7 @@ def test_a_header_that_no_reader_takes_is_not_written(monkeypatch):
     file, tensors = io.BytesIO(), {"a": StoredTensor("U8", (0,), np.zeros(0, np.uint8))}
     write_tensor_file(io.BytesIO(), tensors, {"a": "x" * 800})
     with pytest.raises(
-        DamageError, match=r"its header would have 1,1\d\d bytes, and may have 1,000"
+        DamageError, match=r"its header has 1,1\d\d bytes, more than the 1,000 allowed"
     ):
         write_tensor_file(file, tensors, {"a": "x" * 1_000})
     assert file.getvalue() == b""
