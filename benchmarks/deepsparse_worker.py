@@ -1,9 +1,9 @@
-"""Runs DeepSparse in an environment of its own, which inference.py gives by --deepsparse.
+"""Runs DeepSparse in a separate environment; inference.py calls it with --deepsparse.
 
     pip install deepsparse==1.8.0                     # in that environment, of Python 3.8 to 3.11
     python deepsparse_worker.py MODEL.onnx IMAGES.npy BATCH THREADS OUTPUT.npy
 
-Writes the outputs and then runs the model once for each line that it reads, answering each by one.
+Writes the outputs, then runs the model once for each line that it reads, and answers each with one.
 """
 
 import sys

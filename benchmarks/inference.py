@@ -1,14 +1,15 @@
-"""Sparse inference beside torch, ONNX Runtime and OpenVINO, which multiply by zeros; DeepSparse.
+"""Times sparse inference, and torch, ONNX Runtime, OpenVINO and DeepSparse for comparison.
 
     pip install onnxruntime openvino onnx onnxscript
     python benchmarks/inference.py [--only 'resnet50/*/b1/t2/*' ...] [--json PATH]
                                    [--deepsparse PYTHON]
 
-Times networks with random weights, pruned, at 224 pixels in single precision. A case is named
-network/method/b<batch>/t<threads>/engine, such as resnet50/ck-0.8-g4/b1/t2/sparse; engines that
-multiply by zeros are timed once a network, as `dense`. Those of a network, batch and number of
-threads take turns, so that all have the same share of a noisy machine's good moments; the fastest
-and the median run are given, in milliseconds, and how far the outputs are from torch's.
+The networks are pruned, with random weights, at 224 pixels in single precision. A case is named
+network/method/b<batch>/t<threads>/engine, such as resnet50/ck-0.8-g4/b1/t2/sparse, where g4 stands
+for blocks of 4 output channels (`block_size: [4, 1]`). Engines that multiply by zeros are timed
+once per network, as `dense`. The cases of a network, batch size and number of threads alternate, so
+that a noisy machine treats them alike. Reported are the fastest and the median run, in
+milliseconds, and the difference between the outputs and torch's.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from starfire_prune.utils.files import write_text
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2_100")
 METHODS = (
-    *(f"ck-{amount}-g{group}" for group in (1, 4) for amount in (0.6, 0.7, 0.8, 0.9)),
+    *(f"ck-{amount}-g{block}" for block in (1, 4) for amount in (0.6, 0.7, 0.8, 0.9)),
     *(f"{method}-{amount}-g1" for method in ("window", "intra") for amount in (0.6, 0.8)),
 )
 DENSE = "dense"
@@ -54,7 +55,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed."""
+    """A network, a pruning method and an engine to time."""
 
     model: str
     method: str
@@ -67,7 +68,7 @@ class Case:
 
 
 def cases(patterns: Sequence[str], with_deepsparse: bool = False) -> list[Case]:
-    """Those that a pattern matches."""
+    """The cases that one of the patterns matches."""
     engines = [(DENSE, engine) for engine in (*DENSE_ENGINES, SPARSE)]
     engines += [(method, SPARSE) for method in METHODS]
     if with_deepsparse:
@@ -100,15 +101,15 @@ def network(name: str, method: str) -> nn.Module:
 
 
 def prune(model: nn.Module, method: str) -> None:
-    """Prune all but depthwise convolutions; 1x1 kernels by CK, linear layers finely."""
-    kind, amount, group = method.split("-")
-    share, together = float(amount), int(group[1:])
+    """Prune all but depthwise convolutions; 1x1 kernels by CK, linear layers by single weights."""
+    kind, amount, block = method.split("-")
+    share, block_size = float(amount), (int(block[1:]), 1)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             fc_fine(module, amount=share)
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             if kind == "ck" or module.kernel_size == (1, 1):
-                ck_structured(module, amount=share, block_size=(together, 1))
+                ck_structured(module, amount=share, block_size=block_size)
             elif kind == "window":
                 window_structured(module, amount=share, exact_layer_sparsity=True)
             else:
@@ -121,12 +122,12 @@ def prune(model: nn.Module, method: str) -> None:
 
 
 def eager(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """torch as it is."""
+    """torch in eager mode."""
     return model
 
 
 def compiled(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """torch.compile, its settings by default."""
+    """torch.compile with default settings."""
     torch.compiler.reset()
     return torch.compile(model)
 
@@ -173,16 +174,16 @@ def exported(model: nn.Module, images: Tensor, folder: Path, **options: Any) -> 
 
 
 class DeepSparse:
-    """DeepSparse in a process of its own, of an environment of its own."""
+    """DeepSparse in a separate process, with a separate environment."""
 
     python = ""
 
     def __init__(self, model: nn.Module, images: Tensor, threads: int) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            # It reads no later opset than 13, which torch's older exporter still writes
-            old = {"dynamo": False, "opset_version": 13, "external_data": None}
-            model_path = exported(dense_copy(model), images, folder, **old)
+            # Its latest opset is 13, which torch's older exporter still writes
+            options = {"dynamo": False, "opset_version": 13, "external_data": None}
+            model_path = exported(dense_copy(model), images, folder, **options)
             np.save(folder / "images.npy", images.numpy())
             paths = (model_path, folder / "images.npy")
             worker = Path(__file__).with_name("deepsparse_worker.py")
@@ -197,7 +198,7 @@ class DeepSparse:
             self._output = torch.from_numpy(np.load(folder / "output.npy"))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Run the model once on the images that it was made with."""
+        """Run the model once on the images that it was created with."""
         commands = cast(IO[str], self._process.stdin)
         commands.write("run\n")
         commands.flush()
@@ -208,7 +209,7 @@ class DeepSparse:
         for line in cast(IO[str], self._process.stdout):
             if line.strip() == word:
                 return
-        raise SystemExit("DeepSparse has ended; its error is above")
+        raise SystemExit("DeepSparse has exited; its error is above")
 
     def __del__(self) -> None:
         self._process.kill()
@@ -230,20 +231,20 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
 # ---------------------------------------------------------------------------------------------
 
 
-def measure(group: Sequence[Case], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each of some cases of one network, batch and number of threads."""
-    torch.set_num_threads(group[0].threads)
-    images = torch.randn(group[0].batch, 3, IMAGE_SIZE, IMAGE_SIZE)
-    runs = [ENGINES[c.engine](network(c.model, c.method), images, c.threads) for c in group]
+def measure(chosen: Sequence[Case], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+    """A record for each of the cases, which have one network, batch size and number of threads."""
+    torch.set_num_threads(chosen[0].threads)
+    images = torch.randn(chosen[0].batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+    runs = [ENGINES[c.engine](network(c.model, c.method), images, c.threads) for c in chosen]
     deviations = [
         deviation(run(images), network(case.model, case.method)(images))
-        for case, run in zip(group, runs, strict=True)
+        for case, run in zip(chosen, runs, strict=True)
     ]
-    times: list[list[float]] = [[] for _ in group]
+    times: list[list[float]] = [[] for _ in chosen]
     for _ in range(rounds):
         for taken, run in zip(times, runs, strict=True):
             taken += timings(run, images, seconds / rounds)
-    for case, taken, error in zip(group, times, deviations, strict=True):
+    for case, taken, error in zip(chosen, times, deviations, strict=True):
         yield {
             **dataclasses.asdict(case),
             **work_left(network(case.model, case.method), images),
@@ -254,10 +255,10 @@ def measure(group: Sequence[Case], seconds: float, rounds: int) -> Iterator[dict
 
 
 def work_left(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """What is left to do where zeros are skipped, in 10⁹ operations and in megabytes.
+    """The work that remains if zeros are skipped, in 10⁹ operations and in megabytes.
 
-    Two operations a multiply-add. Bytes are those of each layer's input and output, and of its
-    weights that are not zero with two bytes of index each.
+    A multiply-add counts as two operations. The bytes are those of each layer's input, output and
+    nonzero weights, with two bytes of index each.
     """
     operations, moved = 0, 0
 
@@ -277,10 +278,10 @@ def work_left(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """What is reached here at best, in 10⁹ operations and bytes a second.
+    """The highest speeds on this machine, in 10⁹ operations and bytes per second.
 
-    By torch's matrix product, by the kernels of this package where nothing is zero and all is in
-    the caches, and by torch's copy of a large tensor.
+    They are measured with torch's matrix product, with the kernels of this package on a dense layer
+    that fits in the caches, and with torch's copy of a large tensor.
     """
     torch.set_num_threads(threads)
     matrix, memory = torch.rand(2048, 2048), torch.rand(2**26)
@@ -298,12 +299,12 @@ def peaks(threads: int) -> dict[str, float]:
 
 
 def deviation(output: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest output."""
+    """The largest difference, relative to the largest output."""
     return float((output - expected).abs().max() / expected.abs().max())
 
 
 def timings(run: Run, images: Tensor, seconds: float) -> list[float]:
-    """Milliseconds of each run in so many seconds, after two that don't count."""
+    """Milliseconds of each run within `seconds`, after two runs that are not counted."""
     taken: list[float] = []
     stop = time.perf_counter() + seconds
     while len(taken) < 5 or time.perf_counter() < stop:
@@ -319,19 +320,19 @@ def timings(run: Run, images: Tensor, seconds: float) -> list[float]:
 
 
 def read(path: Path | None) -> dict[Case, dict[str, Any]]:
-    """The records of a file, by what they are of."""
+    """The records of a file, by their case."""
     if path is None or not path.exists():
         return {}
     return {case_of(record): record for record in json.loads(path.read_text(encoding="utf-8"))}
 
 
 def case_of(record: dict[str, Any]) -> Case:
-    """What a record is of."""
+    """The case of a record."""
     return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case)})
 
 
 def table(records: Iterable[dict[str, Any]]) -> str:
-    """The records in Markdown, each time also as a share of the fastest dense runtime's."""
+    """The records in Markdown, each with its time relative to the fastest dense runtime's."""
     known = list(records)
     rivals: dict[tuple[str, int, int], float] = {}
     for record in known:
@@ -358,13 +359,15 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases, such as 'resnet18/*'"
     )
-    parser.add_argument("--json", type=Path, help="file of records, to which these are added")
+    parser.add_argument("--json", type=Path, help="file to which the records are added")
     parser.add_argument(
         "--deepsparse", metavar="PYTHON", help="interpreter of an environment with deepsparse 1.8"
     )
-    parser.add_argument("--peaks", action="store_true", help="time the machine itself, no network")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each case")
+    parser.add_argument(
+        "--peaks", action="store_true", help="measure the machine itself instead of networks"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of timing each case")
+    parser.add_argument("--rounds", type=int, default=4, help="number of turns for each case")
     arguments = parser.parse_args()
     if arguments.peaks:
         found = [peaks(threads) for threads in THREADS]
@@ -379,13 +382,13 @@ def main() -> None:
     for engine in sorted({case.engine for case in chosen} & {"onnxruntime", "openvino"}):
         if importlib.util.find_spec(engine) is None:
             parser.error(
-                f"{engine} isn't installed: pip install {engine}, or leave it out by --only"
+                f"{engine} isn't installed: pip install {engine}, or exclude it with --only"
             )
     records = read(arguments.json)
     places = itertools.groupby(chosen, lambda case: (case.model, case.batch, case.threads))
-    for _, group in places:
+    for _, place_cases in places:
         with torch.no_grad():
-            for record in measure(list(group), arguments.seconds, arguments.rounds):
+            for record in measure(list(place_cases), arguments.seconds, arguments.rounds):
                 records[case_of(record)] = record
         if arguments.json is not None:
             write_text(arguments.json, json.dumps(list(records.values()), indent=1) + "\n")

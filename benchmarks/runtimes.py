@@ -1,4 +1,4 @@
-"""The tables and numbers of inference on CPUs, from the records of inference.py in results/."""
+"""Tables and numbers of inference on CPUs, from the records of inference.py in results/."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def _rows(**wanted: Any) -> Iterator[Row]:
-    """The records that have these values."""
+    """The records with these values."""
     for row in record_of(_RECORDS):
         if all(row[key] == value for key, value in wanted.items()):
             yield row
@@ -42,7 +42,7 @@ def _dense(model: str, batch: int, threads: int) -> Row:
 
 
 def inference_resnet50() -> str:
-    """All engines on a ResNet-50, batch 1, two threads."""
+    """All engines on a ResNet-50 with batch size 1 and two threads."""
     rival = _dense("resnet50", 1, 2)["best_ms"]
     rows = [
         [
@@ -61,7 +61,7 @@ def inference_resnet50() -> str:
 
 
 def inference() -> str:
-    """Every network, batch and number of threads: shares of the faster dense runtime's time."""
+    """Times relative to the faster dense runtime's, by network, batch size and threads."""
     places = sorted({(row["model"], row["batch"], row["threads"]) for row in _rows()})
     dense = ["dense runtime [ms]", "torch, eager", "torch.compile", "dense here"]
     header = ["network", "batch", "threads", *dense, *_METHODS.values()]
@@ -74,13 +74,13 @@ def _shares(model: str, batch: int, threads: int) -> list[str]:
     own = {row["method"]: row["best_ms"] for row in rows if row["engine"] == "sparse"}
     dense = {row["engine"]: row["best_ms"] for row in rows if row["method"] == "dense"}
     times = [dense["eager"], dense["compile"], *(own[method] for method in ("dense", *_METHODS))]
-    told = f"{rival['best_ms']:.2f} ({_RUNTIMES[rival['engine']]})"
+    dense_ms = f"{rival['best_ms']:.2f} ({_RUNTIMES[rival['engine']]})"
     shares = [f"{time / rival['best_ms']:.2f}x" for time in times]
-    return [model, str(batch), str(threads), told, *shares]
+    return [model, str(batch), str(threads), dense_ms, *shares]
 
 
 def roofline() -> str:
-    """What is left to do for a ResNet-50, batch 1, beside what the machine reaches."""
+    """The work that remains for a ResNet-50, batch size 1, and the speed of the machine."""
     peaks = {row["threads"]: row for row in record_of(_PEAKS)}
     rows = []
     for threads in (1, 2):
@@ -97,11 +97,11 @@ def roofline() -> str:
 
 
 def peak(threads: int, key: str) -> str:
-    """What the machine reaches, a number of inference.py's --peaks."""
+    """The highest speed of the machine: a number of inference.py's --peaks."""
     return next(f"{row[key]:.0f}" for row in record_of(_PEAKS) if row["threads"] == threads)
 
 
 def share_of_dense(method: str) -> str:
-    """A pruned ResNet-50's time, batch 1, two threads, as a share of the faster dense runtime's."""
+    """A pruned ResNet-50's time relative to the faster dense runtime's; batch 1, two threads."""
     (row,) = _rows(model="resnet50", batch=1, threads=2, method=method, engine="sparse")
     return f"{row['best_ms'] / _dense('resnet50', 1, 2)['best_ms']:.2f}x"

@@ -67,9 +67,8 @@ def bounds(node: fx.Node) -> tuple[float, float]:
     low, high = BOUNDS[target]
     low = given.get("min", given.get("min_val", low))
     high = given.get("max", given.get("max_val", high))
-    return _to_float32(-math.inf if low is None else low), _to_float32(
-        math.inf if high is None else high
-    )
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+    return _to_float32(low), _to_float32(high)
 
 
 def _to_float32(bound: float) -> float:
