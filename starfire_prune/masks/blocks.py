@@ -47,5 +47,6 @@ def to_blocks(values: Tensor, block_size: tuple[int, int], fill: int) -> Tensor:
 
 def from_blocks(blocks: Tensor, block_size: tuple[int, int], m: int, n: int) -> Tensor:
     """Values `(..., m, n)` that are constant in each block, given those `(..., rows, columns)`."""
-    repeated = blocks.repeat_interleave(block_size[0], -2).repeat_interleave(block_size[1], -1)
-    return repeated[..., :m, :n]
+    (*lead, rows, columns), (out, in_) = blocks.shape, block_size
+    places = blocks[..., :, None, :, None].expand(*lead, rows, out, columns, in_)
+    return places.reshape(*lead, rows * out, columns * in_)[..., :m, :n]
