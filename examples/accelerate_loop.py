@@ -37,7 +37,6 @@ for epoch in range(EPOCHS):
         optimizer.step()
         pruner.step(updated=not optimizer.step_was_skipped)  # fp16 skips steps that overflow
         optimizer.zero_grad()
-    phase = pruner.phase  # of this epoch
     pruner.end_epoch(epoch)
 
     model.eval()
@@ -48,7 +47,7 @@ for epoch in range(EPOCHS):
         gathered, wanted = accelerator.gather_for_metrics((predicted, labels))
         correct += int((gathered == wanted).sum())
     accuracy, sparsity = correct / len(digits.val), pruner.sparsity().network
-    accelerator.print(f"epoch {epoch} ({phase}): top-1 {accuracy:.1%}, sparsity {sparsity:.1%}")
+    accelerator.print(f"epoch {epoch}: top-1 {accuracy:.1%}, sparsity {sparsity:.1%}")
 
 pruner.check()
 if accelerator.is_main_process:

@@ -45,14 +45,13 @@ for epoch in range(EPOCHS):
         optimizer.step()
         pruner.step()  # after each update: pruned weights are zero at the next forward pass
         optimizer.zero_grad()
-    phase = pruner.phase  # of this epoch
     pruner.end_epoch(epoch)
 
     model.eval()
     with torch.no_grad():
         correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in val)
     accuracy, sparsity = correct / len(digits.val), pruner.sparsity().network
-    print(f"epoch {epoch} ({phase}): top-1 {accuracy:.1%}, sparsity {sparsity:.1%}")
+    print(f"epoch {epoch}: top-1 {accuracy:.1%}, sparsity {sparsity:.1%}")
 
 pruner.check()  # raises an error if a pruned weight is not zero
 print(format_table(pruner.sparsity()))
