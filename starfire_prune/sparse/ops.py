@@ -28,7 +28,7 @@ def load_kernels() -> None:
         BuildError: If the kernels can't be built or loaded.
     """
     with _LOCK:
-        if not hasattr(torch.ops.starfire_prune, "sparse_inference"):
+        if not _are_registered():
             path = built_library()
             try:
                 torch.ops.load_library(path)  # type: ignore[no-untyped-call]
@@ -38,6 +38,11 @@ def load_kernels() -> None:
                 ) from error
             torch.library.register_fake("starfire_prune::sparse_inference", _fake)
         check_format(torch.ops.starfire_prune.program_format())
+
+
+def _are_registered() -> bool:
+    """Whether the process has loaded the operations; it can do so only once."""
+    return hasattr(torch.ops.starfire_prune, "sparse_inference")
 
 
 def _fake(
