@@ -2,9 +2,9 @@
 
     python benchmarks/tables.py [--check]
 
-writes them anew between their markers: `<!-- table: NAME -->` above a table and `<!-- end -->`
-below it, `<!-- number: NAME -->1.23<!-- end -->` within a line. `--check` writes nothing and tells
-what is not as the logs have it.
+writes them between their markers: `<!-- table: NAME -->` above a table and `<!-- end -->` below it,
+`<!-- number: NAME -->1.23<!-- end -->` within a line. `--check` writes nothing and prints what
+differs from the logs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from runtimes import inference, inference_resnet50, peak, roofline, share_of_den
 from starfire_prune.utils.files import write_text
 
 ROOT = Path(__file__).parents[1]
-FORMS_TOLD = ("dense", "zstd19", "raw", "deflated")
+FORMS_SHOWN = ("dense", "zstd19", "raw", "deflated")
 FILES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "RESULTS.md",
@@ -63,7 +63,7 @@ _NUMBER: Final = re.compile(r"(<!-- number: ([\w.-]+) -->)([^<]*)(<!-- end -->)"
 def main() -> int:
     """Write the files, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, tell what differs")
+    parser.add_argument("--check", action="store_true", help="write nothing, print what differs")
     check = parser.parse_args().check
     differing = 0
     for path in FILES:
@@ -79,10 +79,10 @@ def main() -> int:
 
 
 def filled(text: str) -> str:
-    """A page with its tables and numbers as the logs have them.
+    """A page with its tables and numbers replaced by those of the logs.
 
     Raises:
-        ValueError: for a marker of an unknown name.
+        ValueError: If a marker has an unknown name.
     """
     text = _TABLE.sub(lambda m: f"{m[1]}{_named(TABLES, m[2])()}\n{m[3]}", text)
     return _NUMBER.sub(lambda m: f"{m[1]}{_named(NUMBERS, m[2])()}{m[4]}", text)
@@ -92,12 +92,12 @@ def _named(items: Mapping[str, Callable[[], str]], name: str) -> Callable[[], st
     if name in items:
         return items[name]
     near = difflib.get_close_matches(name, items, n=3) or sorted(items)
-    raise ValueError(f"there is no table or number {name}; there are {', '.join(near)}")
+    raise ValueError(f"there is no table or number {name}; did you mean {', '.join(near)}?")
 
 
 def _difference(path: Path, old: str, new: str) -> Iterable[str]:
     shown, logged = (text.splitlines(keepends=True) for text in (old, new))
-    names = (str(path.relative_to(ROOT)), "as the logs have it")
+    names = (str(path.relative_to(ROOT)), "from the logs")
     return difflib.unified_diff(shown, logged, *names, n=0)
 
 
@@ -105,14 +105,14 @@ def _difference(path: Path, old: str, new: str) -> Iterable[str]:
 
 _MASKS: Final = "mask_update/output.txt"
 _MASK_ALTERNATIVES: Final = {
-    "native, a CK method of its own by NumPy's partition of int64 keys, exact ties": "int64 keys",
-    "native, a CK method of its own by stable sorts": "stable sorts",
+    "native, another CK method by NumPy's partition of int64 keys, exact ties": "int64 keys",
+    "native, another CK method by stable sorts": "stable sorts",
     "coremltools `MagnitudePruner`, `per_kernel` (its ratio is to ck, coarse)": "per_kernel",
 }
 
 
 def mask_alternatives() -> str:
-    """CK by the engine and by what else prunes kernels."""
+    """CK by the engine and by alternatives that prune kernels."""
     _, _, engine, native, ratio = cells_of(r"\| ck \| 1\.6% .*", _MASKS)
     rows = [
         ["engine", engine, "1.0x"],
@@ -127,7 +127,7 @@ def mask_alternatives() -> str:
 
 
 def amortised_share() -> str:
-    """The least and the most that `step()` costs of a training step, over an era."""
+    """The lowest and the highest share of `step()` in a training step, over an era."""
     lines = printed_table("step() over", _MASKS).splitlines()[2:]
     shares = sorted(line.strip("| ").split("|")[-1].strip(" %") for line in lines)
     return f"{shares[0]} to {shares[-1]} %"
@@ -137,7 +137,7 @@ def amortised_share() -> str:
 
 
 def runs_table(kinds: Mapping[str, str]) -> str:
-    """A row for each kind of run: the last epoch of each seed, and their mean."""
+    """A row for each kind of run: top-1 after the last epoch of each seed, and the mean."""
     rows = []
     for name, runs in kinds.items():
         top1 = last_top1(runs)
@@ -181,7 +181,7 @@ def compaction() -> str:
     return table([*header, "largest difference of the outputs"], rows)
 
 
-# What the pages may name
+# The names of tables and numbers
 
 QUICKSTART: Final = {"dense": "quickstart/dense-*.jsonl", "ck": "quickstart/ck-*.jsonl"}
 FINETUNE: Final = {
@@ -215,7 +215,7 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "quickstart.ck": lambda: mean_top1(QUICKSTART["ck"]),
     "finetune.dense": lambda: mean_top1(FINETUNE["dense, 10 epochs"]),
     "finetune.ck": lambda: mean_top1(FINETUNE["ck, 5 epochs more"]),
-    **{f"size.{form}": partial(megabytes_of, form) for form in FORMS_TOLD},
+    **{f"size.{form}": partial(megabytes_of, form) for form in FORMS_SHOWN},
     "size.strict": strict_share,
     **{f"wire.faster-{sparsity}": partial(faster, sparsity) for sparsity in ("70", "80")},
     "wire.share-70": partial(sent_share, "70"),

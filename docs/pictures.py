@@ -2,8 +2,8 @@
 
     python docs/pictures.py [RUN]
 
-draws curves from the logs in benchmarks/results/tiny_imagenet20/, and with RUN, a finished run of
-recipes/quickstart.yaml with pruning=none, masks of its dense weights.
+draws curves from the logs in benchmarks/results/tiny_imagenet20/. With RUN, the folder of a
+finished run of recipes/quickstart.yaml with pruning=none, it also draws masks of its dense weights.
 """
 
 import json
@@ -22,7 +22,7 @@ from starfire_prune.training.plots import plot_masks
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "tiny_imagenet20"
-# By folder: how its curve is named, and what decides the colour
+# By folder: the label of its curve, and the method, which decides the colour
 VARIANTS: Final[Mapping[str, tuple[str, str]]] = {
     "dense": ("dense", "dense"),
     "window-60": ("window, 60 %", "window"),
@@ -34,7 +34,7 @@ VARIANTS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def main() -> None:
-    """Draw what there are logs and weights for."""
+    """Draw the curves, and with a run its masks."""
     drawn = curves(all_series(), ("epoch", "top-1 on held-out images [%]"), verticals=(8, 12))
     (DOCS / "tiny_imagenet20.png").write_bytes(drawn.light)
     if len(sys.argv) > 1:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def all_series() -> list[Series]:
-    """The curves of the variants; epochs 1 to 8 are those of dense training."""
+    """The curves of the variants, one per seed."""
     lines = lines_of([method for _, method in VARIANTS.values()])
     return [
         Series(label, line, tuple(top1(path) for path in sorted(RESULTS.glob(f"{name}-seed?"))))
@@ -51,13 +51,13 @@ def all_series() -> list[Series]:
 
 
 def top1(folder: Path) -> Curve:
-    """Accuracy over the epochs of a run."""
+    """Top-1 over the epochs of a run."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     return curve([json.loads(row) for row in text.splitlines()], "top1")
 
 
 def draw_masks(run: Path) -> None:
-    """Masks of layers' dense weights by each method."""
+    """Draw masks of dense weights by each method."""
     weights = load_file(run / "export" / "model.safetensors")
     conv, pointwise = weights["layer2.1.conv1.weight"], weights["layer3.0.downsample.0.weight"]
     masks = {

@@ -190,8 +190,8 @@ def _train(run: Run, output: Path, launcher: Sequence[str], received: Sequence[i
     from starfire_prune.experiments.results import read_result
 
     result = read_result(run, output)
-    if result.problem:
-        return result.problem
+    if result.error:
+        return result.error
     if result.finished:
         print("is finished", flush=True)
         return ""
@@ -247,7 +247,7 @@ def _list(runs: Sequence[Run], output: Path) -> None:
         names = ", ".join(dict.fromkeys(other.name for other in runs if other.folder == folder))
         result = read_result(run, output)
         state = f"{result.epochs} of {run.recipe.epochs} epochs"
-        state = result.problem or ("finished" if result.finished else state)
+        state = result.error or ("finished" if result.finished else state)
         print(f"{index}  {names}  {output / folder}  {state}")
 
 

@@ -197,17 +197,17 @@ def _adversarial(
         name: iter(fgsm(model, images, labels, _fgsm_epsilons(attacks, name), space))
         for name, space in measured.spaces.items()
     }
-    for own in attacks:
-        if own.name == "fgsm":
-            yield next(by_fgsm[own.space])
+    for attack in attacks:
+        if attack.name == "fgsm":
+            yield next(by_fgsm[attack.space])
         else:
-            settings = own.pgd_settings if own.epsilon else {}  # at 0 it moves nothing
-            space = measured.spaces[own.space]
-            yield pgd(model, images, labels, own.epsilon, space, first=first, **settings)
+            settings = attack.pgd_settings if attack.epsilon else {}  # at 0 it moves nothing
+            space = measured.spaces[attack.space]
+            yield pgd(model, images, labels, attack.epsilon, space, first=first, **settings)
 
 
 def _fgsm_epsilons(attacks: Sequence[Attack], space: SpaceName) -> list[float]:
-    return [own.epsilon for own in attacks if (own.name, own.space) == ("fgsm", space)]
+    return [attack.epsilon for attack in attacks if (attack.name, attack.space) == ("fgsm", space)]
 
 
 def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -285,10 +285,10 @@ def _source(
     source: WeightsWithRecipe, trained: WeightsWithRecipe, device: torch.device
 ) -> nn.Module:
     """The model whose gradients are followed; its images must be normalised in the same way."""
-    own, other = source.recipe, trained.recipe
+    mine, other = source.recipe, trained.recipe
     pairs = {
-        "model.num_classes": (own.model.num_classes, other.model.num_classes),
-        "the normalisation": (_normalisation(own), _normalisation(other)),
+        "model.num_classes": (mine.model.num_classes, other.model.num_classes),
+        "the normalisation": (_normalisation(mine), _normalisation(other)),
     }
     for what, (its, ours) in pairs.items():
         if its != ours:

@@ -169,7 +169,9 @@ def merged(old: Evaluation | None, new: Evaluation) -> Evaluation:
         return new.model_copy(update={"results": _in_order(new.results)})
     replaced = {(result.attack, result.images) for result in new.results}
     stale = {
-        name for name, own in new.source_sha256.items() if old.source_sha256.get(name, own) != own
+        name
+        for name, sha256 in new.source_sha256.items()
+        if old.source_sha256.get(name, sha256) != sha256
     }
     kept = [
         result
@@ -219,11 +221,11 @@ def _measured_on(evaluation: Evaluation) -> tuple[object, ...]:
 
 def _in_order(results: Iterable[Result]) -> tuple[Result, ...]:
     def place(result: Result) -> tuple[object, ...]:
-        own = result.attack
-        numbers = (-1 if n is None else n for n in (own.steps, own.restarts, own.seed))
-        size = (own.epsilon, own.step_size or 0.0)
-        kind = (_ATTACKS.index(own.name), own.source or "", own.space)
-        return (*kind, *numbers, *size, own.precision, result.images)
+        attack = result.attack
+        numbers = (-1 if n is None else n for n in (attack.steps, attack.restarts, attack.seed))
+        size = (attack.epsilon, attack.step_size or 0.0)
+        kind = (_ATTACKS.index(attack.name), attack.source or "", attack.space)
+        return (*kind, *numbers, *size, attack.precision, result.images)
 
     return tuple(sorted(results, key=place))
 

@@ -33,13 +33,13 @@ class RunResult:
         run: The run whose folder it is.
         metrics: The lines of `metrics.jsonl`, by the number of epochs done at that time.
         finished: Whether all epochs are done and the weights are exported.
-        problem: Why the folder can't be read as this run's, in a sentence; empty if it can.
+        error: Why the folder can't be read as this run's, in a sentence; empty if it can.
     """
 
     run: Run
     metrics: Metrics = dataclasses.field(default_factory=dict)
     finished: bool = False
-    problem: str = ""
+    error: str = ""
 
     @functools.cached_property
     def numbers(self) -> RunNumbers:
@@ -95,7 +95,7 @@ def read_result(run: Run, output: Path) -> RunResult:
 
     Returns:
         The result. It has no metrics and is not finished if there is no such folder, or if the
-        folder is damaged or another recipe's run, which `problem` reports.
+        folder is damaged or another recipe's run, which `error` reports.
 
     Example:
         >>> from starfire_prune.experiments.tables import load_table
@@ -110,10 +110,10 @@ def read_result(run: Run, output: Path) -> RunResult:
         differing = _differing(load_recipe(folder / "recipe.yaml"), run.recipe)
         metrics = {row["epoch"] + 1: row for row in read_metrics(folder)}
     except (RecipeError, RunError, OSError) as error:
-        return RunResult(run, problem=first_line(error))
+        return RunResult(run, error=first_line(error))
     if differing:
         listed = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in differing)
-        return RunResult(run, problem=f"{folder} holds the run of another recipe ({listed})")
+        return RunResult(run, error=f"{folder} holds the run of another recipe ({listed})")
     return RunResult(run, metrics, exported_file(folder).is_file())
 
 
@@ -125,7 +125,7 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
         results: Results of runs of the table; those of a name may be any of its seeds.
 
     Returns:
-        Lines: the title, the header, the runs, and the problems of folders. `-` stands for a
+        Lines: the title, the header, the runs, and the errors of folders. `-` stands for a
         number that a run does not have yet; the paper's numbers stand beside the columns for which
         it has some.
 
@@ -149,8 +149,8 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
         [name, *_run_cells(seeds), *_column_cells(table.columns, seeds, compared)]
         for name, seeds in by_name.items()
     ]
-    problems = [f"{result.run.folder}: {result.problem}" for result in results if result.problem]
-    return "\n".join([table.title, "", format_columns(header, rows), *problems])
+    errors = [f"{result.run.folder}: {result.error}" for result in results if result.error]
+    return "\n".join([table.title, "", format_columns(header, rows), *errors])
 
 
 def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]]:

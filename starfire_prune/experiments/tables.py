@@ -30,7 +30,7 @@ _WORD: Final = re.compile(r"[A-Za-z][\w./-]*")  # what may stand in YAML without
 
 
 class TableError(RecipeError):
-    """All errors of a table, a line each: `source: key: what (value); the way out`."""
+    """All errors of a table, a line each: `source: key: what (value); suggestion`."""
 
 
 @dataclasses.dataclass(frozen=True)

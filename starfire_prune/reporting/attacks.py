@@ -93,7 +93,7 @@ def _clean(evaluation: Evaluation | None, attacked: Sequence[Result]) -> Result 
     if evaluation is None or len(measured) > 1:
         return None
     unchanged = (result for result in evaluation.results if result.attack.epsilon == 0)
-    same = (own for own in unchanged if (own.images, own.attack.precision) in measured)
+    same = (result for result in unchanged if (result.images, result.attack.precision) in measured)
     return next(same, None)
 
 

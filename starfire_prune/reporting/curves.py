@@ -35,4 +35,4 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
     """
     points = [dict(zip(*curve, strict=True)) for curve in curves]
     shared = sorted(set.intersection(*map(set, points))) if points else []
-    return tuple(shared), tuple(statistics.mean(own[x] for own in points) for x in shared)
+    return tuple(shared), tuple(statistics.mean(curve[x] for curve in points) for x in shared)

@@ -120,8 +120,10 @@ def markdown_text(report: Report, pictures: str) -> str:
         pictures: Folder of the pictures' PNG files, relative to the Markdown file.
     """
     parts = [f"# {_plain(report.title)}"]
-    parts += [_bullets(report.summary)] if report.summary else []
-    parts += ["\n".join(f"> {_plain(own)}  " for own in report.caveats)] if report.caveats else []
+    if report.summary:
+        parts.append(_bullets(report.summary))
+    if report.caveats:
+        parts.append("\n".join(f"> {_plain(caveat)}  " for caveat in report.caveats))
     for section in report.sections:
         parts.append(f"## {_plain(section.heading)}")
         parts += [_plain(section.text)] if section.text else []

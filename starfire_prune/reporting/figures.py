@@ -85,10 +85,10 @@ def curves(
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = _axes(figure, _HEIGHT, right=0.15 + _label_width([own.label for own in series]))
+        axes = _axes(figure, _HEIGHT, right=0.15 + _label_width([one.label for one in series]))
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        lines = [_draw_series(axes, own, theme, marked) for own in series]
+        lines = [_draw_series(axes, one, theme, marked) for one in series]
         for x in verticals:
             axes.axvline(x, color=theme.muted, lw=1, ls=":")
         _limit(axes, series, x_from, to_100)
@@ -110,7 +110,7 @@ def points(
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
-        names = [shortened(own.label) for own in variants]
+        names = [shortened(variant.label) for variant in variants]
         axes = _axes(figure, height, left=0.15 + _label_width(names), top=0.45)
         axes.set_yticks(range(len(variants)), names, fontsize=_LABEL_POINTS, color=theme.ink)
         axes.set_ylim(len(variants) - 0.5, -0.5)
@@ -119,18 +119,20 @@ def points(
         if strokes:
             axes.set_xlim(0, 100)
         mark = "|" if strokes else "o"
-        for y, own in enumerate(variants):
-            colour = own.line.colour_on(theme)
+        for y, variant in enumerate(variants):
+            colour = variant.line.colour_on(theme)
             edges = theme.ink if strokes else colour
             size, edge = (13, 1.6) if strokes else (8.5, 1.1)
             axes.plot(
-                *(own.hollow, [y] * len(own.hollow), mark),
+                *(variant.hollow, [y] * len(variant.hollow), mark),
                 ms=size,
                 mew=edge,
                 mfc="none",
                 mec=edges,
             )
-            axes.plot(own.filled, [y] * len(own.filled), "o", ms=5, mec="none", color=colour)
+            axes.plot(
+                variant.filled, [y] * len(variant.filled), "o", ms=5, mec="none", color=colour
+            )
         _mark_legend(axes, theme, legend, mark)
 
     height = 1.0 + 0.27 * len(variants)
@@ -202,9 +204,9 @@ def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> Line
     colour = series.line.colour_on(theme)
     x, mean = mean_curve(series.curves)
     if len(series.curves) > 1:
-        own = [dict(zip(*curve, strict=True)) for curve in series.curves]
-        lowest = [min(points[at] for points in own) for at in x]
-        highest = [max(points[at] for points in own) for at in x]
+        runs = [dict(zip(*curve, strict=True)) for curve in series.curves]
+        lowest = [min(points[at] for points in runs) for at in x]
+        highest = [max(points[at] for points in runs) for at in x]
         axes.fill_between(x, lowest, highest, color=colour, alpha=0.13, lw=0)
     mark = "o" if marked or len(x) < 2 else ""
     (line,) = axes.plot(x, mean, marker=mark, ms=3.5, color=colour, lw=1.6, label=series.label)
@@ -215,15 +217,15 @@ def _draw_series(axes: Axes, series: Series, theme: Theme, marked: bool) -> Line
 
 
 def _limit(axes: Axes, series: Sequence[Series], x_from: float | None, to_100: bool) -> None:
-    all_x = [x for own in series for curve in own.curves for x in curve[0]]
+    all_x = [x for one in series for curve in one.curves for x in curve[0]]
     if not all_x:
         return
     first = min(all_x) if x_from is None else x_from
     last = max(all_x)
     seen = [
         y
-        for own in series
-        for curve in own.curves
+        for one in series
+        for curve in one.curves
         for x, y in zip(*curve, strict=True)
         if x >= first
     ]
@@ -236,7 +238,7 @@ def _limit(axes: Axes, series: Sequence[Series], x_from: float | None, to_100: b
 
 def _name_curves(axes: Axes, series: Sequence[Series], lines: Sequence[Line2D]) -> None:
     """Name the variants to the right of the axes, the highest last value first."""
-    ends = [mean_curve(own.curves)[1][-1:] for own in series]
+    ends = [mean_curve(one.curves)[1][-1:] for one in series]
     order = sorted(range(len(series)), key=lambda index: ends[index], reverse=True)
     axes.legend(
         [lines[index] for index in order],

@@ -16,7 +16,7 @@ __all__ = ["data_text", "enumerated", "file_name", "numbered", "settings_text", 
 
 def settings_text(variants: Iterable[Variant]) -> str:
     """The model, data, epochs and seeds of runs, in a few words."""
-    runs = [run for own in variants for run in own.runs]
+    runs = [run for variant in variants for run in variant.runs]
     seeds = sorted({run.recipe.seed for run in runs})
     epochs = sorted({run.recipe.epochs for run in runs})
     models = dict.fromkeys(run.recipe.model.name for run in runs)
@@ -48,8 +48,8 @@ def enumerated(items: Iterable[object]) -> str:
 
 def titled_picture(name: str, title: str, caption: str, alt: str, images: Images) -> Picture:
     """A picture with its title, caption and description; see `Picture`."""
-    own = (images.light, images.dark, images.width, images.height)
-    return Picture(name, title, caption, alt, *own)
+    fields = (images.light, images.dark, images.width, images.height)
+    return Picture(name, title, caption, alt, *fields)
 
 
 def numbered(pictures: Sequence[Picture]) -> Iterator[Picture]:

@@ -54,8 +54,8 @@ def build_report(
     _check_layer(variants, layer)
     lines = dict(
         zip(
-            (own.name for own in variants),
-            lines_of([own.method for own in variants]),
+            (variant.name for variant in variants),
+            lines_of([variant.method for variant in variants]),
             strict=True,
         )
     )
@@ -104,8 +104,8 @@ def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list
     places = comparison.places if comparison else {}
 
     def place(variant: Variant) -> tuple[float, bool]:
-        own = (places.get(run.folder.resolve(), math.inf) for run in variant.runs)
-        return min(own), variant.method != "dense"
+        indices = (places.get(run.folder.resolve(), math.inf) for run in variant.runs)
+        return min(indices), variant.method != "dense"
 
     return sorted(variants, key=place)
 
@@ -120,7 +120,9 @@ def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
                 chosen_layer(run.sparsity, layer)
             except KeyError as error:
                 convs = [
-                    own.name for own in run.sparsity.layers if own.selected and own.kind == "conv"
+                    layer.name
+                    for layer in run.sparsity.layers
+                    if layer.selected and layer.kind == "conv"
                 ]
                 raise ReportError(
                     f"--layer (={layer}) is not a convolution that {run.folder} prunes; it prunes "
@@ -141,19 +143,23 @@ def _title(variants: Sequence[Variant], comparison: Comparison | None) -> str:
         return comparison.table.title
     if len(variants) == 1:
         return f"{variants[0].name}: {settings_text(variants)}"
-    models = dict.fromkeys(own.recipe.model.name for own in variants)
-    data = dict.fromkeys(own.recipe.data.name for own in variants)
+    models = dict.fromkeys(variant.recipe.model.name for variant in variants)
+    data = dict.fromkeys(variant.recipe.data.name for variant in variants)
     return f"{len(variants)} ways of training {', '.join(models)} on {', '.join(data)}"
 
 
 def _summary(variants: Sequence[Variant]) -> Iterator[str]:
-    count = sum(len(own.runs) for own in variants)
+    count = sum(len(variant.runs) for variant in variants)
     kinds = f" of {len(variants)} variants" if len(variants) > 1 else ""
     yield f"{count} run{'s' * (count > 1)}{kinds}: {settings_text(variants)}."
-    dense = [own for own in variants if own.method == "dense"]
+    dense = [variant for variant in variants if variant.method == "dense"]
     if len(dense) == 1:
         yield f"Dense training ends at {_top1(dense[0])} % top-1."
-    pruned = [own for own in variants if own.method != "dense" and mean_top1(own) is not None]
+    pruned = [
+        variant
+        for variant in variants
+        if variant.method != "dense" and mean_top1(variant) is not None
+    ]
     if pruned:
         yield from _best_and_worst(pruned, variants)
         yield _furthest_from_target(pruned)
@@ -161,9 +167,9 @@ def _summary(variants: Sequence[Variant]) -> Iterator[str]:
 
 def _best_and_worst(pruned: Sequence[Variant], variants: Sequence[Variant]) -> Iterator[str]:
     """The pruned variants with the highest and the lowest mean, if all have the same data."""
-    if len({data_text(own.recipe) for own in variants}) > 1:
+    if len({data_text(variant.recipe) for variant in variants}) > 1:
         return
-    ranked = sorted(pruned, key=lambda own: mean_top1(own) or 0.0)
+    ranked = sorted(pruned, key=lambda variant: mean_top1(variant) or 0.0)
     best, worst = ranked[-1], ranked[0]
     if best is worst:
         yield f"Pruned training ends at {_top1(best)} % top-1{_to_dense(best, variants)}."
@@ -178,8 +184,8 @@ def _best_and_worst(pruned: Sequence[Variant], variants: Sequence[Variant]) -> I
 def _furthest_from_target(pruned: Sequence[Variant]) -> str:
     gaps = [
         (abs(run.numbers.reached - run.numbers.asked), run)
-        for own in pruned
-        for run in own.counted
+        for variant in pruned
+        for run in variant.counted
         if run.numbers.reached is not None
     ]
     gap, run = max(gaps, key=lambda pair: pair[0], default=(0.0, None))
@@ -208,8 +214,8 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
     yield from _unlike("numbers of epochs", variants, lambda recipe: str(recipe.epochs))
     behind = [
         f"{run.name} ({run.numbers.epochs} of {run.recipe.epochs} epochs)"
-        for own in variants
-        for run in own.runs
+        for variant in variants
+        for run in variant.runs
         if not run.finished
     ]
     if behind:
@@ -218,7 +224,10 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
             f"variant is finished, with the epochs that are done."
         )
     averaged = [
-        run.name for own in variants for run in own.runs if run.numbers.average_top1 is not None
+        run.name
+        for variant in variants
+        for run in variant.runs
+        if run.numbers.average_top1 is not None
     ]
     if averaged:
         yield (
@@ -229,15 +238,15 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
     if comparison is not None:
         if comparison.missing:
             yield f"Runs of the table that are not reported: {first_few(comparison.missing, 8)}."
-        for problem in comparison.problems:
-            yield f"Not compared with the paper: {problem}."
+        for error in comparison.errors:
+            yield f"Not compared with the paper: {error}."
 
 
 def _copies(variants: Sequence[Variant]) -> Iterator[str]:
     """A sentence on each seed with which a variant has several runs."""
-    for own in variants:
+    for variant in variants:
         by_seed: dict[int, list[str]] = {}
-        for run in own.runs:
+        for run in variant.runs:
             by_seed.setdefault(run.recipe.seed, []).append(str(run.folder))
         for seed, folders in by_seed.items():
             if len(folders) > 1:
@@ -253,8 +262,8 @@ def _unlike(
 ) -> Iterator[str]:
     """A sentence on which variants have which value, if they differ in it."""
     groups: dict[str, list[str]] = {}
-    for own in variants:
-        groups.setdefault(key(own.recipe), []).append(own.name)
+    for variant in variants:
+        groups.setdefault(key(variant.recipe), []).append(variant.name)
     if len(groups) > 1:
         values = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
         yield f"The runs have different {what}{consequence} ({values})."

@@ -199,13 +199,13 @@ def folder_of_data(recipe: Recipe) -> str | None:
 def _distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path without the seed; more parts where these are not distinct."""
     parts = [folder.resolve().parts for folder in folders]
-    names = [_SEED.sub("", own[-1]) for own in parts]
+    names = [_SEED.sub("", path[-1]) for path in parts]
     depth = 1
     while len(set(names)) < len(names):
         doubled = {name for name in names if names.count(name) > 1}
         names = [
-            "/".join(own[-depth:]) if name in doubled else name
-            for name, own in zip(names, parts, strict=True)
+            "/".join(path[-depth:]) if name in doubled else name
+            for name, path in zip(names, parts, strict=True)
         ]
         depth += 1
     return names

@@ -48,8 +48,8 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                 curves(series, axes, verticals=drops),
             )
         )
-        last = max(own.recipe.epochs for own in part)
-        if min(run.numbers.epochs for own in part for run in own.counted) >= _CLOSER_FROM:
+        last = max(variant.recipe.epochs for variant in part)
+        if min(run.numbers.epochs for variant in part for run in variant.counted) >= _CLOSER_FROM:
             closer = curves(
                 series, axes, x_from=float(last // 2), verticals=[d for d in drops if d > last // 2]
             )
@@ -62,7 +62,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                     closer,
                 )
             )
-        if any("top5" in row for own in part for run in own.runs for row in run.metrics):
+        if any("top5" in row for variant in part for run in variant.runs for row in run.metrics):
             pictures.append(
                 titled_picture(
                     f"top5{suffix}",
@@ -92,7 +92,7 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
         )
         for part_name, suffix, part in _parts(variants)
     ]
-    pruned = [own for own in variants if own.method != "dense"]
+    pruned = [variant for variant in variants if variant.method != "dense"]
     if pruned:
         pictures.append(_asked_and_reached(pruned, lines))
     return Section("Sparsity", pictures=tuple(pictures))
@@ -100,10 +100,10 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
 
 def robustness_section(variants: Sequence[Variant], lines: Lines) -> Section | None:
     """Top-1 under attack over epsilon; None if no run was evaluated."""
-    evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
+    evaluated = [variant for variant in variants if any(run.evaluation for run in variant.runs)]
     if not evaluated:
         return None
-    found = attacks_of(run.evaluation for own in evaluated for run in own.runs)
+    found = attacks_of(run.evaluation for variant in evaluated for run in variant.runs)
     pictures = [
         _attacked(evaluated, lines, attack)
         for attack in found
@@ -126,12 +126,12 @@ def robustness_section(variants: Sequence[Variant], lines: Lines) -> Section | N
 def _last_and_best(variants: Sequence[Variant], lines: Lines) -> Picture:
     marks = [
         Points(
-            own.name,
-            lines[own.name],
-            _known(run.numbers.last_top1 for run in own.runs),
-            _known(run.numbers.best_top1 for run in own.runs),
+            variant.name,
+            lines[variant.name],
+            _known(run.numbers.last_top1 for run in variant.runs),
+            _known(run.numbers.best_top1 for run in variant.runs),
         )
-        for own in variants
+        for variant in variants
     ]
     return titled_picture(
         "last-and-best",
@@ -147,17 +147,17 @@ def _last_and_best(variants: Sequence[Variant], lines: Lines) -> Picture:
 def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
     marks = [
         Points(
-            own.name,
-            lines[own.name],
-            _known(run.numbers.reached for run in own.runs),
-            (own.runs[0].numbers.asked,),
+            variant.name,
+            lines[variant.name],
+            _known(run.numbers.reached for run in variant.runs),
+            (variant.runs[0].numbers.asked,),
         )
-        for own in pruned
+        for variant in pruned
     ]
     texts = "; ".join(
-        f"{own.name} asked {number_text(own.runs[0].numbers.asked, 1)} %, reached "
-        f"{number_text(_reached(own), 1)} %"
-        for own in pruned
+        f"{variant.name} asked {number_text(variant.runs[0].numbers.asked, 1)} %, reached "
+        f"{number_text(_reached(variant), 1)} %"
+        for variant in pruned
     )
     return titled_picture(
         "asked-and-reached",
@@ -185,10 +185,12 @@ def _parts(variants: Sequence[Variant]) -> Iterator[tuple[str, str, list[Variant
     if len(variants) <= MOST_CURVES:
         yield "", "", list(variants)
         return
-    dense = [own for own in variants if own.method == "dense"][: MOST_CURVES // 2]
+    dense = [variant for variant in variants if variant.method == "dense"][: MOST_CURVES // 2]
     room = MOST_CURVES - len(dense)
-    for method in dict.fromkeys(own.method for own in variants if own.method != "dense"):
-        members = [own for own in variants if own.method == method]
+    for method in dict.fromkeys(
+        variant.method for variant in variants if variant.method != "dense"
+    ):
+        members = [variant for variant in variants if variant.method == method]
         count = math.ceil(len(members) / room)
         size = math.ceil(len(members) / count)
         for number in range(count):
@@ -199,16 +201,20 @@ def _parts(variants: Sequence[Variant]) -> Iterator[tuple[str, str, list[Variant
 
 def _series(variants: Sequence[Variant], lines: Lines, key: str) -> list[Series]:
     return [
-        Series(own.name, lines[own.name], tuple(curve(run.metrics, key) for run in own.counted))
-        for own in variants
+        Series(
+            variant.name,
+            lines[variant.name],
+            tuple(curve(run.metrics, key) for run in variant.counted),
+        )
+        for variant in variants
     ]
 
 
 def _shared_drops(variants: Sequence[Variant]) -> list[int]:
     """The epochs after which the learning rate drops, if they are the same in all runs."""
     schedules = {
-        own.recipe.lr_schedule.milestones if own.recipe.lr_schedule.name == "step" else ()
-        for own in variants
+        variant.recipe.lr_schedule.milestones if variant.recipe.lr_schedule.name == "step" else ()
+        for variant in variants
     }
     return list(schedules.pop()) if len(schedules) == 1 else []
 
@@ -218,24 +224,24 @@ def _shared_drops(variants: Sequence[Variant]) -> list[int]:
 
 def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Picture:
     series = [
-        Series(own.name, lines[own.name], own_curves)
-        for own in variants
-        if (own_curves := _attack_curves(own, attack))
+        Series(variant.name, lines[variant.name], found)
+        for variant in variants
+        if (found := _attack_curves(variant, attack))
     ]
     ends = "; ".join(
-        f"{own.label} {number_text(y[-1])} % at epsilon {epsilon_text(x[-1], attack.space)}"
-        for own in series
-        for x, y in [mean_curve(own.curves)]
+        f"{one.label} {number_text(y[-1])} % at epsilon {epsilon_text(x[-1], attack.space)}"
+        for one in series
+        for x, y in [mean_curve(one.curves)]
         if x
     )
-    shown = [own for own in variants if own.name in {one.label for one in series}]
-    has_clean = any(x[:1] == (0.0,) for own in series for x, _ in own.curves)
+    shown = [variant for variant in variants if variant.name in {one.label for one in series}]
+    has_clean = any(x[:1] == (0.0,) for one in series for x, _ in one.curves)
     clean = "; at 0 are the clean images" if has_clean else ""
     images = sorted(
         {
             result.images
-            for own in shown
-            for run in own.runs
+            for variant in shown
+            for run in variant.runs
             for result in results_under(run.evaluation, attack)
         }
     )
@@ -252,31 +258,31 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
 def _over_epsilon(series: Sequence[Series], attack: Attack) -> Images:
     """The picture of curves over epsilon, in 255ths if all are whole pixel levels."""
     in_levels = attack.space == "pixel" and all(
-        is_level(epsilon) for own in series for x, _ in own.curves for epsilon in x
+        is_level(epsilon) for one in series for x, _ in one.curves for epsilon in x
     )
     if not in_levels:
         return curves(series, (f"ε, of {SPACES[attack.space]}", "top-1 [%]"), marked=True)
     scaled = [
         dataclasses.replace(
-            own, curves=tuple((tuple(round(255 * e) for e in x), y) for x, y in own.curves)
+            one, curves=tuple((tuple(round(255 * e) for e in x), y) for x, y in one.curves)
         )
-        for own in series
+        for one in series
     ]
     return curves(scaled, ("255 · ε, of pixels in [0, 1]", "top-1 [%]"), marked=True)
 
 
 def _attack_curves(variant: Variant, attack: Attack) -> tuple[Curve, ...]:
     found = (attack_curve(run.evaluation, attack) for run in variant.runs)
-    return tuple(own for own in found if own[0])
+    return tuple((x, y) for x, y in found if x)
 
 
 def _ends_text(variants: Sequence[Variant], value: Callable[[Variant], float | None]) -> str:
-    return "; ".join(f"{own.name} {number_text(value(own))} %" for own in variants)
+    return "; ".join(f"{variant.name} {number_text(value(variant))} %" for variant in variants)
 
 
 def _band(variants: Sequence[Variant]) -> str:
     """The meaning of lines and bands, if a variant has several runs."""
-    several = any(len(own.counted) > 1 for own in variants)
+    several = any(len(variant.counted) > 1 for variant in variants)
     return f"{_BAND}. " if several else ""
 
 

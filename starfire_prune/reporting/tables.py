@@ -33,19 +33,19 @@ __all__ = [
 _Numbers = Mapping[str, tuple[Callable[[RunNumbers], float | None], int, bool]]
 _NUMBERS: Final[_Numbers] = {
     # heading: number, digits, whether a positive number has a sign
-    "top-1, last epoch [%]": (lambda own: own.last_top1, 2, False),
-    "top-1, best epoch [%]": (lambda own: own.best_top1, 2, False),
-    "best epoch": (lambda own: own.best_epoch, 0, False),
-    f"gain, last {LAST_EPOCHS} epochs": (lambda own: own.gain, 2, True),
-    "sparsity asked [%]": (lambda own: own.asked, 1, False),
-    "reached [%]": (lambda own: own.reached, 1, False),
+    "top-1, last epoch [%]": (lambda run: run.last_top1, 2, False),
+    "top-1, best epoch [%]": (lambda run: run.best_top1, 2, False),
+    "best epoch": (lambda run: run.best_epoch, 0, False),
+    f"gain, last {LAST_EPOCHS} epochs": (lambda run: run.gain, 2, True),
+    "sparsity asked [%]": (lambda run: run.asked, 1, False),
+    "reached [%]": (lambda run: run.reached, 1, False),
 }
 _OF_RUNS: Final[_Numbers] = {
-    "reached in pruned layers [%]": (lambda own: own.reached_selected, 1, False),
-    "top-5, last epoch [%]": (lambda own: own.last_top5, 2, False),
+    "reached in pruned layers [%]": (lambda run: run.reached_selected, 1, False),
+    "top-5, last epoch [%]": (lambda run: run.last_top5, 2, False),
 }
 _AVERAGED: Final[_Numbers] = {
-    "top-1 of the average [%]": (lambda own: own.average_top1, 2, False),
+    "top-1 of the average [%]": (lambda run: run.average_top1, 2, False),
 }
 
 
@@ -59,14 +59,14 @@ class Comparison:
         places: Resolved folders of reported runs, with the index of the table's run of that name.
             Runs that are not that run are left out if another one is.
         missing: Names of the folders of its runs that are not reported.
-        problems: Why a run has the name of one of the table's and isn't that run, a sentence each.
+        errors: Why a run has the name of one of the table's and isn't that run, a sentence each.
     """
 
     table: Table
     results: tuple[RunResult, ...]
     places: Mapping[Path, int]
     missing: tuple[str, ...]
-    problems: tuple[str, ...]
+    errors: tuple[str, ...]
 
 
 def compared(table: Table, runs: Sequence[ReportedRun]) -> Comparison:
@@ -76,20 +76,20 @@ def compared(table: Table, runs: Sequence[ReportedRun]) -> Comparison:
         ReportError: If there are several runs of the same name and recipe.
     """
     by_name: dict[str, list[Path]] = {}
-    for own in runs:
-        by_name.setdefault(own.name, []).append(own.folder.resolve())
+    for reported in runs:
+        by_name.setdefault(reported.name, []).append(reported.folder.resolve())
     places: dict[Path, int] = {}
-    results, problems = [], []
+    results, errors = [], []
     for place, run in enumerate(table.runs):
         read = {folder: read_result(run, folder.parent) for folder in by_name.get(run.folder, ())}
-        sound = [folder for folder, result in read.items() if not result.problem]
+        sound = [folder for folder, result in read.items() if not result.error]
         _check_single(table, run, sound)
         results += [read[folder] for folder in sound]
-        problems += [result.problem for result in read.values() if result.problem]
+        errors += [result.error for result in read.values() if result.error]
         for folder in sound or read:
             places.setdefault(folder, place)
     missing = dict.fromkeys(run.folder for run in table.runs if run.folder not in by_name)
-    return Comparison(table, tuple(results), places, tuple(missing), tuple(dict.fromkeys(problems)))
+    return Comparison(table, tuple(results), places, tuple(missing), tuple(dict.fromkeys(errors)))
 
 
 def _check_single(table: Table, run: Run, folders: Sequence[Path]) -> None:
@@ -111,12 +111,12 @@ def above_dense(variant: Variant, variants: Sequence[Variant]) -> float | None:
     None if there is no such dense variant, or this is it.
     """
     key = settings_key(variant.recipe, pruning=False)
-    own = mean_top1(variant)
+    mean = mean_top1(variant)
     for other in variants:
         is_dense = other.method == "dense" and settings_key(other.recipe, pruning=False) == key
-        if is_dense and other is not variant and own is not None:
+        if is_dense and other is not variant and mean is not None:
             dense = mean_top1(other)
-            return None if dense is None else own - dense
+            return None if dense is None else mean - dense
     return None
 
 
@@ -129,7 +129,7 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
     for variant in variants:
         numbers = [run.numbers for run in variant.counted]
         cells = [
-            spread_text([value(own) for own in numbers], len(variant.runs), digits, sign=sign)
+            spread_text([value(run) for run in numbers], len(variant.runs), digits, sign=sign)
             for value, digits, sign in _NUMBERS.values()
         ]
         name, *kind = _variant_cells(variant)
@@ -147,7 +147,9 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
 
 def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None) -> Grid:
     """The table of runs, with the paper's numbers and accuracies under attack."""
-    averaged = any(run.numbers.average_top1 is not None for own in variants for run in own.runs)
+    averaged = any(
+        run.numbers.average_top1 is not None for variant in variants for run in variant.runs
+    )
     numbers = {**_NUMBERS, **_OF_RUNS, **(_AVERAGED if averaged else {})}
     attacks = columns_of(run.evaluation for variant in variants for run in variant.runs)
     columns = _paper_columns(comparison) if comparison else []
@@ -203,7 +205,7 @@ def paper_grid(comparison: Comparison) -> Grid | None:
 
 def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Grid:
     """Top-1 of variants under each attack with which any of their runs was evaluated."""
-    evaluated = [own for own in variants if any(run.evaluation for run in own.runs)]
+    evaluated = [variant for variant in variants if any(run.evaluation for run in variant.runs)]
     columns = columns_of(run.evaluation for variant in evaluated for run in variant.runs)
     rows = [
         (
@@ -271,10 +273,10 @@ def _paper_cells(
     """The numbers of a run in the table's columns, each with the paper's."""
     results: Sequence[RunResult] = ()
     if comparison is not None and run.folder.resolve() in comparison.places:
-        results = [own for own in comparison.results if own.run.folder == run.name]
+        results = [result for result in comparison.results if result.run.folder == run.name]
     cells = []
     for column in columns:
-        found = [own for own in results if column.name in own.run.paper]
+        found = [result for result in results if column.name in result.run.paper]
         measured = found[0].value(column) if found else None
         paper = found[0].run.paper[column.name] if found else None
         cells += [number_text(measured, _digits(column)), number_text(paper, _digits(column))]

@@ -81,14 +81,14 @@ def results_of(table: Table, output: Path) -> list[RunResult]:
 def test_a_finished_run(ck, tmp_path):
     leave(ck, tmp_path)
     result = read_result(ck, tmp_path)
-    assert (result.epochs, result.finished, result.problem) == (4, True, "")
+    assert (result.epochs, result.finished, result.error) == (4, True, "")
     assert result.numbers.asked == 60.0
     assert result.sparsity == pytest.approx(60.0)
 
 
 def test_a_run_that_has_not_begun(ck, tmp_path):
     result = read_result(ck, tmp_path)
-    assert (result.epochs, result.finished, result.problem, result.sparsity) == (0, False, "", None)
+    assert (result.epochs, result.finished, result.error, result.sparsity) == (0, False, "", None)
 
 
 def test_a_run_that_was_broken_off(ck, tmp_path):
@@ -166,7 +166,7 @@ def test_the_run_of_another_recipe_gives_no_numbers(file, ck, tmp_path):
     folder = leave(load_table(file, ["pruning.amount=0.5"]).runs[1], tmp_path)
     result = read_result(ck, tmp_path)
     assert (result.metrics, result.finished) == ({}, False)
-    assert result.problem == (
+    assert result.error == (
         f"{folder} holds the run of another recipe (pruning.amount: 0.5 there, 0.6 here)"
     )
 
@@ -185,7 +185,7 @@ def test_data_behind_a_variable_that_is_not_set_are_taken_to_be_the_same(
 def test_what_is_merely_kept_or_told_is_no_other_run(file, tmp_path):
     kept = ["training={keep_checkpoints: [1], trackers: tensorboard}"]
     leave(load_table(file, kept).runs[1], tmp_path)
-    assert read_result(load_table(file).runs[1], tmp_path).problem == ""
+    assert read_result(load_table(file).runs[1], tmp_path).error == ""
 
 
 def test_other_data_are_another_run(file, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_other_data_are_another_run(file, tmp_path, monkeypatch):
     leave(load_table(file, settings).runs[1], tmp_path)
     monkeypatch.setenv("PHOTOGRAPHS", "/others")
     result = read_result(load_table(file, settings, keep_unset=True).runs[1], tmp_path)
-    assert "(data.root: '/photographs' there, '/others' here)" in result.problem
+    assert "(data.root: '/photographs' there, '/others' here)" in result.error
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"top1": 1}', '{"epoch": "x"}'])
@@ -202,14 +202,14 @@ def test_damaged_metrics_are_told_with_their_path(line, ck, tmp_path):
     folder = leave(ck, tmp_path)
     (folder / "metrics.jsonl").write_text(line + "\n")
     result = read_result(ck, tmp_path)
-    assert result.problem.startswith(f"{folder}/metrics.jsonl is damaged (")
+    assert result.error.startswith(f"{folder}/metrics.jsonl is damaged (")
     assert not result.finished
 
 
 def test_a_damaged_recipe_is_told_with_its_path(ck, tmp_path):
     folder = leave(ck, tmp_path)
     (folder / "recipe.yaml").write_text("sead: 1\n")
-    assert read_result(ck, tmp_path).problem.startswith(f"{folder}/recipe.yaml: ")
+    assert read_result(ck, tmp_path).error.startswith(f"{folder}/recipe.yaml: ")
 
 
 # The table

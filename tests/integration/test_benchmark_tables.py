@@ -44,8 +44,8 @@ def test_what_was_changed_by_hand_is_put_right(tables):
     assert "| dense | 0.0 % | 98.61 %, 98.89 %, 98.89 % | 98.80 % |\n" in tables.filled(table)
 
 
-def test_an_unknown_name_is_refused_with_the_nearest(tables):
-    with pytest.raises(ValueError, match=r"no table or number quickstart\.dens; there are quick"):
+def test_an_unknown_name_raises_with_a_suggestion(tables):
+    with pytest.raises(ValueError, match=r"quickstart\.dens; did you mean quick"):
         tables.filled("<!-- number: quickstart.dens --><!-- end -->")
 
 

@@ -158,8 +158,8 @@ def test_the_papers_numbers_are_beside_the_means(table, left):
 def test_a_run_of_another_recipe_is_not_compared_with_the_paper(table, left):
     comparison = compared(table, left)
     assert [result.run.folder for result in comparison.results] == ["dense-seed0", "dense-seed1"]
-    (problem,) = comparison.problems
-    assert "holds the run of another recipe (pruning.amount: 0.5 there, 0.6 here)" in problem
+    (error,) = comparison.errors
+    assert "holds the run of another recipe (pruning.amount: 0.5 there, 0.6 here)" in error
 
 
 def test_missing_runs_of_the_table_are_listed(table, left):
@@ -191,7 +191,7 @@ def test_a_run_of_the_same_name_from_elsewhere_has_none_of_the_tables_numbers(
     runs = [other, *left] if is_first else [*left, other]
     comparison = compared(table, runs)
     assert [result.run.folder for result in comparison.results] == ["dense-seed0", "dense-seed1"]
-    assert [problem for problem in comparison.problems if "/else/dense-seed0 holds" in problem]
+    assert [error for error in comparison.errors if "/else/dense-seed0 holds" in error]
     grid = runs_grid(variants_of(runs), comparison)
     rows = [columns(grid, row) for row in range(len(runs))]
     numbers = {row["run"]: (row["top1, table"], row["top1, paper"]) for row in rows}

@@ -1,4 +1,4 @@
-"""Runs to report that cost no training: real recipes, masks and exports, metrics by hand."""
+"""Folders of runs without training: real recipes, masks and exports, metrics by hand."""
 
 import hashlib
 import json
