@@ -328,7 +328,7 @@ def test_the_model_is_attacked_in_evaluation():
     assert all(map(torch.equal, training, both(model.eval(), images, labels, IMAGENET)))
 
 
-def test_images_and_labels_are_left_alone():
+def test_images_and_labels_are_not_changed():
     images, labels = batch()
     images.requires_grad_()
     before = images.detach().clone(), labels.clone()

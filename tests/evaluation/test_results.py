@@ -165,7 +165,7 @@ def test_a_result_of_the_same_settings_is_replaced():
         {"images": 12},
     ],
 )
-def test_every_setting_tells_results_apart(changes):
+def test_results_that_differ_in_a_setting_are_all_kept(changes):
     other = changed(PGD, **changes)
     assert set(merged(evaluation(PGD), evaluation(other)).results) == {PGD, other}
 

@@ -14,7 +14,7 @@ METRICS = [
 ]
 
 
-def test_the_last_and_the_best_epoch_are_told_apart():
+def test_the_last_and_the_best_epoch_have_their_own_numbers():
     numbers = run_numbers(METRICS, 0.6)
     assert (numbers.epochs, numbers.last_top1, numbers.last_top5) == (12, 59.375, 90.0)
     assert numbers.best_top1 == 62.5
@@ -44,7 +44,7 @@ def test_a_run_without_an_epoch_has_no_numbers():
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), "0.5", True])
-def test_what_is_no_finite_number_counts_nowhere(value):
+def test_a_value_that_is_not_a_finite_number_is_left_out(value):
     numbers = run_numbers([*METRICS[:2], {**METRICS[2], "top1": value}], 0.6)
     assert (numbers.last_top1, numbers.best_top1, numbers.best_epoch) == (None, 20.0, 2)
 

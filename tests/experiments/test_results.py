@@ -146,7 +146,7 @@ def test_value_of_a_column(settings, value, ck, tmp_path):
 
 @pytest.mark.parametrize("metric", ["top1", "best_epoch"])
 @pytest.mark.parametrize("epoch", ["best", "last"])
-def test_the_best_and_the_last_epoch_are_known_at_the_end_alone(metric, epoch, ck, tmp_path):
+def test_the_best_and_the_last_epoch_are_only_known_at_the_end(metric, epoch, ck, tmp_path):
     leave(ck, tmp_path, 3)
     settings = {"metric": metric, **({"epoch": epoch} if metric == "top1" else {})}
     assert read_result(ck, tmp_path).value(Column(name="x", **settings)) is None
@@ -182,7 +182,7 @@ def test_data_behind_a_variable_that_is_not_set_are_taken_to_be_the_same(
     assert read_result(run, tmp_path).finished
 
 
-def test_what_is_merely_kept_or_told_is_no_other_run(file, tmp_path):
+def test_trackers_and_kept_checkpoints_make_no_other_run(file, tmp_path):
     kept = ["training={keep_checkpoints: [1], trackers: tensorboard}"]
     leave(load_table(file, kept).runs[1], tmp_path)
     assert read_result(load_table(file).runs[1], tmp_path).error == ""
@@ -198,7 +198,7 @@ def test_other_data_are_another_run(file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"top1": 1}', '{"epoch": "x"}'])
-def test_damaged_metrics_are_told_with_their_path(line, ck, tmp_path):
+def test_damaged_metrics_are_an_error_with_their_path(line, ck, tmp_path):
     folder = leave(ck, tmp_path)
     (folder / "metrics.jsonl").write_text(line + "\n")
     result = read_result(ck, tmp_path)
@@ -206,7 +206,7 @@ def test_damaged_metrics_are_told_with_their_path(line, ck, tmp_path):
     assert not result.finished
 
 
-def test_a_damaged_recipe_is_told_with_its_path(ck, tmp_path):
+def test_a_damaged_recipe_is_an_error_with_its_path(ck, tmp_path):
     folder = leave(ck, tmp_path)
     (folder / "recipe.yaml").write_text("sead: 1\n")
     assert read_result(ck, tmp_path).error.startswith(f"{folder}/recipe.yaml: ")
@@ -252,7 +252,7 @@ def test_format_gives_mean_and_deviation_over_the_seeds(file, tmp_path):
     assert " ".join(random.split()) == "random 8/12 60.0 60.0 55.00 ± 7.07 (2 of 3) - -"
 
 
-def test_format_writes_epochs_whole(file, tmp_path):
+def test_format_writes_epochs_as_integers(file, tmp_path):
     columns = "[{name: convergence, metric: best_epoch}]"
     file.write_text(
         f"title: T\nbase: base.yaml\ncolumns: {columns}\nruns: [{{name: ck, paper: "
@@ -265,7 +265,7 @@ def test_format_writes_epochs_whole(file, tmp_path):
     assert row.split()[-3:] == ["2", "31", "-29"]
 
 
-def test_format_tells_at_the_end_what_is_wrong_with_folders(file, tmp_path):
+def test_format_lists_the_errors_of_folders_at_the_end(file, tmp_path):
     other = load_table(file, ["optimizer.lr=0.1"])
     leave(other.runs[1], tmp_path)
     table = load_table(file)

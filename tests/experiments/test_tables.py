@@ -120,7 +120,7 @@ def test_each_run_is_trained_with_each_seed(file):
     assert [run.folder for run in runs] == ["a-seed0", "a-seed2", "b-seed5"]
 
 
-def test_a_seed_for_all_runs_takes_the_place_of_the_tables(file):
+def test_a_seed_for_all_runs_replaces_those_of_the_table(file):
     file.write_text(TABLE + "seeds: [0, 2]\nruns: [{name: a}, {name: b, set: {epochs: 11}}]\n")
     runs = load_table(file, ["seed=7"]).runs
     assert [(run.name, run.seed, run.folder) for run in runs] == [
@@ -139,14 +139,14 @@ def test_overrides_come_last_in_all_runs(file):
     assert [(run.recipe.epochs, run.recipe.training.threads) for run in runs] == [(20, 1)] * 2
 
 
-def test_overrides_within_pruning_leave_dense_runs_alone(file):
+def test_overrides_within_pruning_do_not_apply_to_dense_runs(file):
     dense, ck = load_table(file, ["pruning.amount=0.3"]).runs
     assert dense.recipe.pruning == "none"
     assert dense.overrides == ("pruning=none",)
     assert pruning_of(ck).amount == 0.3
 
 
-def test_overrides_within_pruning_leave_runs_of_a_dense_base_alone(file):
+def test_overrides_within_pruning_do_not_apply_to_runs_of_a_dense_base(file):
     (file.parent / "base.yaml").write_text(RECIPE.split("pruning")[0] + "pruning: none\n")
     file.write_text(
         TABLE

@@ -53,7 +53,7 @@ def test_a_convolution_and_a_linear_layer_are_three_panels(figures):
     assert weights.tolist() == [[1.0, pytest.approx(0.12)]]
 
 
-def test_a_linear_layer_alone_has_a_picture(figures):
+def test_a_single_linear_layer_has_a_picture(figures):
     masks_picture(None, torch.ones(300, 700, dtype=torch.bool))
     assert [image.shape for image in shown(figures[0])] == [(40, 120)]
 
