@@ -1,24 +1,25 @@
-"""The learning rate as a function of the epoch alone, so that a resumed run has the same."""
+"""The learning rate of an epoch. It depends on nothing else, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from starfire_prune.recipe.sections import LrSchedule
+from starfire_prune.recipe.sections import LrSchedule
 
 __all__ = ["learning_rate_factor"]
 
 
 def learning_rate_factor(schedule: LrSchedule, epoch: int, epochs: int) -> float:
-    """What the learning rate of an epoch is multiplied by.
+    """The factor by which an epoch's learning rate differs from the optimizer's `lr`.
 
     Args:
-        schedule: of the recipe.
-        epoch: 0-based.
-        epochs: of the run, at whose end a cosine is at 0.
+        schedule: Learning rate schedule of the recipe.
+        epoch: Number of the epoch, from 0.
+        epochs: Number of epochs of the run; a cosine schedule reaches 0 at their end.
+
+    Returns:
+        The factor, in (0, 1].
 
     Example:
         >>> from starfire_prune.recipe import LrSchedule

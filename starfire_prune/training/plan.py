@@ -1,4 +1,4 @@
-"""The plan of a run: what is going to happen, checked and told before the first batch."""
+"""The plan of a run, as text for its user."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["plan_text"]
 
 
 def plan_text(run: Run, checkpoint: Path | None = None) -> str:
-    """The plan of a run, to be read before it begins.
+    """Describe what a run is going to do.
 
     Args:
-        run: as it was prepared.
-        checkpoint: from which it goes on, if it does.
+        run: The prepared run.
+        checkpoint: Checkpoint from which the run continues, if there is one.
 
     Returns:
-        Lines: the data, epochs and updates, the batch, the learning rates, the start, the layers
-        with their method, locales, target and shape, the memory of masks and the disk space.
+        Lines about the model, the data, the batch, the learning rates, the start, the pruning, the
+        memory of masks and the disk space, and a table of the pruned layers.
     """
     lines = [
         f"plan of {run.folder}",
@@ -51,9 +51,6 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Sizes
-
-
 # Lines
 
 
@@ -66,16 +63,16 @@ def _data_line(run: Run) -> str:
     data, parts = run.recipe.data, (run.datasets.train, run.datasets.val)
     train, val = (len(part) for part in parts)  # type: ignore[arg-type]
     side = data.image_size
-    return f"{data.name}: {train:,} images to train on, {val:,} to evaluate on, {side}x{side}"
+    return f"{data.name}: {train:,} images for training, {val:,} for evaluation, {side}x{side}"
 
 
 def _batch_line(run: Run) -> str:
     size, processes = run.recipe.data.batch_size, run.accelerator.num_processes
     accumulation = run.recipe.training.gradient_accumulation
     return (
-        f"{size * processes * accumulation:,} images an update: batch_size {size} x processes "
-        f"{processes} x gradient_accumulation {accumulation}; {run.updates_per_epoch:,} updates an "
-        f"epoch, {run.recipe.epochs} epochs"
+        f"{size * processes * accumulation:,} images per update: batch_size {size} x processes "
+        f"{processes} x gradient_accumulation {accumulation}; {run.updates_per_epoch:,} updates "
+        f"per epoch, {run.recipe.epochs} epochs"
     )
 
 
@@ -95,7 +92,7 @@ def _optimizer_line(run: Run) -> str:
 def _start_line(run: Run, checkpoint: Path | None) -> str:
     pretrained = run.recipe.model.pretrained
     if checkpoint is not None:
-        return f"goes on from {checkpoint}"
+        return f"continues from {checkpoint}"
     if pretrained is False:
         return f"from random weights, seed {run.recipe.seed}"
     source = "timm's weights" if pretrained is True else str(pretrained)
@@ -117,11 +114,11 @@ def _pruning_line(run: Run) -> str:
 
 def _memory_line(run: Run) -> str:
     copies = 1 if run.average is None else 2
-    return f"{gigabytes(copies * mask_bytes(run))} of masks a process"
+    return f"{gigabytes(copies * mask_bytes(run))} of masks per process"
 
 
 def _gradient_rows(run: Run) -> list[tuple[str, str]]:
-    """What `training.compress_gradients` does in this run, where it is set."""
+    """The effect of `training.compress_gradients` on this run, if it is set."""
     if not run.recipe.training.compress_gradients:
         return []
     pruning, processes = run.recipe.pruning, run.accelerator.num_processes
@@ -131,13 +128,13 @@ def _gradient_rows(run: Run) -> list[tuple[str, str]]:
         return [("gradients", "compress_gradients has no effect in dense training")]
     if pruning.era[1] == run.recipe.epochs:
         return [("gradients", "compress_gradients has no effect: the run ends with the era")]
-    whole = sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
+    total = sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
     weights = [(layer.amount, layer_weight(layer.module)) for layer in run.pruner.layers.values()]
-    gone = sum(amount * weight.nbytes for amount, weight in weights if weight.requires_grad)
+    pruned = sum(amount * weight.nbytes for amount, weight in weights if weight.requires_grad)
     return [
         (
             "gradients",
-            f"{gigabytes(whole)} averaged an update, about {gigabytes(whole - gone)} from epoch "
+            f"{gigabytes(total)} averaged per update, about {gigabytes(total - pruned)} from epoch "
             f"{pruning.era[1]} on",
         )
     ]
@@ -148,9 +145,9 @@ def _disk_line(run: Run) -> str:
     epochs = ", ".join(map(str, run.recipe.training.keep_checkpoints))
     others = f" and those after {epochs} epochs" if epochs else ""
     return (
-        f"about {gigabytes(checkpoint_bytes(run))}"
-        f" a checkpoint, the last {KEPT_CHECKPOINTS}{others} "
-        f"are kept; {gigabytes(state_bytes(unwrap(run.model)))} exported; {gigabytes(free)} free"
+        f"about {gigabytes(checkpoint_bytes(run))} per checkpoint, the last "
+        f"{KEPT_CHECKPOINTS}{others} are kept; {gigabytes(state_bytes(unwrap(run.model)))} "
+        f"exported; {gigabytes(free)} free"
     )
 
 

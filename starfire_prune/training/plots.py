@@ -1,4 +1,4 @@
-"""Pictures of a run. They need matplotlib: `pip install 'starfire-prune[plots]'`."""
+"""Pictures of runs and of masks. They need matplotlib: `pip install 'starfire-prune[plots]'`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +14,12 @@ __all__ = ["plot_masks", "plot_training", "tiled_kernels"]
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Draw accuracy, target and reached sparsity over the epochs, as in Figures 4 and 7 to 9.
+    """Draw accuracy, target and reached sparsity per epoch, as in the paper's Figures 4 and 7 to 9.
 
     Args:
-        metrics: the objects of a run's `metrics.jsonl`, an epoch each.
-        path: of the PNG file.
-        title: of the picture.
+        metrics: The objects of a run's `metrics.jsonl`, one per epoch.
+        path: Path of the PNG file.
+        title: Title of the picture.
     """
     epochs = [row["epoch"] + 1 for row in metrics]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -49,10 +49,10 @@ def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: i
     """Draw masks side by side, kernels as tiles, as in the paper's Figure 2.
 
     Args:
-        masks: bool masks, `(K, C, R, S)` or `(out_features, in_features)`, by panel title.
-        path: of the PNG file.
-        n_out: output channels to show, from the first; of a linear layer three times as many.
-        n_in: input channels to show, likewise.
+        masks: Bool masks, `(K, C, R, S)` or `(out_features, in_features)`, by panel title.
+        path: Path of the PNG file.
+        n_out: Number of output channels to show; three times as many for a linear layer.
+        n_in: Number of input channels to show; three times as many for a linear layer.
     """
     figure = Figure(figsize=(3.2 * len(masks), 3.6), layout="constrained")
     panels = figure.subplots(1, len(masks), squeeze=False)[0]
@@ -72,13 +72,13 @@ def plot_masks(masks: Mapping[str, Tensor], path: Path, n_out: int = 12, n_in: i
 
 
 def tiled_kernels(kernels: Tensor) -> Tensor:
-    """A mask as one image, kernels as tiles: kept 1, pruned 0.12, and gaps of 0 between them.
+    """A mask as one image with kernels as tiles: kept is 1, pruned is 0.12, gaps are 0.
 
     Args:
-        kernels: bool, `(K, C, R, S)`.
+        kernels: Bool mask, `(K, C, R, S)`.
 
     Returns:
-        float `(K (R + 1), C (S + 1))`, or `(K, C)` where kernels are single weights.
+        Float image, `(K (R + 1), C (S + 1))`, or `(K, C)` if kernels are single weights.
 
     Example:
         >>> tiled_kernels(torch.tensor([[[[True, False]]]])).tolist()

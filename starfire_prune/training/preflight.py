@@ -1,4 +1,4 @@
-"""Checks before a run starts: one forward pass, the compiler, the disk."""
+"""Checks before a run starts: a first image, forward passes, the compiler and the disk."""
 
 from __future__ import annotations
 
@@ -15,40 +15,46 @@ from starfire_prune.runs.folder import RunError, checkpoints_of, existing_part
 from starfire_prune.training.disk_space import checkpoint_bytes, gigabytes, state_bytes
 from starfire_prune.training.setup import Run, example_images
 from starfire_prune.utils.modules import unwrap
+from starfire_prune.utils.text import first_line
 
 __all__ = ["check_run"]
 
 
 def check_run(run: Run) -> None:
-    """Let what can be known to fail, fail now: reading an image, a forward pass, compiling, space.
+    """Raise errors now that the run would raise later: of images, model, compiler or disk.
 
     Args:
-        run: as it was prepared; it is left as it was.
+        run: The prepared run; it is not changed.
 
     Raises:
-        DataError: if the first image of a part can't be read.
-        RunError: if the model can't take the images, a compiler is missing, the optimizer can't
-            take a step, or the disk is too full for the run's checkpoints.
+        DataError: If the first image of a data set can't be read.
+        RunError: If the model doesn't accept the images, a compiler is missing, the optimizer
+            can't make a step, or the disk is too full for the run's checkpoints.
     """
     _check_accumulation(run)
     for dataset in (run.datasets.train, run.datasets.val):
-        _first(dataset)
+        _read_first(dataset)
     _check_forward(run)
     _check_training_forward(run)
     if run.recipe.training.compile:
         _check_compiler(run.accelerator.device)
-    if run.accelerator.is_main_process:  # which writes
+    if run.accelerator.is_main_process:  # the only one that writes
         _check_space(run)
 
 
-# What can fail
+def _check_accumulation(run: Run) -> None:
+    accumulation, batches = run.recipe.training.gradient_accumulation, len(run.train_loader)
+    if accumulation > batches:
+        raise RunError(
+            f"training.gradient_accumulation (={accumulation}) must be at most the {batches} "
+            f"batches of an epoch, because each counts as 1/{accumulation} of an update: set it to "
+            f"{batches}, or lower data.batch_size"
+        )
 
 
-def _first(dataset: Any) -> Tensor:
-    """The first image of a part of the data."""
-    item = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
-    image: Tensor = item[0]
-    return image
+def _read_first(dataset: Any) -> None:
+    """Read the first image of a data set."""
+    _ = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
 
 
 @torch.no_grad()
@@ -62,22 +68,23 @@ def _check_forward(run: Run) -> None:
             logits = model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise RunError(
-            f"model {run.recipe.model.name} can't take images of data.image_size (={size}): {error}"
+            f"model {run.recipe.model.name} does not accept images of data.image_size (={size}): "
+            f"{error}"
         ) from error
     finally:
         model.train(was_training)
     classes = run.recipe.model.num_classes
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         raise RunError(
-            f"model {run.recipe.model.name} doesn't give {classes} numbers an image: it must be a "
-            f"classifier; correct model.name or model.options"
+            f"model {run.recipe.model.name} does not return {classes} numbers per image: it must "
+            f"be a classifier; correct model.name or model.options"
         )
 
 
 @torch.no_grad()
 def _check_training_forward(run: Run) -> None:
-    """Batch norms can't train on a single value a channel; on a copy, for its statistics change."""
-    model = copy.deepcopy(unwrap(run.model)).train()
+    """Check that no batch norm gets a single value per channel, on which it can't train."""
+    model = copy.deepcopy(unwrap(run.model)).train()  # the pass changes running statistics
     size = min(run.recipe.data.batch_size, len(run.datasets.train), 2)  # type: ignore[arg-type]
     try:
         with run.accelerator.autocast():
@@ -86,28 +93,17 @@ def _check_training_forward(run: Run) -> None:
         raise RunError(
             f"model {run.recipe.model.name} can't train on batches of {size}: {error}; raise "
             f"data.batch_size (={run.recipe.data.batch_size}) or data.image_size "
-            f"(={run.recipe.data.image_size}), or give it more than one image"
+            f"(={run.recipe.data.image_size}), or give more than one image"
         ) from error
-
-
-def _check_accumulation(run: Run) -> None:
-    accumulation, batches = run.recipe.training.gradient_accumulation, len(run.train_loader)
-    if accumulation > batches:
-        raise RunError(
-            f"training.gradient_accumulation (={accumulation}) is more than the {batches} batches "
-            f"of an epoch, of which each counts as 1/{accumulation} of an update: set it to "
-            f"{batches} at the most, or lower data.batch_size"
-        )
 
 
 def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda values: values + 1)(torch.ones(2, device=device))
-    except Exception as error:  # of whatever kind a missing compiler gives
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a missing compiler raises errors of any kind
         raise RunError(
-            f"training.compile (=true) does not work here: {first}; install a C++ compiler (GPUs: "
-            f"Triton), or set it to false"
+            f"training.compile (=true) does not work here: {first_line(error)}; install a C++ "
+            f"compiler (GPUs: Triton), or set it to false"
         ) from error
 
 
@@ -122,7 +118,7 @@ def _check_space(run: Run) -> None:
 
 
 def _bytes_to_write(run: Run) -> int:
-    """What is still to be written at the most: a checkpoint is whole before an older one goes."""
+    """The most bytes still to write; a new checkpoint is complete before an old one is removed."""
     there = len(list(checkpoints_of(run.folder).glob("epoch-*")))
     kept = KEPT_CHECKPOINTS + len(run.recipe.training.keep_checkpoints)
     return max(kept + 1 - there, 1) * checkpoint_bytes(run) + state_bytes(unwrap(run.model))

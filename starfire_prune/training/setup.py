@@ -1,4 +1,4 @@
-"""From a recipe to what its training loop needs: processes, data, model, optimizer and pruner."""
+"""The objects that train a recipe: data, model, optimizer and pruner."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from starfire_prune.data import Datasets, build_loader, prepare_loader
+from starfire_prune.data.images import Datasets
+from starfire_prune.data.loaders import build_loader, prepare_loader
 from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allreduce_hook
 from starfire_prune.engine.distributed import compare_across_ranks
 from starfire_prune.engine.pruner import Pruner
@@ -31,8 +32,6 @@ from starfire_prune.serialization.pretrained import create_pretrained
 from starfire_prune.utils.errors import PretrainedError
 
 __all__ = [
-    "COMPILED_GRAPHS",
-    "COMPILER",
     "Batch",
     "Run",
     "check_ranks_data_alike",
@@ -44,30 +43,27 @@ __all__ = [
 
 
 Batch = tuple[Tensor, Tensor]
-COMPILER = "inductor"
-# Graphs of one model: training and evaluation, whole and last batches, dense and masked weights
-COMPILED_GRAPHS = 16
 
 
 @dataclasses.dataclass
 class Run:
-    """What one process needs to train.
+    """A training run in one process.
 
     Attributes:
-        recipe: that it follows.
-        folder: that it is kept in.
-        accelerator: of this process.
-        datasets: behind the loaders.
-        train_loader, val_loader: of this process's part of them.
-        model, optimizer: as Accelerate wraps them.
-        pruner: of the model; None in dense training.
-        average: the moving average of the weights, if there is one.
-        mixup: timm's, if images are mixed.
-        train_loss: of logits `(N, classes)` and labels `(N,)`, or shares of classes where images
-            are mixed.
-        loss: in evaluation.
-        fresh_keys: weights that pretrained ones have not replaced.
-        average_updates: that the average has followed.
+        recipe: Recipe that the run trains.
+        folder: Folder of the run.
+        accelerator: The accelerator of this process.
+        datasets: The data sets that the loaders read.
+        train_loader, val_loader: Loaders of this process's part of the data.
+        model, optimizer: Model and optimizer as Accelerate wraps them.
+        pruner: Pruner of the model; None in dense training.
+        average: Moving average of the weights, if the recipe has one.
+        mixing: Mixes the images `(N, C, height, width)` and labels `(N,)` of a batch, if the recipe
+            does; the labels become shares of classes `(N, classes)`.
+        train_loss: Training loss of logits `(N, classes)` and labels `(N,)` or shares of classes.
+        loss: Loss in evaluation.
+        fresh_keys: Keys of the weights that pretrained ones have not replaced.
+        average_updates: Number of updates of the average.
     """
 
     recipe: Recipe
@@ -88,60 +84,29 @@ class Run:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Optimizer steps an epoch, where no gradient scaler skips one."""
+        """Optimizer steps per epoch, not counting that a gradient scaler may skip some."""
         return math.ceil(len(self.train_loader) / self.recipe.training.gradient_accumulation)
-
-
-def check_ranks_start_alike(
-    recipe: Recipe, checkpoint: Path | None, accelerator: Accelerator
-) -> None:
-    """Raise RanksError if ranks have other recipes, or go on from other checkpoints.
-
-    Only where the data lie may differ.
-    """
-    settings = recipe.model_dump(mode="json")
-    settings["data"].pop("root")
-    _compare(settings, "recipes", accelerator, "give all of them the same recipe and --set")
-    state = checkpoint / "state.json" if checkpoint is not None else None
-    found = [checkpoint.name, state.read_text()] if checkpoint and state and state.exists() else []
-    reason = "--output must be on a disk that all machines share"
-    _compare(found, "checkpoints to go on from", accelerator, reason)
-
-
-def check_ranks_data_alike(run: Run) -> None:
-    """Raise RanksError if ranks have data of other sizes or classes."""
-    parts = [len(part) for part in (run.datasets.train, run.datasets.val)]  # type: ignore[arg-type]
-    found = [*parts, run.datasets.classes, len(run.train_loader), len(run.val_loader)]
-    reason = "each machine must have the same data"
-    _compare(found, "images and classes", run.accelerator, reason)
-
-
-def _compare(value: object, what: str, accelerator: Accelerator, reason: str) -> None:
-    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    compare_across_ranks(lambda: digest, what, accelerator.device, reason)
-
-
-# The parts of a run
 
 
 def prepare_run(
     recipe: Recipe, folder: Path, accelerator: Accelerator, *, fresh: bool = True
 ) -> Run:
-    """Load the data, create all that trains on it and let Accelerate wrap it.
+    """Load the data, and create the model, its optimizer and its pruner.
 
     Args:
-        recipe: of the run.
-        folder: of the run; nothing is written.
-        accelerator: of this process.
-        fresh: load pretrained weights; not where a checkpoint follows.
+        recipe: Recipe of the run.
+        folder: Folder of the run; nothing is written.
+        accelerator: The accelerator of this process.
+        fresh: Load pretrained weights; unnecessary if a checkpoint follows.
 
     Raises:
-        RunError: for settings that the optimizer refuses.
-        DataError, ValueError: for data, layers and models that don't fit.
+        RunError: If the optimizer does not accept its settings, or pretrained weights are missing
+            or don't fit.
+        DataError, ValueError: For data, layers and models that don't fit.
     """
     set_seed(recipe.seed)
     pretrained = recipe.model.pretrained if fresh else False
-    with accelerator.local_main_process_first():  # which downloads
+    with accelerator.local_main_process_first():  # it may download
         datasets = recipe_datasets(recipe)
         model, fresh_keys = _model(recipe.model, pretrained)
     model = model.to(accelerator.device)
@@ -165,7 +130,7 @@ def prepare_run(
         loss=nn.CrossEntropyLoss(),
         fresh_keys=fresh_keys,
     )
-    run.pruner = _pruner(run)  # before DDP wraps the model, which then leaves the masks alone
+    run.pruner = _pruner(run)  # before DDP wraps the model, so that it skips masks
     run.model, run.optimizer = accelerator.prepare(model, optimizer)
     if recipe.training.compress_gradients and run.pruner is not None:
         _compress_gradients(run.model, run.pruner)
@@ -173,7 +138,7 @@ def prepare_run(
 
 
 def example_images(recipe: Recipe, device: torch.device) -> Tensor:
-    """Two images of zeros as the model gets them, `(2, 3, image_size, image_size)`."""
+    """Two images of zeros, `(2, 3, image_size, image_size)`, in the memory format of training."""
     size = recipe.data.image_size
     images = torch.zeros(2, 3, size, size, device=device)
     last = recipe.training.channels_last
@@ -191,7 +156,7 @@ def _loaders(
 
 
 def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, and the keys that pretrained weights have left as they were."""
+    """The model, and the keys that pretrained weights have not replaced."""
     if pretrained is False:
         return create_model(settings.name, settings.num_classes, **settings.options), ()
     file = None if pretrained is True else Path(pretrained)
@@ -204,16 +169,20 @@ def _model(settings: Model, pretrained: bool | str) -> tuple[nn.Module, tuple[st
 def create_optimizer(
     settings: Optimizer, model: nn.Module | list[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The optimizer of timm by a recipe's settings, for a model or a list of parameters.
+    """Create timm's optimizer from a recipe's settings.
+
+    Args:
+        settings: Settings of the recipe.
+        model: The model to optimize, or a list of parameters.
 
     Raises:
-        RunError: for an unknown name, and options that it refuses.
+        RunError: If timm has no such optimizer, or it does not accept the options.
     """
     known = timm.optim.list_optimizers()
     if settings.name not in known:
         nearest = difflib.get_close_matches(settings.name, known, n=3) or known[:5]
         raise RunError(
-            f"optimizer.name (={settings.name!r}) is none of timm's optimizers; nearest: "
+            f"optimizer.name (={settings.name!r}) is not one of timm's optimizers; nearest: "
             f"{', '.join(nearest)}"
         )
     try:
@@ -226,8 +195,8 @@ def create_optimizer(
             filter_bias_and_bn=settings.filter_bias_and_bn,
             **settings.options,
         )
-    except (AssertionError, TypeError, ValueError) as error:  # assertions: packages that it needs
-        raise RunError(f"optimizer: {settings.name} refuses its options: {error}") from error
+    except (AssertionError, TypeError, ValueError) as error:  # AssertionError: a package is missing
+        raise RunError(f"optimizer.options don't fit {settings.name}: {error}") from error
     return optimizer
 
 
@@ -253,8 +222,8 @@ def _pruner(run: Run) -> Pruner | None:
 
 
 def _compress_gradients(model: nn.Module, pruner: Pruner) -> None:
-    """Register the hook with DDP, if there is one: Accelerate's settings know torch's own only."""
-    ddp = getattr(model, "_orig_mod", model)  # Accelerate compiles what DDP has wrapped
+    """Register the hook with DDP, if there is one; Accelerate's settings offer only torch's."""
+    ddp = getattr(model, "_orig_mod", model)  # Accelerate compiles the model that DDP has wrapped
     if isinstance(ddp, DistributedDataParallel):
         ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
 
@@ -266,3 +235,40 @@ def _mixing(recipe: Recipe) -> nn.Module | None:
         kind(alpha=alpha, num_classes=recipe.model.num_classes) for kind, alpha in kinds if alpha
     ]
     return v2.RandomChoice(mixes) if mixes else None
+
+
+# Whether the ranks agree
+
+
+def check_ranks_start_alike(
+    recipe: Recipe, checkpoint: Path | None, accelerator: Accelerator
+) -> None:
+    """Raise RanksError if ranks have different recipes, or continue from different checkpoints.
+
+    Only the location of the data may differ.
+
+    Args:
+        recipe: Recipe of this rank.
+        checkpoint: Checkpoint from which this rank continues, if there is one.
+        accelerator: The accelerator of this process.
+    """
+    settings = recipe.model_dump(mode="json")
+    settings["data"].pop("root")
+    _compare(settings, "recipes", accelerator, "give all of them the same recipe and --set")
+    state = checkpoint / "state.json" if checkpoint is not None else None
+    found = [checkpoint.name, state.read_text()] if checkpoint and state and state.exists() else []
+    reason = "--output must be on a disk that all machines share"
+    _compare(found, "checkpoints to continue from", accelerator, reason)
+
+
+def check_ranks_data_alike(run: Run) -> None:
+    """Raise RanksError if ranks have data of different sizes or classes."""
+    parts = [len(part) for part in (run.datasets.train, run.datasets.val)]  # type: ignore[arg-type]
+    found = [*parts, run.datasets.classes, len(run.train_loader), len(run.val_loader)]
+    reason = "each machine must have the same data"
+    _compare(found, "images and classes", run.accelerator, reason)
+
+
+def _compare(value: object, what: str, accelerator: Accelerator, reason: str) -> None:
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    compare_across_ranks(lambda: digest, what, accelerator.device, reason)

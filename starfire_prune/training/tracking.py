@@ -1,20 +1,17 @@
-"""Accelerate's trackers, such as TensorBoard, which get the metrics of each epoch too."""
+"""Metrics sent to Accelerate's trackers, such as TensorBoard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import RunError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from starfire_prune.recipe.sections import Recipe
 
 __all__ = ["check_trackers", "log_metrics", "start_trackers"]
 
@@ -23,7 +20,7 @@ _PACKAGES = {"comet_ml": "comet-ml"}
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise RunError for a tracker whose package is not installed: Accelerate would go without."""
+    """Raise RunError for a tracker that is not installed, which Accelerate would leave out."""
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in available:
@@ -36,10 +33,16 @@ def check_trackers(names: tuple[str, ...]) -> None:
 def start_trackers(
     accelerator: Accelerator, recipe: Recipe, folder: Path, first_epoch: int = 0
 ) -> None:
-    """Start the recipe's trackers, which keep their files in `folder/logs` where they have any.
+    """Start the recipe's trackers, which write their files, if any, to `folder/logs`.
 
-    On resuming, TensorBoard drops what came after the checkpoint and goes on in the same chart;
-    the others begin a new run under the same name.
+    When a run is resumed, TensorBoard discards what came after the checkpoint and continues the
+    same chart; other trackers begin a new run under the same name.
+
+    Args:
+        accelerator: The accelerator of this process.
+        recipe: Recipe of the run.
+        folder: Folder of the run.
+        first_epoch: First epoch to train; 0 for a new run.
     """
     if recipe.training.trackers:
         accelerator.init_trackers(
@@ -50,7 +53,7 @@ def start_trackers(
 
 
 def log_metrics(accelerator: Accelerator, metrics: Mapping[str, Any]) -> None:
-    """Send the finite numbers of an epoch to the trackers."""
+    """Send the finite numbers among an epoch's metrics to the trackers."""
     numbers = {
         key: value
         for key, value in metrics.items()

@@ -136,7 +136,7 @@ def test_a_dry_run_of_an_unfinished_run_leaves_it_byte_for_byte(tool, recipe, tm
     before = files_of(run)
     ended = tool(recipe, "--output", run, "--dry-run")
     assert (ended.status, ended.stderr) == (0, "")
-    assert f"\n  start      goes on from {run}/checkpoints/epoch-0002\n" in ended.stdout
+    assert f"\n  start      continues from {run}/checkpoints/epoch-0002\n" in ended.stdout
     assert f"\nresumed {run} after 2 of 4 epochs\n" in ended.stdout
     assert "epoch 3/4" not in ended.stdout
     assert files_of(run) == before
@@ -218,7 +218,7 @@ def without_free_space(printed: str) -> str:
         ),
         (
             ["optimizer={name: adahessian, lr: 0.1}"],
-            ["optimizer.name (=adahessian) can't take a step by gradients alone: "],
+            ["optimizer.name (=adahessian) can't make a step from gradients only: "],
         ),
         (
             ["pruning.include=[stage*]"],

@@ -18,6 +18,7 @@ from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.training.train import train
+from starfire_prune.utils.console import log_to_console
 from tests.support.paths import ROOT
 from tests.support.processes import exported, launch, output_of
 from tests.support.runs import metrics_of, new_process, train_on
@@ -89,6 +90,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan_of(recipe: Recipe, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What a dry run prints."""
+    log_to_console()
     new_process()
     train(recipe, folder, dry_run=True)
     new_process()
@@ -110,7 +112,7 @@ def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     classes = recipe.model.num_classes
     assert recipe.pruning != "none"
     assert f"  model      {recipe.model.name}, {parameters} parameters, {classes} classes\n" in plan
-    assert f": {images} images to train on, " in plan
+    assert f": {images} images for training, " in plan
     assert f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era)}: {updates}\n" in plan
     layers = plan.partition("\n\nlayer ")[2].splitlines()
     assert sum(" ck " in line for line in layers) == (20 if "18" in recipe.model.name else 53)

@@ -71,7 +71,7 @@ def test_the_kept_checkpoint_stays_beside_the_last_two(dense):
 def test_a_forked_run_trains_from_the_forked_epoch_on_and_says_so(dense, runs, tmp_path, capsys):
     train_fork(small_recipe(tmp_path), tmp_path / "forked", dense)
     shown = capsys.readouterr().out
-    assert f"goes on from {checkpoints_of(dense) / 'epoch-0001'}" in shown
+    assert f"continues from {checkpoints_of(dense) / 'epoch-0001'}" in shown
     assert f"forked {dense} for {tmp_path / 'forked'} after 1 of 4 epochs" in shown
     environment = json.loads((tmp_path / "forked" / "environment.json").read_text())
     source = json.loads((dense / "environment.json").read_text())

@@ -49,7 +49,9 @@ def test_the_plan_says_what_an_update_averages(runs, tmp_path):
     assert run.pruner is not None
     pruned = sum(layer_weight(layer.module).nbytes for layer in run.pruner.layers.values())
     kept = whole - 0.6 * pruned
-    expected = f"{whole / 1e6:.1f} MB averaged an update, about {kept / 1e6:.1f} MB from epoch 3 on"
+    expected = (
+        f"{whole / 1e6:.1f} MB averaged per update, about {kept / 1e6:.1f} MB from epoch 3 on"
+    )
     assert on_two(run) == [("gradients", expected)]
 
 
@@ -113,6 +115,6 @@ def test_two_processes_end_with_the_weights_of_whole_gradients(tmp_path):
         main, other = launch_two("recipes/quickstart.yaml", *given, "--output", tmp_path / key)
         text = output_of(main)
         output_of(other)
-        assert ("averaged an update" in text) == (key == "true")
+        assert ("averaged per update" in text) == (key == "true")
     whole, kept = (exported(tmp_path / key) for key in ("false", "true"))
     assert equal_states(whole, kept)

@@ -27,14 +27,14 @@ from tests.support.runs import files_of, make_photographs, new_process, small_re
 SMALL_PLAN = """\
 plan of {folder}
   model      resnet18, 25,354 parameters, 10 classes
-  data       digits: 56 images to train on, 24 to evaluate on, 16x16
-  batch      16 images an update: batch_size 16 x processes 1 x gradient_accumulation 1; 4 updates \
-an epoch, 4 epochs
+  data       digits: 56 images for training, 24 for evaluation, 16x16
+  batch      16 images per update: batch_size 16 x processes 1 x gradient_accumulation 1; 4 \
+updates per epoch, 4 epochs
   optimizer  sgd, learning rate 0.05 from epoch 0, 0.005 from epoch 2
   start      from random weights, seed 3
   pruning    ck to 60.0%, linear, era [1, 3]: updates 5 to 12 of 16
-  memory     0.0 MB of masks a process
-  disk       about 0.2 MB a checkpoint, the last 2 are kept; 0.1 MB exported; 5.00 GB free
+  memory     0.0 MB of masks per process
+  disk       about 0.2 MB per checkpoint, the last 2 are kept; 0.1 MB exported; 5.00 GB free
 
 layer                  shape      method  target  scopes  of units
 ---------------------  ---------  ------  ------  ------  --------
@@ -119,7 +119,7 @@ def test_a_dry_run_prints_the_plan_alone_and_makes_no_folder(runs, tmp_path, cap
 def test_the_plan_of_dense_training_has_no_layers(runs, tmp_path):
     run = prepared(small_recipe(tmp_path, "pruning=none"), tmp_path / "run")
     assert lines_of(run)["pruning"] == "none: dense training"
-    assert lines_of(run)["memory"] == "0.0 MB of masks a process"
+    assert lines_of(run)["memory"] == "0.0 MB of masks per process"
     assert "layer" not in plan_text(run)
 
 
@@ -127,8 +127,8 @@ def test_the_plan_tells_the_era_in_updates_that_accumulate(runs, tmp_path):
     recipe = small_recipe(tmp_path, "training.gradient_accumulation=3")
     lines = lines_of(prepared(recipe, tmp_path / "run"))
     assert lines["batch"] == (
-        "48 images an update: batch_size 16 x processes 1 x gradient_accumulation 3; 2 updates an "
-        "epoch, 4 epochs"
+        "48 images per update: batch_size 16 x processes 1 x gradient_accumulation 3; 2 updates "
+        "per epoch, 4 epochs"
     )
     assert lines["pruning"] == "ck to 60.0%, linear, era [1, 3]: updates 3 to 6 of 8"
 
@@ -188,14 +188,14 @@ def test_the_plan_of_a_pretrained_start_tells_what_is_new(runs, tmp_path):
 def test_the_plan_of_a_resumed_run_names_its_checkpoint(runs, tmp_path):
     recipe = small_recipe(tmp_path, "model.pretrained=gone.safetensors")
     run = prepared(recipe, tmp_path / "run", fresh=False)
-    assert lines_of(run, Path("epoch-0002"))["start"] == "goes on from epoch-0002"
+    assert lines_of(run, Path("epoch-0002"))["start"] == "continues from epoch-0002"
 
 
 def test_an_average_has_masks_of_its_own(runs, tmp_path):
     plain = prepared(small_recipe(tmp_path, WIDE), tmp_path / "run")
-    assert lines_of(plain)["memory"] == "0.2 MB of masks a process"
+    assert lines_of(plain)["memory"] == "0.2 MB of masks per process"
     averaged = prepared(small_recipe(tmp_path, WIDE, "training.ema={}"), tmp_path / "run")
-    assert lines_of(averaged)["memory"] == "0.4 MB of masks a process"
+    assert lines_of(averaged)["memory"] == "0.4 MB of masks per process"
 
 
 # The size of checkpoints
@@ -232,7 +232,7 @@ def test_a_model_of_another_image_size_is_refused(runs, tmp_path):
     with pytest.raises(RunError) as caught:
         train(recipe, tmp_path / "run")
     assert str(caught.value).startswith(
-        "model vit_tiny_patch16_224 can't take images of data.image_size (=16): Input height (16)"
+        "model vit_tiny_patch16_224 does not accept images of data.image_size (=16): Input height"
     )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -244,7 +244,7 @@ def test_a_model_that_is_no_classifier_is_refused(runs, tmp_path):
     with pytest.raises(RunError) as caught:
         train(small_recipe(tmp_path, f"model={model}", "pruning=none"), tmp_path / "run")
     assert str(caught.value) == (
-        f"model {name} doesn't give 10 numbers an image: it must be a classifier; correct "
+        f"model {name} does not return 10 numbers per image: it must be a classifier; correct "
         f"model.name or model.options"
     )
     assert not (tmp_path / "run").exists()
@@ -293,14 +293,15 @@ def test_batch_norms_that_would_see_a_single_value_are_refused(settings, runs, t
 def test_more_accumulation_than_an_epoch_has_batches_is_refused(runs, tmp_path):
     recipe = small_recipe(tmp_path, "training.gradient_accumulation=5")
     with pytest.raises(
-        RunError, match=r"^training\.gradient_accumulation \(=5\) is more than the 4 batches of an"
+        RunError,
+        match=r"^training\.gradient_accumulation \(=5\) must be at most the 4 batches",
     ):
         train(recipe, tmp_path / "run")
 
 
 def test_an_optimizer_that_needs_second_derivatives_is_refused(runs, tmp_path):
     recipe = small_recipe(tmp_path, "optimizer={name: adahessian, lr: 0.1}")
-    with pytest.raises(RunError, match=r"^optimizer\.name \(=adahessian\) can't take a step by "):
+    with pytest.raises(RunError, match=r"^optimizer\.name \(=adahessian\) can't make a step from "):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from starfire_prune.recipe.sections import Optimizer, Recipe
 from starfire_prune.runs.folder import RunError
-from starfire_prune.training import setup as preparation
 from starfire_prune.training.launch import create_accelerator
 from starfire_prune.training.setup import Run, create_optimizer, prepare_run
 from starfire_prune.training.train import train
@@ -90,16 +89,16 @@ def same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         ),
         (
             "optimizer.name=sdg",
-            "optimizer.name (='sdg') is none of timm's optimizers; nearest: sgd",
+            "optimizer.name (='sdg') is not one of timm's optimizers; nearest: sgd",
         ),
         (
             "optimizer.options={nesterof: true}",
-            "optimizer: sgd refuses its options: SGD.__init__() got an unexpected keyword argument "
+            "optimizer.options don't fit sgd: SGD.__init__() got an unexpected keyword argument "
             "'nesterof'",
         ),
         (
             "optimizer={name: adam, lr: 0.1, options: {betas: [2.0, 0.9]}}",
-            "optimizer: adam refuses its options: Invalid beta parameter at index 0: 2.0",
+            "optimizer.options don't fit adam: Invalid beta parameter at index 0: 2.0",
         ),
         (
             "pruning.exclude=[layer9.*]",
@@ -118,7 +117,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(override, message, refusal):
 
 def test_an_optimizer_without_its_package_is_refused_in_a_sentence(refusal):
     sentence = refusal("optimizer.name=fusedsgd")
-    assert sentence.startswith("optimizer: fusedsgd refuses its options: ")
+    assert sentence.startswith("optimizer.options don't fit fusedsgd: ")
     assert sentence.endswith("required for APEX optimizers")
 
 
@@ -139,7 +138,7 @@ def test_processes_that_would_train_alone_are_refused(refusal, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
     assert refusal() == (
         "MASTER_ADDR (=10.0.0.1) announces several processes, but RANK and WORLD_SIZE are not set, "
-        "so that each would train alone: start CPU processes by torchrun --nproc_per_node N "
+        "so that each would train by itself: start CPU processes by torchrun --nproc_per_node N "
         "tools/train.py …, or unset MASTER_ADDR for a single one"
     )
 
@@ -155,8 +154,8 @@ def test_processes_that_would_train_alone_are_refused(refusal, monkeypatch):
 def test_a_launch_that_shards_weights_is_refused(variable, kind, refusal, monkeypatch):
     monkeypatch.setenv(variable, "true")
     assert refusal() == (
-        f"launched with {kind}, which shards weights or takes over the optimizer, so that masks "
-        f"can't be worked out: launch with plain data parallelism, accelerate launch --multi_gpu"
+        f"launched with {kind}, which shards weights or replaces the optimizer, so that masks "
+        f"can't be computed: launch with plain data parallelism, accelerate launch --multi_gpu"
     )
 
 
@@ -365,4 +364,4 @@ def test_the_threads_of_the_recipe_are_set(runs, tmp_path):
 def test_compiling_makes_room_for_the_graphs_of_a_run(runs, tmp_path):
     with torch._dynamo.config.patch(cache_size_limit=8):
         create_accelerator(small_recipe(tmp_path, "training.compile=true"), tmp_path / "run")
-        assert torch._dynamo.config.cache_size_limit == preparation.COMPILED_GRAPHS
+        assert torch._dynamo.config.cache_size_limit == 16
