@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from starfire_prune.structure import ops
+from starfire_prune.structure.abstract_values import shape_of
 from starfire_prune.structure.graph import Graph, is_known, layer_of, place_of
-from starfire_prune.structure.lattice import shape_of
 from starfire_prune.structure.ops import CONVOLUTIONS, LINEAR
 from starfire_prune.structure.rules import MIXING, RULES
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from starfire_prune.structure.analysis import ChannelAnalysis, over_weight
+from starfire_prune.structure.analysis import ChannelAnalysis, per_weight
 from starfire_prune.structure.channels import LayerChannels
 from starfire_prune.structure.graph import Graph, dense_copy, layer_of
 from starfire_prune.structure.ops import BATCH_NORMS
@@ -138,7 +138,7 @@ def _fold(
 ) -> FoldedLayer | None:
     module: Any = model.get_submodule(layer.name)
     weight: Tensor = module.weight
-    constants = over_weight(layer.inputs.to(weight.device), weight)
+    constants = per_weight(layer.inputs.to(weight.device), weight)
     present = (weight != 0) & weight.isfinite()
     redundant = present & (constants == 0)
     constant = constants.isfinite() & (constants != 0)

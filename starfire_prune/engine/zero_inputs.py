@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from starfire_prune.engine.distributed import broadcast_from_first
 from starfire_prune.engine.settings import Pruning
-from starfire_prune.structure.analysis import ChannelAnalysis, over_weight
+from starfire_prune.structure.analysis import ChannelAnalysis, per_weight
 from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.text import first_line
 
@@ -130,7 +130,7 @@ def _reads(mask: Tensor, zeros: Tensor) -> Tensor:
         mask: Mask of a weight of shape `(K, C / groups, …)`, True = kept.
         zeros: Bool tensor `(C,)`, the input channels that are zero.
     """
-    return over_weight(zeros.to(mask.device), mask) & mask.bool()
+    return per_weight(zeros.to(mask.device), mask) & mask.bool()
 
 
 def reads_any(module: nn.Module, zeros: Tensor | None) -> bool:

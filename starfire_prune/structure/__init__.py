@@ -1,12 +1,12 @@
-"""Constant channels: which channels of a model have the same value whatever its input.
+"""Constant channels: channels of a model that have the same value for every input.
 
-A convolution's output channel whose kernels are all zero is its bias; batch norms, activations and
-pooling carry constants on. What reads a zero constant is useless, and what reads another one can be
-folded into a bias (`starfire_prune.compact.folding`). The analysis runs over the graph of
-`torch.export`, by the rules of `starfire_prune.structure.rules`.
+If all kernels of a convolution's output channel are zero, the channel is its bias everywhere; batch
+norms, activations and pooling map constant channels to constant channels. Weights that read a
+constant zero are redundant; those that read another constant can be folded into a bias
+(`starfire_prune.compact.fold_constants`).
 """
 
-from starfire_prune.structure.analysis import ChannelAnalysis, over_weight
+from starfire_prune.structure.analysis import ChannelAnalysis, per_weight
 from starfire_prune.structure.channels import ConstantChannels, LayerChannels
 
-__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "over_weight"]
+__all__ = ["ChannelAnalysis", "ConstantChannels", "LayerChannels", "per_weight"]

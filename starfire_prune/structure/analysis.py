@@ -1,10 +1,4 @@
-"""Constant channels: which channels of a model have the same value whatever its input.
-
-A convolution's output channel whose kernels are all zero is its bias; batch norms, activations and
-pooling carry constants on. What reads a zero constant is useless, and what reads another one can be
-folded into a bias (`starfire_prune.compact.folding`). The analysis runs over the graph of
-`torch.export`, by the rules of `starfire_prune.structure.rules`.
-"""
+"""The analysis of constant channels: constant propagation over a model's exported graph."""
 
 from __future__ import annotations
 
@@ -16,31 +10,31 @@ import torch
 from torch import Tensor, fx, nn
 
 from starfire_prune.structure import rules
+from starfire_prune.structure.abstract_values import channel_values, shape_of
 from starfire_prune.structure.channels import ConstantChannels, LayerChannels, merged_layer
 from starfire_prune.structure.graph import Graph, exported_graph, layer_of, used_elsewhere
-from starfire_prune.structure.lattice import channel_values, shape_of
 from starfire_prune.structure.ops import CONVOLUTIONS, LINEAR
 from starfire_prune.structure.propagate import propagate, why_varying
 from starfire_prune.utils.modules import clean_name, unwrap
 
-__all__ = ["ChannelAnalysis", "over_weight"]
+__all__ = ["ChannelAnalysis", "per_weight"]
 
 
 class ChannelAnalysis:
-    """Finds the constant channels of a model, as often as its weights change.
+    """Finds the constant channels of a model, again and again while its weights change.
 
-    The model is exported once. A run then carries constants through the graph with the weights as
-    they are: masked where hooks prune them. The model is left as it is, hooks and all.
+    The model is exported once. Each run then propagates constants through the graph with the
+    current weights, masked if hooks prune them. The model and its hooks are not changed.
 
-    What it finds holds for inputs of the example's shape but for the size of the batch, and for the
-    same Python arguments. A copy of an analysis exports again when it is first asked.
+    The result holds for inputs of the example's shape with any batch size, and for the same Python
+    arguments. A copy of an analysis exports the model again on its first run.
 
     Args:
-        model: also wrapped by DDP or `torch.compile`, in any phase of pruning.
-        example_input: a small batch of any size, or the tuple of the model's arguments.
+        model: A model in any phase of pruning, possibly wrapped by DDP or `torch.compile`.
+        example_input: A small batch, or the tuple of the model's arguments.
 
     Raises:
-        torch._dynamo.exc.UserError and others of `torch.export`: if it can't export the model.
+        torch._dynamo.exc.UserError and others of `torch.export`: If it can't export the model.
 
     Example:
         >>> conv = nn.Conv2d(1, 2, 3)
@@ -60,26 +54,26 @@ class ChannelAnalysis:
         self._graph(training=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graphs, which can't be copied."""
+        """The state without the graphs, which can't be copied."""
         return {**vars(self), "_graphs": {}}
 
     @property
     def graph(self) -> Graph:
-        """The model in eval mode."""
+        """The graph of the model in eval mode."""
         return self._graph(training=False)
 
     def run(self) -> ConstantChannels:
-        """The channels that are constant in eval mode, with the model's present weights."""
+        """The channels that are constant in eval mode, with the model's current weights."""
         return _run(self.graph, self._model)
 
     def zero_inputs(self) -> dict[str, Tensor]:
-        """The input channels of each layer that are zero while training and in eval mode alike.
+        """The input channels of each layer that are zero both in training and in eval mode.
 
-        A dead channel may be zero in the one and not in the other, since a batch norm uses the
-        batch's statistics while training: during training only these may be taken as useless. Nor
-        does a zero count that rests on a bias, a batch norm's weight or another trainable vector
-        being zero just now. A layer whose weight something else uses too, or that one of the two
-        modes does without, has none. The first call exports the model once more, in training mode.
+        In training a batch norm uses the batch's statistics, so a channel may be zero in only one
+        of the modes; weights that read it are not redundant during training. A zero that depends on
+        a bias, a batch norm's weight or another trainable vector does not count, since it can
+        change. A layer has no zero inputs if its weight is also used elsewhere, or if one of the
+        modes does not use the layer. The first call also exports the model in training mode.
 
         Returns:
             A bool tensor of shape `(in_channels,)` or `(in_features,)` by the layer's name.
@@ -88,14 +82,14 @@ class ChannelAnalysis:
         modes = [{layer.name: layer for layer in run.layers} for run in runs]
         layers = {name: layer for mode in reversed(modes) for name, layer in mode.items()}
         return {
-            name: torch.stack([_droppable(mode.get(name), layer) for mode in modes]).all(0)
+            name: torch.stack([_redundant_inputs(mode.get(name), layer) for mode in modes]).all(0)
             for name, layer in layers.items()
         }
 
     def fully_connected(self) -> frozenset[str]:
-        """The convolutions that stand for linear layers, as timm's VGG has them.
+        """The convolutions that act as linear layers, such as those of timm's VGG.
 
-        That is one whose kernel covers its whole input, and those that read nothing else.
+        A convolution does if its kernel covers its complete input, as do those that follow it.
         """
         found: set[str] = set()
         after: set[fx.Node] = set()
@@ -116,8 +110,8 @@ class ChannelAnalysis:
         return self._graphs[training]
 
 
-def over_weight(channels: Tensor, weight: Tensor) -> Tensor:
-    """What each weight reads of `(C,)` input channels, to broadcast over `(K, C / groups, …)`."""
+def per_weight(channels: Tensor, weight: Tensor) -> Tensor:
+    """Values of `(C,)` input channels, to broadcast over the weight `(K, C / groups, …)`."""
     groups = len(channels) // weight.shape[1]
     rows = channels.view(groups, -1)
     if groups > 1:
@@ -126,15 +120,15 @@ def over_weight(channels: Tensor, weight: Tensor) -> Tensor:
 
 
 def _covers(node: fx.Node, behind: bool) -> bool:
-    """Whether a kernel is as large as its input: of more than one place, or `behind` such a one."""
+    """Whether a kernel is as large as its input, and larger than 1x1 or `behind` such a kernel."""
     _, *kernel = shape_of(node.args[1])  # its input channels first: not those of a grouped one
-    whole = tuple(kernel) == shape_of(node.args[0])[-len(kernel) :]
+    covers = tuple(kernel) == shape_of(node.args[0])[-len(kernel) :]
     larger = behind or math.prod(kernel[1:]) > 1
-    return whole and larger and not rules.is_padded(node)
+    return covers and larger and not rules.is_padded(node)
 
 
-def _droppable(found: LayerChannels | None, layer: LayerChannels) -> Tensor:
-    """The inputs whose weights may go as far as one mode shows, of the layer's number."""
+def _redundant_inputs(found: LayerChannels | None, layer: LayerChannels) -> Tensor:
+    """The inputs whose weights are redundant in one mode, as many as the layer has."""
     if found is None or found.shared is not None:
         return torch.zeros_like(layer.zero_inputs)
     return found.zero_inputs
@@ -156,11 +150,11 @@ def _layer(
 ) -> LayerChannels:
     weight = values[node.args[1]]  # type: ignore[index]
     out_channels = shape_of(node.args[1])[0]
-    template = values[node.args[0]]  # type: ignore[index]
+    value = values[node.args[0]]  # type: ignore[index]
     is_conv = node.target is not LINEAR
     shape = shape_of(node.args[0])
     dim = len(shape) - (weight.ndim - 1 if is_conv else 1)
-    inputs = channel_values(template, dim, shape[dim])
+    inputs = channel_values(value, dim, shape[dim])
     return LayerChannels(
         name=name,
         kind="conv" if is_conv else "linear",

@@ -1,4 +1,4 @@
-"""What the analysis of constant channels finds: the constants around each layer."""
+"""The results of the analysis: the constant channels at the inputs and outputs of each layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from starfire_prune.structure.lattice import VARYING
+from starfire_prune.structure.abstract_values import VARYING
 
 __all__ = ["ConstantChannels", "LayerChannels", "merged_layer"]
 
@@ -17,16 +17,17 @@ class LayerChannels:
     """The constant channels around a convolution or linear layer.
 
     Attributes:
-        name: of the module.
+        name: Name of the module.
         kind: `"conv"` or `"linear"`.
-        inputs: the constant of each input channel or feature, float64 of shape `(C,)`; NaN where
-            it varies, and where calls of the same layer differ.
-        outputs: the same of its output channels, of shape `(K,)`.
-        dead: the output channels whose weights are all zero, bool of shape `(K,)`.
-        padded: whether it pads its input by zeros, which a constant other than zero doesn't pass.
-        shared: where its weight is used by anything else too, so that what the layer reads doesn't
-            tell which of its weights are needed, by what.
-        reason: where its inputs all vary, why; otherwise as `shared`.
+        inputs: The constant of each input channel or feature, float64 of shape `(C,)`; NaN if it
+            varies, or differs between calls of the layer.
+        outputs: The constant of each output channel, float64 of shape `(K,)`; NaN if it varies.
+        dead: Output channels whose weights are all zero, bool of shape `(K,)`.
+        padded: Whether the layer pads its input by zeros, so that an output is not constant at the
+            border if it reads a constant other than zero.
+        shared: What else uses the layer's weight, so that its inputs don't show which weights are
+            redundant; None if nothing does.
+        reason: Why all inputs vary; if they don't, the same as `shared`.
     """
 
     name: str
@@ -56,12 +57,12 @@ class LayerChannels:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConstantChannels:
-    """What an analysis found.
+    """The result of an analysis.
 
     Attributes:
-        layers: a `LayerChannels` for each convolution and linear layer, in the order of use.
-        unknown: the operations that the analysis has no rule for, and where; their outputs count
-            as varying.
+        layers: A `LayerChannels` for each convolution and linear layer, in the order of use.
+        unknown: Operations that the analysis has no rule for, and their places; their outputs
+            count as varying.
     """
 
     layers: tuple[LayerChannels, ...]
@@ -76,7 +77,7 @@ class ConstantChannels:
 
 
 def merged_layer(one: LayerChannels, other: LayerChannels) -> LayerChannels:
-    """Of two calls of a layer, what holds in both."""
+    """The constants that hold in both of two calls of a layer."""
     inputs, outputs = (
         torch.where(a == b, a, VARYING)
         for a, b in ((one.inputs, other.inputs), (one.outputs, other.outputs))

@@ -35,11 +35,11 @@ class Graph:
     """An exported model.
 
     Attributes:
-        nodes: in the order of execution.
-        sources: the parameter or buffer that a placeholder stands for, by the placeholder's name.
-        tied: placeholders that stand for the same memory, by the name of each of them.
-        changed: placeholders of parameters and buffers that a forward pass changes.
-        training: whether it was exported in training mode.
+        nodes: Nodes in the order of execution.
+        sources: Name of the parameter or buffer of a placeholder, by the placeholder's name.
+        tied: Placeholders of the same memory, by the name of each of them.
+        changed: Names of placeholders of parameters and buffers that a forward pass changes.
+        training: Whether the model was exported in training mode.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -49,17 +49,17 @@ class Graph:
     training: bool
 
     def users(self, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """All that reads a placeholder or one tied to it, each with the one that it reads."""
+        """The users of a placeholder and those tied to it, each with the placeholder it reads."""
         for placeholder in self.tied.get(node.name, (node,)):
             for user in placeholder.users:
                 yield user, placeholder
 
 
 def exported_graph(model: nn.Module, example: tuple[Any, ...], training: bool) -> Graph:
-    """Export a copy of a model, with its pruning permanent, in training or in eval mode.
+    """Export a copy of a model, with pruning made permanent, in training or eval mode.
 
     Raises:
-        torch._dynamo.exc.UserError and others of `torch.export`: if it can't export the model.
+        torch._dynamo.exc.UserError and others of `torch.export`: If it can't export the model.
     """
     model = dense_copy(model).train(training)
     with without_autocast():
@@ -83,7 +83,7 @@ def exported_graph(model: nn.Module, example: tuple[Any, ...], training: bool) -
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Autocast around the export would wrap the whole graph in one operation."""
+    """Disable autocast, which would wrap the complete exported graph in one operation."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -105,10 +105,10 @@ def _tied(
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model with its pruning made permanent, whatever hooks it has.
+    """A deep copy of a model with pruning made permanent.
 
     Args:
-        model: also wrapped by DDP or `torch.compile`.
+        model: A model in any phase of pruning, possibly wrapped by DDP or `torch.compile`.
     """
     model = unwrap(model)
     memo: dict[int, Any] = {}
@@ -125,9 +125,9 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def layer_of(graph: Graph, node: fx.Node) -> str | None:
-    """The name of the layer whose own weight a convolution's or linear node reads.
+    """The name of the layer whose weight a convolution or linear node reads.
 
-    It is empty for a model that is itself a layer.
+    It is empty if the model itself is the layer.
     """
     if node.target not in CONVOLUTIONS and node.target is not LINEAR:
         return None
@@ -136,24 +136,24 @@ def layer_of(graph: Graph, node: fx.Node) -> str | None:
 
 
 def used_elsewhere(graph: Graph, node: fx.Node) -> str | None:
-    """What uses the weight of a layer's node for anything but that layer; None if nothing does."""
+    """What else uses the weight of a layer's node; None if nothing does."""
     weight: Any = node.args[1]
     for user, placeholder in graph.users(weight):
         if user.op == "output":
-            return "its weight is an output of the model, too"
+            return "its weight is also an output of the model"
         if placeholder is not weight or not is_weight_of(placeholder, user):
-            return f"its weight is used by {user.target} in {place_of(user)}, too"
+            return f"its weight is also used by {user.target} in {place_of(user)}"
     return None
 
 
 def is_weight_of(placeholder: fx.Node, user: fx.Node) -> bool:
-    """Whether a node is a convolution or linear layer with that weight, and uses it for no more."""
+    """Whether a node is a convolution or linear layer that reads a placeholder as weight only."""
     is_layer = user.target in CONVOLUTIONS or user.target is LINEAR
     return is_layer and [a for a in user.args if a is placeholder] == [user.args[1]]
 
 
 def is_known(node: fx.Node, known: set[fx.Node]) -> bool:
-    """Whether an operation's output is worked out from known tensors alone."""
+    """Whether an operation's output can be computed from known tensors only."""
     inputs = node.all_input_nodes
     if not inputs:
         return node.target in CREATING

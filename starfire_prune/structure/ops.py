@@ -1,4 +1,4 @@
-"""Tables of the aten operators that the analysis of constant channels knows."""
+"""The aten operators of exported graphs, grouped by how constant channels pass through them."""
 
 import operator
 
@@ -38,7 +38,7 @@ CENTERING_NORMS = (
     aten._native_batch_norm_legit.default,
     aten._native_batch_norm_legit.no_stats,
 )
-"""Batch norms by the statistics of the batch."""
+"""Batch norms that use the statistics of the batch."""
 POINTWISE = (
     *(aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default),
     *(aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default),
@@ -68,7 +68,7 @@ CREATING = (
     *(aten.ones.default, aten.zeros.default, aten.full.default, aten.scalar_tensor.default),
     *(aten.arange.default, aten.arange.start, aten.arange.start_step),
 )
-"""Operations that make a known tensor out of nothing."""
+"""Operations that create a known tensor without an input."""
 SPLITTING = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
     *(aten.split.sizes, aten.tensor_split.sections),

@@ -1,4 +1,4 @@
-"""Propagation of constant channels through an exported graph."""
+"""Propagation of abstract values through an exported graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from starfire_prune.methods.base import masked_parameter
 from starfire_prune.structure import rules
+from starfire_prune.structure.abstract_values import VARYING, abstract, varying
 from starfire_prune.structure.graph import Graph, is_known, is_weight_of, place_of, without_autocast
-from starfire_prune.structure.lattice import VARYING, as_template, varying
 from starfire_prune.structure.ops import BATCH_NORMS, CENTERING_NORMS, CONVOLUTIONS, LINEAR
 from starfire_prune.structure.rules import MIXING, RULES
 
@@ -22,9 +22,9 @@ __all__ = ["propagate", "why_varying"]
 @without_autocast()
 @torch.no_grad()
 def propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list[str]]:
-    """The template of each node, parameters as they are, and the operations without a rule."""
+    """The abstract value or known tensor of each node, and the operations without a rule."""
     values: dict[fx.Node, Any] = {}
-    known: set[fx.Node] = set()  # parameters and what is worked out from them alone
+    known: set[fx.Node] = set()  # parameters, and what is computed from known tensors only
     unknown: list[str] = []
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -45,10 +45,10 @@ def propagate(graph: Graph, model: nn.Module) -> tuple[dict[fx.Node, Any], list[
 
 
 def _source(graph: Graph, model: nn.Module, node: fx.Node) -> tuple[Any, bool]:
-    """A parameter or buffer as a forward pass would use it, and whether it is known.
+    """The tensor of a parameter or buffer as a forward pass would use it, and whether it is known.
 
-    Otherwise a template: of the model's input, of what a forward pass changes, and for training of
-    a vector that may leave its zeros.
+    Not known are the model's inputs, what a forward pass changes, and in training vectors whose
+    zeros may change; for these the abstract value is returned.
     """
     if "constant" in node.meta:
         return node.meta["constant"], True
@@ -60,8 +60,8 @@ def _source(graph: Graph, model: nn.Module, node: fx.Node) -> tuple[Any, bool]:
         return masked_parameter(module, name), True
     value: Tensor = getattr(module, name)
     if graph.training and _is_trained_vector(node, value) and not bool(value.all()):
-        template = as_template(value)
-        return template.masked_fill(template == 0, VARYING), False
+        vector = abstract(value)
+        return vector.masked_fill(vector == 0, VARYING), False
     return value, True
 
 
@@ -74,7 +74,7 @@ def _changes(graph: Graph, node: fx.Node) -> bool:
 
 
 def _is_trained_vector(node: fx.Node, value: Tensor) -> bool:
-    """Whether a gradient changes it: a bias, a norm's weight, a scale of each channel, a number."""
+    """Whether training changes a vector, such as a bias, a norm's weight or a single number."""
     trained = isinstance(value, nn.Parameter) and value.requires_grad
     vector = value.numel() == max(value.shape, default=1)
     return trained and vector and not any(is_weight_of(node, user) for user in node.users)
@@ -102,12 +102,12 @@ def _by_rule(
     value = rule(node, *args, **kwargs)
     if isinstance(value, (tuple, list)):
         items = zip(value, _all_varying(node), strict=False)  # norms have three outputs or five
-        return [other if item is None else _settled(item) for item, other in items]
-    return value if value is NotImplemented else _settled(value)
+        return [other if item is None else _overflow_varies(item) for item, other in items]
+    return value if value is NotImplemented else _overflow_varies(value)
 
 
 def _with_infinity(value: Any) -> Any:
-    """Infinity in place of a parameter's NaN, which rules would take for a varying place."""
+    """A parameter with infinity for NaN, which rules would understand as varying."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return (
@@ -116,15 +116,15 @@ def _with_infinity(value: Any) -> Any:
 
 
 def _is_centered(node: fx.Node) -> bool:
-    """Whether batch norms alone read a layer's node, which takes its bias off, whatever it is."""
+    """Whether only batch norms read a layer's node; they subtract its bias, whatever it is."""
     is_layer = node.target in CONVOLUTIONS or node.target is LINEAR
     return is_layer and all(
         user.target in CENTERING_NORMS and user.args[0] is node for user in node.users
     )
 
 
-def _settled(value: Any) -> Any:
-    """Overflown constants count as varying."""
+def _overflow_varies(value: Any) -> Any:
+    """The value with overflowed constants as varying."""
     if not isinstance(value, Tensor):
         return value
     return value.masked_fill(~value.isfinite(), VARYING)
@@ -138,7 +138,7 @@ def _all_varying(node: fx.Node) -> Any:
 
 
 def why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
-    """Why a tensor has no constant channel: the operation that the last one is lost in."""
+    """Why a tensor has no constant channel: the operation after which none is left."""
     node = _origin(node, values)
     if node.op == "placeholder":
         return "it reads the model's input"
@@ -159,7 +159,7 @@ def why_varying(node: Any, values: Mapping[fx.Node, Any]) -> str:
 
 
 def _origin(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
-    """Back over operations of a single varying operand, whose output varies because that does."""
+    """The node before operations that vary only because their single operand varies."""
     while (node.target in RULES and len(node.all_input_nodes) == 1) or node.target in BATCH_NORMS:
         operand = node.all_input_nodes[0]
         value = values[operand]

@@ -1,8 +1,8 @@
-"""How constant channels pass through each operation of an exported graph.
+"""The rules by which constant channels pass through each operation of an exported graph.
 
-A rule takes a node of the graph and the node's arguments with templates
-(`starfire_prune.templates`) in the tensors' places, and gives the template of the output. What has
-no rule in `RULES` is not guessed at: the analysis takes its output as varying.
+A rule is a function of a node and the node's arguments, in which tensors are replaced by abstract
+values (`abstract_values.py`). It returns the abstract value of the output. The output of an
+operation without a rule in `RULES` counts as varying.
 """
 
 import math
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from starfire_prune.structure.lattice import (
+from starfire_prune.structure.abstract_values import (
     VARYING,
-    as_template,
+    abstract,
     channel_values,
-    reduced,
+    merged_places,
     shape_of,
     varying,
-    windowed,
+    without_repeats,
 )
 from starfire_prune.structure.ops import (
     BATCH_NORMS,
@@ -54,21 +54,21 @@ def is_padded(node: fx.Node) -> bool:
 
 
 def bias_of(node: fx.Node) -> Any:
-    """The bias argument of a convolution's or linear node."""
+    """The bias argument of a convolution or linear node."""
     return _argument(node, 2, "bias", None)
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether an operation gives the same for the same tensors, and changes nothing."""
+    """Whether an operation always has the same output for the same tensors, and changes none."""
     operation: Any = node.target
     if not isinstance(operation, torch._ops.OpOverload):
-        return operation is ITEM  # others hold graphs of their own
+        return operation is ITEM  # other operations contain graphs
     random = torch.Tag.nondeterministic_seeded in operation.tags
     return not random and not operation._schema.is_mutable
 
 
 def is_statistic(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a batch norm's node reads a buffer as its running mean or variance alone."""
+    """Whether a batch norm's node uses a buffer only as its running mean or variance."""
     if node.target not in (*BATCH_NORMS, *CENTERING_NORMS):
         return False
     return source in node.args[3:5] and source not in node.args[:3]
@@ -88,7 +88,7 @@ def _keep(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _cast(node: fx.Node, x: Tensor, *, dtype: Any = None, **_: Any) -> Tensor:
-    """To numbers of another precision; to integers and booleans it isn't followed."""
+    """Constants are converted to another precision; integers and booleans count as varying."""
     if dtype is None:
         return x
     if not dtype.is_floating_point:
@@ -102,20 +102,20 @@ def _pointwise(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _binary(node: fx.Node, one: Any, other: Any, **kwargs: Any) -> Any:
-    """Of two constants a constant: NaN, varying, spreads by itself."""
-    return node.target(as_template(one), as_template(other), **kwargs)  # type: ignore[operator]
+    """Two constants give a constant; NaN, for varying, propagates by itself."""
+    return node.target(abstract(one), abstract(other), **kwargs)  # type: ignore[operator]
 
 
 def _multiply(node: fx.Node, one: Any, other: Any) -> Any:
-    """Zero times anything is zero, as in a gate; but for a parameter that is not finite."""
-    one, other = (torch.as_tensor(as_template(x), dtype=torch.float64) for x in (one, other))
+    """Zero times anything is zero, as in a gate, except for an infinite parameter."""
+    one, other = (torch.as_tensor(abstract(x), dtype=torch.float64) for x in (one, other))
     infinite = one.isinf() | other.isinf()
     return (one * other).masked_fill(((one == 0) | (other == 0)) & ~infinite, 0.0)
 
 
 def _dropout(node: fx.Node, x: Tensor, p: float, train: bool = True) -> Tensor:
-    """While training, zeros alone stay what they are."""
-    x = as_template(x)
+    """In training only zeros are still constant."""
+    x = abstract(x)
     return x.masked_fill(x != 0, VARYING) if train else x
 
 
@@ -133,11 +133,11 @@ def _random(node: fx.Node, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> Tensor:
-    """The constants `(K,)` that `(C,)` input channels give through a weight `(K, C / groups, n)`.
+    """The constants `(K,)` of outputs, given `(C,)` inputs and the `(K, C / groups, n)` weight.
 
-    An output channel is constant where none of its non-zero kernels reads a channel that varies,
-    or, under padding by zeros, a constant other than zero: its border would differ. Where a weight
-    varies or is not finite it varies.
+    An output channel is constant if none of its non-zero kernels reads a varying channel, or, with
+    padding by zeros, a constant other than zero, since its border would differ. It varies if a
+    weight varies or is not finite.
     """
     rows = x.view(groups, -1)
     folded = rows.isfinite() & (rows != 0)
@@ -147,16 +147,16 @@ def _affine(x: Tensor, weight: Tensor, bias: Any, groups: int, padded: bool) -> 
     value = torch.zeros(reads.shape[:2], dtype=torch.float64)
     if folded.any():
         columns = folded.any(0)
-        sums = as_template(kernels[:, :, columns]).sum(-1)
+        sums = abstract(kernels[:, :, columns]).sum(-1)
         value = (sums @ rows.nan_to_num(nan=0.0)[:, columns, None])[..., 0]
     varies = (reads & blocked[:, None]).any(2).flatten()
     varies |= ~weight.flatten(1).sum(1).isfinite().cpu()
-    value = value.flatten() if bias is None else value.flatten() + as_template(bias)
+    value = value.flatten() if bias is None else value.flatten() + abstract(bias)
     return value.masked_fill(varies, VARYING)
 
 
-def _is_whole(node: fx.Node, weight: Tensor) -> bool:
-    """Whether a weight is all there: not the template of one computed from the model's input."""
+def _is_complete(node: fx.Node, weight: Tensor) -> bool:
+    """Whether a weight is known, not an abstract value that depends on the model's input."""
     return weight.shape == shape_of(node.args[1])
 
 
@@ -164,7 +164,7 @@ def _convolution(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *_:
     groups = _argument(node, 6, "groups", 1)
     spatial = weight.ndim - 2
     dim = x.ndim - spatial - 1
-    if not _is_whole(node, weight):
+    if not _is_complete(node, weight):
         return varying(x.ndim)
     channels = channel_values(x, dim, groups * weight.shape[1])
     value = _affine(channels, weight.flatten(2), bias, groups, is_padded(node))
@@ -172,7 +172,7 @@ def _convolution(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None, *_:
 
 
 def _linear(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
-    if not _is_whole(node, weight):
+    if not _is_complete(node, weight):
         return varying(x.ndim)
     channels = channel_values(x, -1, weight.shape[1])
     value = _affine(channels, weight[..., None], bias, 1, padded=False)
@@ -181,9 +181,9 @@ def _linear(node: fx.Node, x: Tensor, weight: Tensor, bias: Any = None) -> Tenso
 
 def _scaled(x: Tensor, weight: Any, bias: Any) -> Tensor:
     if weight is not None:
-        weight = as_template(weight).view(-1, *[1] * (x.ndim - 2))
+        weight = abstract(weight).view(-1, *[1] * (x.ndim - 2))
         x = (x * weight).masked_fill(weight == 0, 0.0)
-    return x if bias is None else x + as_template(bias).view(-1, *[1] * (x.ndim - 2))
+    return x if bias is None else x + abstract(bias).view(-1, *[1] * (x.ndim - 2))
 
 
 def _batch_norm(
@@ -196,30 +196,30 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Any, ...]:
-    """By running statistics: a pointwise operation. A weight of zero leaves the bias."""
-    mean, variance = (as_template(t).view(-1, *[1] * (x.ndim - 2)) for t in (mean, variance))
+    """With running statistics it is a pointwise operation; a weight of zero gives the bias."""
+    mean, variance = (abstract(t).view(-1, *[1] * (x.ndim - 2)) for t in (mean, variance))
     return _scaled((x - mean) / (variance + eps).sqrt(), weight, bias), None, None
 
 
 def _batch_norm_on_batch(node: fx.Node, x: Tensor, weight: Any, bias: Any, *_: Any) -> Any:
-    """By the batch's statistics: a constant channel leaves the bias, and so does a weight of zero.
+    """With the batch's statistics a constant channel gives the bias, and so does a weight of zero.
 
-    For training, a weight that may leave zero is not given as one, but as varying.
+    A zero weight that training can change is passed as varying.
     """
     shape = (1, -1, *[1] * (x.ndim - 2))
     channels = channel_values(x, 1, shape_of(node.args[0])[1])
     centered = channels.masked_fill(~channels.isnan(), 0.0)
     if weight is not None:
-        weight = as_template(weight)
+        weight = abstract(weight)
         centered = centered.masked_fill(weight == 0, 0.0).masked_fill(weight.isinf(), VARYING)
     centered = centered.view(shape)
     if bias is not None:
-        centered = centered + as_template(bias).view(shape)
+        centered = centered + abstract(bias).view(shape)
     return centered, *[None] * 4
 
 
 def _normalized(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A norm over channels: all of them vary if one does."""
+    """A norm over channels: all channels vary if one does."""
     return varying(x.ndim), None, None
 
 
@@ -233,12 +233,12 @@ def _normalized_single(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> T
 
 
 def _pooling(spatial: int) -> Rule:
-    """Pooling whose windows hold nothing but the input: max pools pad by minus infinity."""
-    return lambda node, x, *args, **kwargs: windowed(x, spatial)
+    """Pooling without padding by zeros: max pools pad by minus infinity."""
+    return lambda node, x, *args, **kwargs: merged_places(x, spatial)
 
 
 def _pooling_with_indices(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    return windowed(x, 2), None
+    return merged_places(x, 2), None
 
 
 def _average_pooling(spatial: int) -> Rule:
@@ -247,7 +247,7 @@ def _average_pooling(spatial: int) -> Rule:
         padded = any(padding) if isinstance(padding, Sequence) else bool(padding)
         counted = padded and _argument(node, 5, "count_include_pad", True)
         divided = _argument(node, 6, "divisor_override", None) is not None
-        x = windowed(x, spatial)
+        x = merged_places(x, spatial)
         return x.masked_fill(x != 0, VARYING) if counted or divided else x
 
     return rule
@@ -260,7 +260,7 @@ def _padded(
         return x
     if len(pad) // 2 > x.ndim - 2:
         return NotImplemented
-    x = windowed(x, len(pad) // 2)
+    x = merged_places(x, len(pad) // 2)
     return x.masked_fill(x != float(value or 0.0), VARYING) if mode == "constant" else x
 
 
@@ -269,9 +269,10 @@ def _constant_padded(node: fx.Node, x: Tensor, pad: Sequence[int], value: float 
 
 
 def _reduction(node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False, **_: Any) -> Any:
-    """A mean, sum or maximum over dimensions: exact on the template, of full size along them.
+    """A mean, sum or maximum over dimensions, along which the abstract value is expanded.
 
-    But a sum over places or the batch, along which a template has size 1, depends on their number.
+    A sum over places or the batch, along which an abstract value has size 1, depends on their
+    number, so it varies unless it is zero.
     """
     shape = shape_of(node.args[0])
     dims = range(x.ndim) if dims is None or dims == [] else [dim % x.ndim for dim in dims]
@@ -287,7 +288,7 @@ def _reduction(node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False
 
 
 def _reshaped(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return reduced(x.expand(shape_of(node.args[0])).reshape(shape_of(node)))
+    return without_repeats(x.expand(shape_of(node.args[0])).reshape(shape_of(node)))
 
 
 def _permuted(node: fx.Node, x: Tensor, *args: Any) -> Tensor:
@@ -318,12 +319,12 @@ def _split(node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _concatenated(node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> Tensor:
     sizes = [shape_of(tensor)[dim] for tensor in node.args[0]]  # type: ignore[union-attr]
     dim %= len(shape_of(node))
-    templates = [as_template(tensor) for tensor in tensors]
-    common = [max(sizes) for sizes in zip(*(t.shape for t in templates), strict=True)]
+    values = [abstract(tensor) for tensor in tensors]
+    common = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
     return torch.cat(
         [
-            t.expand(*common[:dim], size, *common[dim + 1 :])
-            for t, size in zip(templates, sizes, strict=True)
+            value.expand(*common[:dim], size, *common[dim + 1 :])
+            for value, size in zip(values, sizes, strict=True)
         ],
         dim,
     )
@@ -339,7 +340,7 @@ MIXING = {
     aten.native_layer_norm.default: _normalized,
     aten.native_group_norm.default: _normalized,
 }
-"""Norms over channels, known to mix them."""
+"""Norms over channels, which mix them."""
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(KEEPING, _keep),
