@@ -19,12 +19,14 @@ __all__ = [
     "Failed",
     "add_overrides",
     "name_argument",
+    "parse",
     "path_argument",
     "run_command",
 ]
 
 USAGE_ERROR = 2  # as argparse has it
 INTERRUPTED = 128 + signal.SIGINT
+BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows lacks
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    arguments = parser.parse_args(words)
+    arguments = parse(parser, words)
     log_to_console()
     try:
         command.run(arguments)
@@ -78,7 +80,7 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
         failure = error
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return 128 + signal.SIGPIPE
+            return BROKEN_PIPE
         message = _message(error)
         if message is None:
             raise
@@ -87,6 +89,16 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
         return 0
     print(f"{prog}: {failure}", file=sys.stderr)
     return failure.status
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; help that nobody reads ends quietly, which Python 3.10 doesn't do."""
+    try:
+        return parser.parse_args(words)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        sys.exit(BROKEN_PIPE)
 
 
 def _nobody_reads() -> bool:

@@ -9,7 +9,7 @@ from typing import Final
 
 import starfire_prune
 from starfire_prune.cli import evaluate, export, recipes, report, sweep, train
-from starfire_prune.cli.common import USAGE_ERROR, Command, run_command
+from starfire_prune.cli.common import USAGE_ERROR, Command, parse, run_command
 from starfire_prune.utils.text import did_you_mean
 
 __all__ = ["COMMANDS", "main"]
@@ -38,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE_ERROR
     if words[0].startswith("-"):
-        parser.parse_args(words)
+        parse(parser, words)
         text = "name a command before its options, such as train"
     else:
         names = ", ".join(COMMANDS)
