@@ -126,7 +126,7 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
 
     Returns:
         Lines: the title, the header, the runs, and the errors of folders. `-` stands for a
-        number that a run does not have yet; the paper's numbers stand beside the columns for which
+        number that a run does not have yet; the paper's numbers are beside the columns for which
         it has some.
 
     Example:
@@ -154,7 +154,7 @@ def format_results(table: Table, results: Sequence[RunResult]) -> str:
 
 
 def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]]:
-    """The keys in which a folder's recipe differs, with both values; also where the data lie.
+    """The keys in which a folder's recipe differs, with both values; `data.root` counts.
 
     A `data` key counts as equal where the new value has a variable that is not set.
     """

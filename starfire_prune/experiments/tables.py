@@ -26,7 +26,7 @@ from starfire_prune.utils.text import did_you_mean, first_few
 __all__ = ["Run", "Table", "TableError", "load_table", "table_schema", "write_table_schema"]
 
 
-_WORD: Final = re.compile(r"[A-Za-z][\w./-]*")  # what may stand in YAML without quotes
+_WORD: Final = re.compile(r"[A-Za-z][\w./-]*")  # written in YAML without quotes
 
 
 class TableError(RecipeError):
@@ -82,7 +82,7 @@ def load_table(
 ) -> Table:
     """Read a table and resolve the recipes of its runs.
 
-    The table is checked first, then the recipes of its runs, then what they come to.
+    The table is checked first, then the recipes of its runs, then these runs.
 
     Args:
         path: Path of the YAML file.
@@ -169,7 +169,7 @@ def _named(at: KeyPath, tree: Mapping[str, Any]) -> KeyPath:
 
 
 def _numbers_without_epoch(path: Path, settings: TableSettings, runs: Iterable[Run]) -> list[str]:
-    """A line for each number of the paper that the runs as they stand can't be compared with."""
+    """A line for each number of the paper that is read after the end of its run."""
     epochs = {column.name: column.epoch for column in settings.columns}
     return [
         problem_line(
@@ -218,7 +218,7 @@ def _own_runs(
 
 
 def _located(line: str, path: Path, overrides: Sequence[str]) -> str:
-    """An error of a recipe: `--set` stands for the table's file where the table sets the key."""
+    """An error of a recipe, with the table's path for `--set` if the table sets the key."""
     source, _, rest = line.partition(": ")
     at, _, text = rest.partition(": ")
     keys = [override.partition("=")[0].strip() for override in overrides]

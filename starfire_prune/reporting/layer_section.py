@@ -28,7 +28,7 @@ def layers_section(variants: Sequence[Variant], layer: str | None = None) -> Sec
     pictures: list[Picture] = []
     for variant in variants:
         run = next((run for run in variant.runs if run.sparsity is not None), None)
-        if variant.method != "dense" and run is not None and run.sparsity is not None:
+        if not variant.is_dense and run is not None and run.sparsity is not None:
             pictures.append(_layers(variant, run, run.sparsity))
             pictures.append(_masks(variant, run, run.sparsity, layer))
     if not pictures:

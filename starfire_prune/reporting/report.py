@@ -105,7 +105,7 @@ def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list
 
     def place(variant: Variant) -> tuple[float, bool]:
         indices = (places.get(run.folder.resolve(), math.inf) for run in variant.runs)
-        return min(indices), variant.method != "dense"
+        return min(indices), not variant.is_dense
 
     return sorted(variants, key=place)
 
@@ -114,7 +114,7 @@ def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
     """Raise ReportError if a run whose masks are shown does not prune the layer asked for."""
     for variant in variants:
         for run in variant.runs:
-            if layer is None or run.sparsity is None or variant.method == "dense":
+            if layer is None or run.sparsity is None or variant.is_dense:
                 continue
             try:
                 chosen_layer(run.sparsity, layer)
@@ -152,13 +152,11 @@ def _summary(variants: Sequence[Variant]) -> Iterator[str]:
     count = sum(len(variant.runs) for variant in variants)
     kinds = f" of {len(variants)} variants" if len(variants) > 1 else ""
     yield f"{count} run{'s' * (count > 1)}{kinds}: {settings_text(variants)}."
-    dense = [variant for variant in variants if variant.method == "dense"]
+    dense = [variant for variant in variants if variant.is_dense]
     if len(dense) == 1:
         yield f"Dense training ends at {_top1(dense[0])} % top-1."
     pruned = [
-        variant
-        for variant in variants
-        if variant.method != "dense" and mean_top1(variant) is not None
+        variant for variant in variants if not variant.is_dense and mean_top1(variant) is not None
     ]
     if pruned:
         yield from _best_and_worst(pruned, variants)

@@ -121,6 +121,11 @@ class Variant:
         return "dense" if self.recipe.pruning == "none" else self.recipe.pruning.method
 
     @property
+    def is_dense(self) -> bool:
+        """Whether its runs don't prune."""
+        return self.method == "dense"
+
+    @property
     def counted(self) -> tuple[ReportedRun, ...]:
         """The runs that count in means: the finished ones, or all if none is finished."""
         return tuple(run for run in self.runs if run.finished) or self.runs

@@ -92,7 +92,7 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
         )
         for part_name, suffix, part in _parts(variants)
     ]
-    pruned = [variant for variant in variants if variant.method != "dense"]
+    pruned = [variant for variant in variants if not variant.is_dense]
     if pruned:
         pictures.append(_asked_and_reached(pruned, lines))
     return Section("Sparsity", pictures=tuple(pictures))
@@ -185,11 +185,9 @@ def _parts(variants: Sequence[Variant]) -> Iterator[tuple[str, str, list[Variant
     if len(variants) <= MOST_CURVES:
         yield "", "", list(variants)
         return
-    dense = [variant for variant in variants if variant.method == "dense"][: MOST_CURVES // 2]
+    dense = [variant for variant in variants if variant.is_dense][: MOST_CURVES // 2]
     room = MOST_CURVES - len(dense)
-    for method in dict.fromkeys(
-        variant.method for variant in variants if variant.method != "dense"
-    ):
+    for method in dict.fromkeys(variant.method for variant in variants if not variant.is_dense):
         members = [variant for variant in variants if variant.method == method]
         count = math.ceil(len(members) / room)
         size = math.ceil(len(members) / count)

@@ -113,7 +113,7 @@ def above_dense(variant: Variant, variants: Sequence[Variant]) -> float | None:
     key = settings_key(variant.recipe, pruning=False)
     mean = mean_top1(variant)
     for other in variants:
-        is_dense = other.method == "dense" and settings_key(other.recipe, pruning=False) == key
+        is_dense = other.is_dense and settings_key(other.recipe, pruning=False) == key
         if is_dense and other is not variant and mean is not None:
             dense = mean_top1(other)
             return None if dense is None else mean - dense
