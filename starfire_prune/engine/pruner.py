@@ -16,7 +16,7 @@ from starfire_prune.engine.distributed import (
     keep_buffers_from_ddp,
     refuse_sharded,
 )
-from starfire_prune.engine.era import update_masks
+from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
 from starfire_prune.engine.selection import PrunedLayer, select_layers
@@ -98,11 +98,9 @@ class Pruner:
         self._optimizer = optimizer
         self._mirrors: list[dict[str, nn.Module]] = []
         self._fixed: FixedMasks | None = None
-        self._applied: dict[str, float] = {}
-        # All that a checkpoint has to hold but the masks, which the layers have
-        self._state = PrunerState(
-            self.pruning.model_dump(mode="json"), updates_per_epoch, applied=self._applied
-        )
+        self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
+        # What a checkpoint holds, except the masks and what the era has applied
+        self._state = PrunerState(self.pruning.model_dump(mode="json"), updates_per_epoch)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
 
     def __repr__(self) -> str:
@@ -275,8 +273,9 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the model, as plain numbers, strings and bool tensors."""
         masks = {name: mask.clone() for name, mask in self.masks().items()}
-        state = dataclasses.replace(self._state, masks=masks, applied=dict(self._applied))
-        return state.to_dict()
+        return dataclasses.replace(
+            self._state, masks=masks, applied=dict(self._era.applied)
+        ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict()`; then load the model's own state dict.
@@ -290,8 +289,8 @@ class Pruner:
         loaded = PrunerState.from_dict(state)
         loaded.check_fits(self.pruning, self.updates_per_epoch, shapes)
         self._remove_hooks()
-        self._applied = dict(loaded.applied)
-        self._state = dataclasses.replace(loaded, masks={}, applied=self._applied)
+        self._era.applied = dict(loaded.applied)
+        self._state = dataclasses.replace(loaded, masks={}, applied={})
         if self.phase == "dense":
             return
         masks = {
@@ -323,13 +322,7 @@ class Pruner:
     def _update_masks(self, progress: float) -> None:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
         self._count(phase="era")
-        changed = update_masks(
-            self.layers.values(),
-            progress,
-            self._applied,
-            resolution=self.pruning.resolution,
-            zero_inputs=self._zero_inputs,
-        )
+        changed = self._era.update_masks(progress)
         self._sync_mirrors(self._mirrors, changed)
 
     def _freeze(self) -> None:

@@ -76,7 +76,9 @@ class WindowStructured(MaskMethod):
         return ck.for_layer(name, module)
 
     def at(self, progress: float, schedule: Schedule) -> MaskMethod:
-        return _with_target_only(super().at(progress, schedule), progress)
+        max_nonzero = self.max_nonzero if progress == 1.0 else None
+        amount = self.amount_at(progress, schedule)
+        return dataclasses.replace(self, amount=amount, max_nonzero=max_nonzero)
 
     @classmethod
     def option_problems(cls, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -127,7 +129,9 @@ class CKStructured(MaskMethod):
         return dataclasses.replace(self, **_of_convolution(self.scope, module))
 
     def at(self, progress: float, schedule: Schedule) -> MaskMethod:
-        return _with_target_only(super().at(progress, schedule), progress)
+        max_nonzero = self.max_nonzero if progress == 1.0 else None
+        amount = self.amount_at(progress, schedule)
+        return dataclasses.replace(self, amount=amount, max_nonzero=max_nonzero)
 
 
 @register_method("intra")
@@ -248,11 +252,6 @@ def _of_convolution(scope: Scope, module: nn.Module) -> dict[str, Any]:
         "groups": _groups(module),
         "scope": "layer" if is_depthwise(module) else scope,
     }
-
-
-def _with_target_only(method: MaskMethod, progress: float) -> MaskMethod:
-    """The method without `max_nonzero` until the era's last update."""
-    return method if progress == 1.0 else dataclasses.replace(method, max_nonzero=None)  # type: ignore[call-arg]
 
 
 def window_structured(
