@@ -62,7 +62,7 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
     try:
         load_kernels()
     except BuildError as error:
-        warnings.warn(f"the model stays dense: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"the model runs on torch, as dense: {error}", RuntimeWarning, stacklevel=2)
         return CompiledModel(graph, example, str(error))
     return CompiledModel(_with_segments(graph), example)
 

@@ -268,11 +268,13 @@ def pruned() -> nn.Module:
     return model
 
 
-def test_without_a_compiler_the_model_stays_dense(monkeypatch, pruned):
+def test_without_a_compiler_the_model_runs_on_torch(monkeypatch, pruned):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(ops, "_are_registered", lambda: False)
     ops.load_kernels.cache_clear()
-    with pytest.warns(RuntimeWarning, match="the model stays dense: there is no C.. compiler") as w:
+    with pytest.warns(
+        RuntimeWarning, match="the model runs on torch, as dense: there is no C.. compiler"
+    ) as w:
         compiled = sparse.compile(pruned, images())
     assert len(w) == 1
     assert w[0].filename == __file__
