@@ -6,6 +6,7 @@ from starfire_prune.engine.sparsity import format_table, measure_sparsity
 from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
 from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
 from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask, fc_structure_mask
+from starfire_prune.methods.base import MaskMethod
 from starfire_prune.methods.baselines import (
     FilterStructured,
     MagnitudeUnstructured,
@@ -31,6 +32,8 @@ from starfire_prune.methods.linear import (
     fc_fine,
     fc_structured,
 )
+from starfire_prune.methods.registry import register_method
+from starfire_prune.methods.schedules import register_schedule
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.serialization.pruned import (
@@ -50,6 +53,7 @@ __all__ = [
     "FilterStructured",
     "IntraStructured",
     "MagnitudeUnstructured",
+    "MaskMethod",
     "MaskedAllreduceState",
     "Pruner",
     "RandomUnstructured",
@@ -81,6 +85,8 @@ __all__ = [
     "measure_sparsity",
     "random_mask",
     "random_unstructured",
+    "register_method",
+    "register_schedule",
     "save_pruned",
     "window_mask",
     "window_structured",
