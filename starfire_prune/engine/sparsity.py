@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from starfire_prune.utils.modules import layer_weight, prunable_layers
+from starfire_prune.utils.modules import effective_weight, prunable_layers
 from starfire_prune.utils.text import format_columns
 
-__all__ = ["LayerSparsity", "Sparsity", "effective_weight", "format_table", "measure_sparsity"]
+__all__ = ["LayerSparsity", "Sparsity", "format_table", "measure_sparsity"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +112,6 @@ def measure_sparsity(
 
 
 @torch.no_grad()
-def effective_weight(module: nn.Module) -> Tensor:
-    """The weight that a forward pass uses: masked, and never stale."""
-    mask = module._buffers.get("weight_mask")
-    if mask is not None:
-        return layer_weight(module).detach() * mask
-    return cast(Tensor, module.weight).detach()  # a parameter, or computed as by weight_norm
-
-
 def format_table(sparsity: Sparsity) -> str:
     """The table of layers: kind, shape, zeros, pruned kernels, dead channels; totals at the end."""
     header = ("layer", "kind", "shape", "zeros", "sparsity", "pruned kernels", "dead outputs")

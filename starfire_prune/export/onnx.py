@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from starfire_prune.engine.sparsity import effective_weight
 from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, strip_debug_data
 from starfire_prune.structure.graph import dense_copy, without_autocast
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
-from starfire_prune.utils.modules import prunable_layers, weight_key
+from starfire_prune.utils.modules import effective_weight, prunable_layers, weight_key
 from starfire_prune.utils.optional import import_optional
 from starfire_prune.utils.outputs import compare_outputs
 

@@ -25,6 +25,7 @@ from torch.nn.utils import prune
 
 from starfire_prune.masks.counts import Units, weight_units
 from starfire_prune.methods.schedules import Schedule
+from starfire_prune.utils.modules import effective_weight
 
 __all__ = [
     "CONVOLUTIONS",
@@ -297,10 +298,9 @@ def find_hook(module: nn.Module, name: str) -> tuple[int, prune.BasePruningMetho
 
 
 def masked_parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter as a forward pass uses it: masked if a hook prunes it, and never stale."""
-    parameter = _parameter(module, name).detach()
-    mask = module._buffers.get(f"{name}_mask")
-    return parameter if mask is None else parameter * mask
+    """A parameter as a forward pass uses it, if the methods can prune it."""
+    _parameter(module, name)
+    return effective_weight(module, name)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

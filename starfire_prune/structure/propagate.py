@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from starfire_prune.methods.base import masked_parameter
 from starfire_prune.structure import rules
 from starfire_prune.structure.abstract_values import VARYING, abstract, varying
 from starfire_prune.structure.graph import Graph, is_known, is_weight_of, place_of, without_autocast
 from starfire_prune.structure.ops import BATCH_NORMS, CENTERING_NORMS, CONVOLUTIONS, LINEAR
 from starfire_prune.structure.rules import MIXING, RULES
+from starfire_prune.utils.modules import effective_weight
 
 __all__ = ["propagate", "why_varying"]
 
@@ -57,7 +57,7 @@ def _source(graph: Graph, model: nn.Module, node: fx.Node) -> tuple[Any, bool]:
     path, _, name = graph.sources[node.name].rpartition(".")
     module = model.get_submodule(path)
     if f"{name}_orig" in module._parameters:
-        return masked_parameter(module, name), True
+        return effective_weight(module, name), True
     value: Tensor = getattr(module, name)
     if graph.training and _is_trained_vector(node, value) and not bool(value.all()):
         vector = abstract(value)

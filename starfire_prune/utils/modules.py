@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 __all__ = [
     "classifier_keys",
     "clean_name",
+    "effective_weight",
     "is_depthwise",
     "layer_weight",
     "model_bytes",
@@ -53,6 +55,17 @@ def layer_weight(module: nn.Module) -> nn.Parameter:
     if weight is None:
         raise ValueError(f"{type(module).__name__} has no parameter `weight` to prune")
     return weight
+
+
+def effective_weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """A parameter as a forward pass uses it, detached: masked if a hook prunes it, and never stale.
+
+    It may also be computed, for example by `weight_norm`.
+    """
+    mask = module._buffers.get(f"{name}_mask")
+    if mask is None:
+        return cast(Tensor, getattr(module, name)).detach()
+    return cast(Tensor, module._parameters[f"{name}_orig"]).detach() * mask
 
 
 def clean_name(name: str) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from starfire_prune import ck_structured, format_table, measure_sparsity, window_structured
-from starfire_prune.engine.sparsity import LayerSparsity, Sparsity, effective_weight
+from starfire_prune.engine.sparsity import LayerSparsity, Sparsity
+from starfire_prune.utils.modules import effective_weight
 
 
 def network() -> nn.Sequential:

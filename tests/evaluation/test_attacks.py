@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from starfire_prune import ck_structured
-from starfire_prune.engine.sparsity import effective_weight
 from starfire_prune.evaluation.attacks import default_step_size, fgsm, pgd
 from starfire_prune.evaluation.spaces import NORMALISED, PIXELS, Space, pixel_space
+from starfire_prune.utils.modules import effective_weight
 from tests.support.networks import SmallNet, equal_states, snapshot
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
