@@ -93,7 +93,7 @@ def test_compact_networks_of_full_size_give_the_same_outputs(name, dtype):
     assert report.parameters[1] < report.parameters[0]
 
 
-def test_filters_that_are_gone_are_cut_out():
+def test_pruned_filters_are_removed():
     model = SmallNet().eval()
     for layer in (model.stem, model.body, model.point):
         nn.init.zeros_(layer.bias) if layer.bias is not None else None
@@ -110,7 +110,7 @@ def test_filters_that_are_gone_are_cut_out():
     assert report["body"].macs == (8 * 12 * 9 * 16, 4 * 6 * 9 * 16)
 
 
-def test_what_a_dead_channel_alone_reads_goes_too():
+def test_channels_that_only_a_dead_channel_reads_are_removed():
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 6, 1)).eval()
     with torch.no_grad():
         model[1].weight[0, :] = 0
@@ -167,7 +167,7 @@ def test_groups_lose_equally_many_channels(dead, left):
         torch.testing.assert_close(smaller(images(size=8)), model(images(size=8)))
 
 
-def test_the_report_says_why_dead_channels_stay():
+def test_the_report_says_why_dead_channels_are_kept():
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1)).eval()
     with torch.no_grad():
         model[0].weight[:2] = 0
@@ -180,7 +180,7 @@ def test_the_report_says_why_dead_channels_stay():
     assert (report["1"].dead_kept, report["1"].reason) == (1, "its channels are the model's output")
 
 
-def test_channels_that_a_norm_mixes_stay():
+def test_channels_that_a_norm_mixes_are_kept():
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 5, 1)).eval()
     with torch.no_grad():
         model[0].weight[0] = 0
@@ -218,7 +218,7 @@ def test_the_model_itself_is_left_as_it_is():
     assert not smaller.training
 
 
-def test_frozen_parameters_stay_frozen():
+def test_frozen_parameters_are_still_frozen():
     model = SmallNet()
     filter_structured(model.stem, amount=0.5)
     prune.remove(model.stem, "weight")  # type: ignore[no-untyped-call]
@@ -288,7 +288,7 @@ def test_other_outputs_are_found_though_the_example_is_all_zero():
         compact(model, torch.zeros(2, 3, 8, 8))
 
 
-def test_the_deviation_is_not_of_an_all_zero_example_alone():
+def test_the_deviation_is_not_only_of_an_all_zero_example():
     model = sparse_network(NARROW["resnet18"], dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -356,7 +356,7 @@ NEED_ALL: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # of the GRU
 @pytest.mark.parametrize("build", NEED_ALL.values(), ids=NEED_ALL)
-def test_channels_that_anything_but_a_layer_reads_stay(build):
+def test_channels_that_something_other_than_a_layer_reads_are_kept(build):
     model = build()
     smaller, report = compact(model, images(size=8))
     assert report["source"].outputs == (8, 8)
@@ -437,7 +437,7 @@ def tied(dead: bool) -> Any:
     return nn.Sequential(nn.Conv2d(3, 8, 1), *model).eval()
 
 
-def test_layers_of_one_weight_are_cut_each_on_its_own():
+def test_layers_that_share_a_weight_are_cut_separately():
     model = tied(dead=True)
     smaller: Any
     smaller, report = compact(model, images(size=8))
@@ -445,7 +445,7 @@ def test_layers_of_one_weight_are_cut_each_on_its_own():
     assert_same_outputs(model, smaller)
 
 
-def test_a_weight_stays_shared_where_nothing_is_cut():
+def test_a_weight_is_still_shared_if_nothing_is_removed():
     model = tied(dead=False)
     smaller: Any
     smaller, report = compact(model, images(size=8))

@@ -75,7 +75,7 @@ def test_a_loaded_model_gives_the_outputs_of_the_sparse_one(path, model):
     assert difference(model, load_compact(path), images(seed=3)) < 1e-5
 
 
-def test_a_loaded_model_is_as_small_as_the_report_tells(written):
+def test_a_loaded_model_is_as_small_as_the_report_says(written):
     path, report = written
     before, after = report.parameters
     assert parameters(load_compact(path)) == after < before
@@ -117,21 +117,21 @@ def test_the_file_is_one_of_save_pruned(path):
     assert read_pruned_file(path).model == SMALL
 
 
-def test_zeros_that_stay_are_compressed(tmp_path):
+def test_remaining_zeros_are_compressed(tmp_path):
     network = sparse_network(NARROW["resnet18"], dtype=torch.float32)
     save_compact(network, tmp_path / "small.safetensors", images(), {"name": "resnet18"})
     entries = read_pruned_file(tmp_path / "small.safetensors").entries
     assert "ck" in {entry.encoded.encoding for entry in entries.values()}
 
 
-def test_deflating_takes_fewer_bytes(path, model, tmp_path):
+def test_a_deflated_file_is_smaller(path, model, tmp_path):
     save_compact(model, tmp_path / "small.safetensors", images(), SMALL, deflate=True)
     assert (tmp_path / "small.safetensors").stat().st_size < path.stat().st_size
     weights = load_pruned(tmp_path / "small.safetensors")
     assert equal_states(dict(load_compact(path).state_dict()), weights)
 
 
-def test_shared_parameters_stay_shared(tmp_path):
+def test_shared_parameters_are_still_shared(tmp_path):
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -257,7 +257,7 @@ def test_full_networks_are_loaded_by_their_names(name, tmp_path):
     assert difference(network, loaded, images(size=64, seed=5)) < 1e-5
 
 
-def test_a_check_that_fails_is_not_told_as_a_failed_write(model, tmp_path, monkeypatch):
+def test_a_failed_check_is_not_reported_as_a_failed_write(model, tmp_path, monkeypatch):
     def fail(*arguments: object) -> None:
         raise RuntimeError("of the forward pass")
 
@@ -267,7 +267,7 @@ def test_a_check_that_fails_is_not_told_as_a_failed_write(model, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_with_the_files_own_name(model, tmp_path):
+def test_the_error_of_a_full_disk_names_the_file(model, tmp_path):
     path = tmp_path / "small.safetensors"
     with (
         files_of_at_most(1000),

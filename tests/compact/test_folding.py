@@ -151,7 +151,7 @@ def folded_chain(*reader: nn.Module, constant: float = 2.0) -> tuple[Any, Any, F
     return model, folded, report
 
 
-def test_constants_go_into_the_bias():
+def test_constants_are_folded_into_the_bias():
     model, folded, report = folded_chain(nn.Conv2d(2, 4, 3))
     assert not folded[1].weight[:, 0].any()
     assert torch.equal(folded[1].weight[:, 1], model[1].weight[:, 1])
@@ -162,7 +162,7 @@ def test_constants_go_into_the_bias():
     assert (layer.left, layer.reason) == (0, None)
 
 
-def test_constants_go_into_the_running_mean_where_there_is_no_bias():
+def test_constants_are_folded_into_the_running_mean_without_a_bias():
     model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4))
     assert not folded[1].weight[:, 0].any()
     assert folded[1].bias is None
@@ -170,7 +170,7 @@ def test_constants_go_into_the_running_mean_where_there_is_no_bias():
     assert report.layers[0].into == "2.running_mean"
 
 
-def test_weights_that_read_zero_go_under_padding_too():
+def test_weights_that_read_zero_become_zero_under_padding():
     _, folded, report = folded_chain(nn.Conv2d(2, 4, 3, padding=1), constant=0.0)
     assert not folded[1].weight[:, 0].any()
     assert (report.layers[0].redundant, report.layers[0].folded, report.layers[0].into) == (
@@ -194,7 +194,7 @@ def test_padding_by_the_image_itself_lets_constants_pass(mode):
     assert report.folded == 36
 
 
-def test_without_bias_and_norm_weights_stay():
+def test_weights_are_kept_without_a_bias_and_a_norm():
     model, folded, report = folded_chain(nn.Conv2d(2, 4, 3, bias=False), nn.ReLU())
     assert torch.equal(folded[1].weight, model[1].weight)
     assert "neither a bias nor a batch norm" in str(report.layers[0].reason)
@@ -214,7 +214,7 @@ class Forked(nn.Module):
         return output
 
 
-def test_a_norm_that_is_not_alone_takes_no_constant():
+def test_no_constant_is_folded_into_a_norm_beside_other_readers():
     model = Forked().eval()
     folded, report = fold_constants(model, images(size=8))
     assert equal_states(snapshot(model), snapshot(folded))
@@ -366,7 +366,7 @@ def folded_pair(model: nn.Module) -> FoldReport:
 
 
 @pytest.mark.parametrize("build", [ScaledByWeight, WeightAsOutput])
-def test_weights_that_something_else_uses_stay(build):
+def test_weights_used_elsewhere_are_kept(build):
     (layer,) = folded_pair(build()).layers
     assert (layer.redundant, layer.folded, layer.left) == (0, 0, 8)
     assert str(layer.reason).startswith("its weight is ")
@@ -384,7 +384,7 @@ def test_weights_that_something_else_uses_stay(build):
     ],
     ids=["added again", "left out once", "tied weights", "doubled", "a scale"],
 )
-def test_biases_that_something_else_uses_take_no_constants(build):
+def test_no_constants_are_folded_into_biases_used_elsewhere(build):
     (layer,) = folded_pair(build()).layers
     assert (layer.redundant, layer.folded, layer.left) == (4, 0, 4)
     assert "uses its bias elsewhere" in str(layer.reason)
@@ -395,7 +395,7 @@ def test_layers_of_other_kinds_may_have_no_bias():
     assert "neither a bias nor" in str(layer.reason)
 
 
-def test_running_means_that_something_else_uses_take_no_constants():
+def test_no_constants_are_folded_into_running_means_used_elsewhere():
     reader = nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), NormWithMean(4))
     (layer,) = folded_pair(Pair(reader)).layers
     assert "neither a bias nor" in str(layer.reason)
@@ -405,7 +405,7 @@ def test_layers_that_are_called_twice_fold():
     assert folded_pair(CalledTwice()).folded == 4
 
 
-def test_weights_that_are_not_finite_stay():
+def test_weights_that_are_not_finite_are_kept():
     model = Pair()
     with torch.no_grad():
         model.d.weight[:, 1] = torch.inf

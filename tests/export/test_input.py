@@ -82,7 +82,7 @@ def test_a_recipe_names_the_model_of_a_file(finished):
     assert same(by_file, load_input(find_input(finished)))
 
 
-def test_a_recipe_in_a_file_tells_the_images(model, tmp_path):
+def test_the_recipe_in_a_file_describes_the_images(model, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path))
     path = tmp_path / "a.safetensors"
     save_pruned(model, path, recipe=recipe, architecture=SMALL)
@@ -91,7 +91,7 @@ def test_a_recipe_in_a_file_tells_the_images(model, tmp_path):
     assert same(load_input(source), model)
 
 
-def test_a_recipe_in_a_file_that_is_none_tells_nothing(model, tmp_path):
+def test_an_invalid_recipe_in_a_file_is_ignored(model, tmp_path):
     path = tmp_path / "a.safetensors"
     save_pruned(model, path, recipe={"data": {"name": "x"}}, architecture=SMALL)
     assert find_input(path).data is None
@@ -131,7 +131,7 @@ def test_weights_of_a_foreign_file_are_written_with_checksums(format, foreign, m
     assert same(load_input(find_input(tmp_path / "new.safetensors")), model)
 
 
-def test_weights_are_written_with_what_the_file_tells(finished, tmp_path):
+def test_weights_are_written_with_the_metadata_of_their_file(finished, tmp_path):
     source = find_input(finished)
     write_weights(source, tmp_path / "new.safetensors", "compressed", deflate=True)
     old, new = read_pruned_file(source.weights), read_pruned_file(tmp_path / "new.safetensors")
@@ -157,7 +157,7 @@ def test_nothing_there_is_refused_with_what_is_near(tmp_path):
         find_input(tmp_path / "rum")
 
 
-def test_an_unfinished_run_is_refused_with_how_to_go_on(finished, tmp_path):
+def test_an_unfinished_run_is_refused_with_how_to_continue(finished, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("recipe.yaml", "metrics.jsonl"):
         (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
@@ -165,7 +165,7 @@ def test_an_unfinished_run_is_refused_with_how_to_go_on(finished, tmp_path):
         find_input(tmp_path / "run")
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(EvaluationError, match=r"is not a run's folder: it holds no recipe.yaml"):
         find_input(tmp_path)
 
@@ -173,7 +173,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "model", "option"), [(Path("a.yaml"), None, "recipe"), (None, "resnet18", "model")]
 )
-def test_a_run_takes_no_other_model(recipe, model, option, finished):
+def test_a_run_accepts_no_other_model(recipe, model, option, finished):
     with pytest.raises(ExportError, match=rf"^--{option} has no effect: \S+ is a run, which has"):
         find_input(finished, recipe, model)
 
@@ -197,7 +197,7 @@ def test_a_foreign_file_without_a_model_is_not_written(foreign, tmp_path):
         write_weights(find_input(foreign), tmp_path / "new.safetensors")
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
+def test_a_file_of_another_format_is_refused(tmp_path):
     (tmp_path / "no.safetensors").write_bytes(b"no tensors in here")
     with pytest.raises(
         CheckpointError, match=r"no.safetensors is not a complete safetensors file \("
@@ -213,7 +213,7 @@ def test_a_file_that_is_cut_short_is_refused(kind, request):
         find_input(path)
 
 
-def test_damage_is_noticed(checked):
+def test_a_damaged_file_is_refused(checked):
     content = bytearray(checked.read_bytes())
     content[-1] ^= 1
     checked.write_bytes(content)
@@ -223,7 +223,7 @@ def test_damage_is_noticed(checked):
         find_input(checked)
 
 
-def test_a_name_that_is_none_is_refused_with_the_nearest(foreign):
+def test_an_unknown_name_is_refused_with_the_nearest(foreign):
     with pytest.raises(ExportError, match=r"^--model: unknown model 'test_resnit': did you mean"):
         find_input(foreign, model="test_resnit")
 
@@ -248,20 +248,20 @@ def test_a_recipe_of_other_classes_is_refused(foreign, tmp_path):
         load_input(find_input(foreign, recipe=recipe))
 
 
-def test_options_that_the_model_refuses_are_told(foreign, tmp_path):
+def test_options_that_the_model_refuses_are_reported(foreign, tmp_path):
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text().replace("layers: [1, 1, 1, 1]", "layers: 3"))
     with pytest.raises(ModelError, match=r"^resnet18 can't be built with the options "):
         load_input(find_input(foreign, recipe=recipe))
 
 
-def test_a_recipe_that_is_none_is_refused(foreign, tmp_path):
+def test_an_invalid_recipe_is_refused(foreign, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: 3")
     with pytest.raises(RecipeError, match=r"bad.yaml: model: "):
         find_input(foreign, recipe=tmp_path / "bad.yaml")
 
 
-def test_a_file_that_tells_too_little_of_its_model_is_refused(finished, tmp_path):
+def test_a_file_that_describes_its_model_too_little_is_refused(finished, tmp_path):
     path = tmp_path / "a.safetensors"
     save_pruned(load_input(find_input(finished)), path, architecture={"name": "resnet18"})
     with pytest.raises(

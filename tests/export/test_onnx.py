@@ -90,7 +90,7 @@ def test_each_layer_has_the_zeros_of_the_model(fold_bn, export, model, tmp_path)
 
 
 @pytest.mark.parametrize(("fold_bn", "folded"), [(False, 0), (True, 3)])
-def test_batch_norms_are_folded_on_request_alone(fold_bn, folded, export, tmp_path):
+def test_batch_norms_are_folded_only_on_request(fold_bn, folded, export, tmp_path):
     report = export(tmp_path / "model.onnx", fold_bn=fold_bn)
     nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
     assert report.batch_norms == (folded, 3)
@@ -106,7 +106,7 @@ def test_batches_of_any_size_give_the_outputs_of_torch(batch, export, model, tmp
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * report.largest)
 
 
-def test_the_report_tells_how_far_outputs_differ(export, model, tmp_path):
+def test_the_report_gives_the_difference_of_the_outputs(export, model, tmp_path):
     report = export(tmp_path / "model.onnx")
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(size, *SIZE, generator=generator) for size in (1, 3)]
@@ -141,7 +141,7 @@ def test_metadata_are_stored_as_json(export, tmp_path):
 # Weights in a file of their own
 
 
-def test_many_weights_go_into_a_file_beside(export, model, tmp_path):
+def test_many_weights_are_written_to_a_second_file(export, model, tmp_path):
     path = tmp_path / "model.onnx"
     report = export(path, external_from_bytes=1)
     assert sorted(part.name for part in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -165,9 +165,7 @@ def test_a_model_is_replaced_with_the_file_of_its_weights(export, model, tmp_pat
     assert [part.name for part in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_a_write_that_was_broken_off_takes_no_file_that_is_needed(
-    export, model, tmp_path, monkeypatch
-):
+def test_an_interrupted_write_removes_no_file_that_is_needed(export, model, tmp_path, monkeypatch):
     path = tmp_path / "model.onnx"
     export(path, external_from_bytes=1)
     kept = (tmp_path / "model.onnx.data").read_bytes()
@@ -177,7 +175,7 @@ def test_a_write_that_was_broken_off_takes_no_file_that_is_needed(
     assert sorted(part.name for part in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
-def test_files_that_an_onnx_file_does_not_need_stay(export, tmp_path):
+def test_files_that_an_onnx_file_does_not_refer_to_are_kept(export, tmp_path):
     (tmp_path / "model.onnx.data").write_text("somebody's")
     export(tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").read_text() == "somebody's"
@@ -203,7 +201,7 @@ def test_a_move_that_fails_leaves_the_old_model_whole(moved, export, model, tmp_
     )
 
 
-def test_few_weights_stay_in_one_file(export, tmp_path):
+def test_few_weights_are_written_to_one_file(export, tmp_path):
     report = export(tmp_path / "model.onnx")
     assert report.external is None
     assert [part.name for part in tmp_path.iterdir()] == ["model.onnx"]
@@ -245,7 +243,7 @@ def test_a_refusal_leaves_the_file_that_was_there(external_from_bytes, export, m
     assert path.read_bytes() == b"old"
 
 
-def test_a_weight_that_the_file_does_not_have_is_told(export, model, tmp_path):
+def test_a_weight_that_the_file_does_not_have_is_reported(export, model, tmp_path):
     other = copy.deepcopy(model)
     other.add_module("idle", nn.Linear(4, 4))
     assert export(tmp_path / "model.onnx", other).unchecked == ("idle",)
@@ -317,7 +315,7 @@ def test_full_networks_keep_their_zeros(name, fold_bn, tmp_path):
 
 
 @pytest.mark.parametrize("external_from_bytes", [1, 2**30])
-def test_a_check_that_fails_is_not_told_as_a_failed_write(
+def test_a_failed_check_is_not_reported_as_a_failed_write(
     external_from_bytes, export, tmp_path, monkeypatch
 ):
     def fail(*arguments: object) -> None:

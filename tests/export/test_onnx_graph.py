@@ -82,14 +82,14 @@ def test_a_bias_that_is_there_is_folded_too():
     assert array(model, "kernels.folded_bias") == FOLDED_BIAS_OF_TEN
 
 
-def test_what_nothing_reads_any_more_is_gone():
+def test_initializers_that_nothing_reads_are_removed():
     model = model_of([conv(), norm()])
     fold(model)
     names = {tensor.name for tensor in model.graph.initializer}
     assert names == {"kernels", "kernels.folded_bias"}
 
 
-def test_outputs_stay():
+def test_folding_keeps_the_outputs():
     model = model_of([conv(), norm()])
     (expected,) = outputs_of(model)
     fold(model)
@@ -112,7 +112,7 @@ def test_outputs_stay():
     ],
     ids=["not after it", "read elsewhere", "two norms", "shared kernels", "no layer", "computed"],
 )
-def test_a_batch_norm_that_can_not_be_folded_stays(nodes):
+def test_a_batch_norm_that_can_not_be_folded_is_kept(nodes):
     model = model_of(nodes)
     before = model.SerializeToString()
     assert fold(model) == 0
@@ -125,7 +125,7 @@ def test_a_convolution_that_is_an_output_itself_keeps_its_batch_norm():
     assert fold(model) == 0
 
 
-def test_weights_that_an_inner_graph_reads_stay():
+def test_weights_that_an_inner_graph_reads_are_kept():
     branch = helper.make_graph(
         [helper.make_node("Identity", ["scale"], ["b"])],
         "branch",
@@ -143,7 +143,7 @@ def test_weights_that_an_inner_graph_reads_stay():
     kernels=st.lists(st.sampled_from([0.0, 1e-30, 1.0, -2.5]), min_size=4, max_size=4),
     scale=st.lists(st.sampled_from([0.0, 1e-20, -3.0, 1e6]), min_size=2, max_size=2),
 )
-def test_what_is_zero_stays_positive_zero(kernels, scale):
+def test_zeros_are_still_positive_zeros(kernels, scale):
     values = np.array(kernels).reshape(2, 2, 1, 1)
     model = model_of([conv(), norm()], kernels=values, scale=np.array(scale))
     fold(model)

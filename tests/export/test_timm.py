@@ -137,7 +137,7 @@ def test_photographs_become_the_tensors_of_the_run(interpolation, tmp_path, from
         assert torch.equal(transform(image.convert("RGB")), expected)
 
 
-def test_digits_are_normalised_by_their_own_numbers(tmp_path):
+def test_digits_are_normalized_by_their_own_mean_and_deviation(tmp_path):
     digits = load_datasets("digits", image_size=8)
     images = torch.stack([digits.train[index][0] for index in range(50)])
     settings = image_settings(recipe_of(tmp_path, RECIPE).data)
@@ -149,7 +149,7 @@ def test_digits_are_normalised_by_their_own_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet50_v1", "resnet50"])
-def test_the_variants_of_resnet50_are_told_apart(name, tmp_path, from_hub):
+def test_each_variant_of_resnet50_keeps_its_strides(name, tmp_path, from_hub):
     source, model = source_of(tmp_path, recipe_of(tmp_path, PHOTOGRAPHS, NAME=name, ROOT="x"))
     write_timm_folder(source, model, tmp_path / "timm")
     loaded = from_hub(tmp_path / "timm")
@@ -168,7 +168,7 @@ def test_the_tag_of_pretrained_weights_is_left_out():
 
 
 @pytest.mark.parametrize(("size", "pool_size"), [(224, (7, 7)), (64, None)])
-def test_the_size_of_the_last_features_is_told_for_timms_own_images(size, pool_size):
+def test_the_pool_size_is_written_for_timms_image_size_only(size, pool_size):
     images = ImageSettings(size, "bicubic", 0.95, (0.5,) * 3, (0.5,) * 3)
     architecture: dict[str, Any] = {"name": "resnet18", "num_classes": 2}
     config = timm_config(create_model(**architecture), architecture, images)

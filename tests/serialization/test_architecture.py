@@ -32,7 +32,7 @@ def test_timm_builds_the_model_that_the_file_names(form, options, tmp_path):
     assert read_pruned_file(path).model == {"name": "test_resnet", "num_classes": 5, **options}
 
 
-def test_a_custom_model_is_named_by_nobody(tmp_path):
+def test_a_file_of_a_custom_model_names_no_model(tmp_path):
     path = saved(tmp_path, "dense")
     message = "it does not name a timm model: build the model yourself and pass it as `model`"
     with pytest.raises(CheckpointError, match=re.escape(message)):
@@ -67,7 +67,7 @@ def test_a_model_that_its_name_does_not_build_is_not_named(kind, tmp_path):
         load_pruned_model(path)
 
 
-def test_telling_a_models_name_draws_no_random_numbers(tmp_path):
+def test_finding_a_models_name_draws_no_random_numbers(tmp_path):
     import timm
 
     model = timm.create_model("test_resnet", num_classes=5)
@@ -120,7 +120,7 @@ def test_a_model_that_a_file_must_not_or_can_not_build_is_refused(architecture, 
         ),
     ],
 )
-def test_an_architecture_that_is_no_plain_data_is_refused(architecture, message, tmp_path):
+def test_an_architecture_that_is_not_plain_data_is_refused(architecture, message, tmp_path):
     with pytest.raises(ValueError, match=rf"^`architecture` \(=.*{message}"):
         saved(tmp_path, "dense", SmallNet(), architecture=architecture)
 

@@ -104,7 +104,7 @@ def test_every_encoding_gives_back_all_bits(tensor, encoding):
 
 
 @given(tensors())
-def test_the_encoding_of_the_fewest_bytes_is_taken(tensor):
+def test_the_encoding_of_the_fewest_bytes_is_chosen(tensor):
     kinds = list(PARTS) if tensor.ndim > 2 else ["dense", "bitmap"]
     sizes = [encode(tensor, kind).size_bytes for kind in kinds]
     assert encode(tensor).size_bytes == min(sizes)
@@ -189,7 +189,7 @@ def test_bits_are_decoded_some_at_a_time(shape, encoding, at_once, monkeypatch):
     ("shape", "encoding"),
     [((2**22, 1), "bitmap"), ((2**22, 1, 1), "window"), ((4, 1, 2**20), "window")],
 )
-def test_decoding_takes_little_more_than_the_tensor(shape, encoding):
+def test_decoding_allocates_little_more_than_the_tensor(shape, encoding):
     weight = torch.ones(shape)
     weight[-1] = 0.0
     encoded, out = encode(weight, encoding), torch.empty(2**22, dtype=torch.int32)
@@ -251,7 +251,7 @@ def test_intra_gets_a_bit_a_kernel_and_a_pattern_a_surviving_one():
     assert encoded.size_bytes == 32 + math.ceil(alive * 9 / 8) + 4 * int((weight != 0).sum())
 
 
-def test_nothing_but_zeros_takes_a_bit_a_kernel():
+def test_a_tensor_of_zeros_is_stored_as_one_bit_per_kernel():
     encoded = encode(torch.zeros(16, 16, 3, 3))
     assert (encoded.encoding, encoded.size_bytes) == ("ck", 32)
 

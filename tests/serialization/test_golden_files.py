@@ -86,7 +86,7 @@ def test_a_reader_written_from_the_specification_reads_the_golden_files(take):
     }
 
 
-def test_the_golden_files_take_every_encoding():
+def test_the_golden_files_use_every_encoding():
     entries = {take: table_of(GOLDEN / f"{take}.safetensors") for take in TAKES}
     assert {name: entry["encoding"] for name, entry in entries["raw"].items()} == {
         "conv.weight": "ck",

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @every_form
-def test_each_tensor_tells_its_shape_and_its_zeros(form, tmp_path):
+def test_each_tensor_is_reported_with_shape_and_zeros(form, tmp_path):
     path = saved(tmp_path, form)
     inspection, state = inspect_pruned(path), load_pruned(path)
     assert [tensor.name for tensor in inspection.tensors] == list(state)
@@ -36,7 +36,7 @@ def test_the_bytes_and_shares_add_up(form, tmp_path):
     assert inspection.dense_bytes == sum(value.nbytes for value in load_pruned(path).values())
 
 
-def test_it_tells_the_encodings(tmp_path):
+def test_encodings_are_reported(tmp_path):
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Linear(64, 64))
     ck_structured(model[0], amount=0.5)
     fc_fine(model[1], amount=0.5)
@@ -51,7 +51,7 @@ def test_it_tells_the_encodings(tmp_path):
     }
 
 
-def test_it_tells_the_metadata(tmp_path):
+def test_metadata_are_reported(tmp_path):
     model, pruner = pruned()
     path = saved(tmp_path, "compressed", model, pruner=pruner, recipe={"epochs": 2})
     inspection = inspect_pruned(path)

@@ -103,7 +103,7 @@ def test_an_export_holds_the_plain_weights(tmp_path):
     assert path.stat().st_mode & stat.S_IRUSR
 
 
-def test_an_export_within_the_era_tells_so(tmp_path):
+def test_the_metadata_of_an_export_within_the_era_give_the_phase(tmp_path):
     training, path = Training(5), tmp_path / "model.safetensors"
     save_pruned(training.model, path, pruner=training.pruner)
     metadata = read_metadata(path)
@@ -113,7 +113,7 @@ def test_an_export_within_the_era_tells_so(tmp_path):
     )
 
 
-def test_the_metadata_tells_the_method_of_each_layer(tmp_path):
+def test_the_metadata_give_the_method_of_each_layer(tmp_path):
     training, path = Training(7, fc={"method": "block", "amount": 0.3}), tmp_path / "m.safetensors"
     save_pruned(training.model, path, pruner=training.pruner)
     weights = read_metadata(path)["weights"]
@@ -125,7 +125,7 @@ def test_the_metadata_tells_the_method_of_each_layer(tmp_path):
     }
 
 
-def test_an_export_without_pruning_tells_no_method(tmp_path):
+def test_the_metadata_of_an_export_without_pruning_give_no_method(tmp_path):
     path = tmp_path / "model.safetensors"
     save_pruned(SmallNet(), path)
     assert read_metadata(path) == {"format_version": 1, "method": None, "weights": {}}

@@ -100,7 +100,7 @@ def test_a_file_keeps_the_dtype(form, dtype, tmp_path):
 
 
 @every_form
-def test_all_bits_of_kept_weights_stay(form, tmp_path):
+def test_kept_weights_keep_all_bits(form, tmp_path):
     model = nn.Sequential(nn.Conv2d(8, 8, 3))
     kinds = torch.tensor([-0.0, torch.inf, -torch.inf, 1e-45, 1.0, 0.0, -1.0])
     weight = kinds.repeat(100)[: 8 * 8 * 9].view(8, 8, 3, 3).clone()
@@ -191,7 +191,7 @@ def test_plain_safetensors_lists_a_compressed_file(tmp_path):
     assert torch.equal(values, weight[weight != 0])
 
 
-def test_a_model_does_not_take_a_compressed_file_for_its_state(tmp_path):
+def test_load_state_dict_refuses_a_compressed_file(tmp_path):
     state = load_file(saved(tmp_path, "compressed"))
     with pytest.raises(RuntimeError, match="Missing key"):
         SmallNet().load_state_dict(state)
@@ -301,7 +301,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_tied_weight_that_was_pruned_in_one_place_alone_is_refused(form, tmp_path):
+def test_a_tied_weight_that_was_pruned_in_one_place_only_is_refused(form, tmp_path):
     source, model = Tied(), Tied()
     path = saved(tmp_path, form, source)
     load_pruned_model(path, model)
@@ -314,7 +314,7 @@ def test_a_tied_weight_that_was_pruned_in_one_place_alone_is_refused(form, tmp_p
     assert bool(model.first.weight.all())
 
 
-def test_a_model_that_no_memory_is_left_for_stays_as_it_was(tmp_path, monkeypatch):
+def test_a_model_is_unchanged_if_memory_runs_out(tmp_path, monkeypatch):
     def no_memory(entry: TensorEntry) -> Tensor:
         if entry.name == "head.bias":
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
@@ -350,7 +350,7 @@ def test_a_model_without_memory_is_refused(tmp_path):
 
 
 @every_form
-def test_the_metadata_tell_the_pruning(form, tmp_path):
+def test_the_metadata_describe_the_pruning(form, tmp_path):
     model, pruner = pruned()
     path = saved(tmp_path, form, model, pruner=pruner, average_decay=0.9)
     metadata = read_metadata(path)
@@ -370,7 +370,7 @@ def test_the_metadata_tell_the_pruning(form, tmp_path):
         assert entry["total"] == state[name].numel()
 
 
-def test_without_a_pruner_each_pruned_weight_tells_its_zeros(tmp_path):
+def test_without_a_pruner_the_metadata_give_the_zeros_of_each_pruned_weight(tmp_path):
     model = SmallNet()
     window_structured(model.body, amount=0.6)
     metadata = read_metadata(saved(tmp_path, "compressed", model))

@@ -65,7 +65,7 @@ def test_before_the_era_nothing_is_masked(form, tmp_path):
 
 
 @every_form
-def test_kept_weights_that_are_zero_stay_kept(form, tmp_path):
+def test_kept_weights_that_are_zero_are_kept_by_the_mask(form, tmp_path):
     model, pruner = pruned()
     kept = pruner.masks()["body.weight"].clone()
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_the_masks_are_those_of_torchs_pruning(reloaded):
     assert list(model.state_dict()) == list(SmallNet().state_dict())
 
 
-def test_a_method_on_top_takes_more(reloaded):
+def test_a_method_applied_to_loaded_masks_prunes_more(reloaded):
     model, masks = reloaded
     apply_masks(model, masks)
     fc_fine(model.head, amount=0.7)

@@ -105,7 +105,7 @@ def test_damaged_data_are_refused_with_the_tensors_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"1234567", "folder", "pipe"])
-def test_what_is_no_file_or_next_to_none_is_refused(content, tmp_path):
+def test_missing_and_tiny_files_are_refused(content, tmp_path):
     path = tmp_path / "model.safetensors"
     if content == "folder":
         path.mkdir()

@@ -164,7 +164,7 @@ def nested(levels: int) -> dict[str, Any]:
         ("average_decay", float("nan"), "Out of range float values"),
     ],
 )
-def test_settings_that_no_reader_takes_are_not_written(argument, content, message, tmp_path):
+def test_settings_that_no_reader_accepts_are_not_written(argument, content, message, tmp_path):
     with pytest.raises(
         ValueError, match=rf"^`{argument}` can't be stored in the file \(.*{message}"
     ):
@@ -187,7 +187,7 @@ def test_an_architecture_of_no_finite_number_is_not_written(value, tmp_path):
         ("a", (1,) * 17, "tensor 'a' has 17 dimensions, more than the 16 allowed: reshape it"),
     ],
 )
-def test_tensors_that_no_reader_takes_are_not_written(form, name, shape, message, tmp_path):
+def test_tensors_that_no_reader_accepts_are_not_written(form, name, shape, message, tmp_path):
     model = nn.Module()
     model.register_parameter(name, nn.Parameter(torch.ones(shape)))
     with pytest.raises(CheckpointError, match=f"can't be written: {message}"):
@@ -195,7 +195,7 @@ def test_tensors_that_no_reader_takes_are_not_written(form, name, shape, message
     assert not os.listdir(tmp_path)
 
 
-def test_a_header_that_no_reader_takes_is_not_written(monkeypatch):
+def test_a_header_that_no_reader_accepts_is_not_written(monkeypatch):
     monkeypatch.setattr(tensor_file, "_MAX_HEADER_BYTES", 1_000)
     file, tensors = io.BytesIO(), {"a": StoredTensor("U8", (0,), np.zeros(0, np.uint8))}
     write_tensor_file(io.BytesIO(), tensors, {"a": "x" * 800})
