@@ -1,11 +1,11 @@
 """Data sets and their loaders.
 
-There are scikit-learn's digits, image folders, Tiny-ImageNet, and what timm's readers know:
-Hugging Face's data sets, WebDataset's shards and torchvision's data sets. Each gives its images as
-float32 tensors of shape ``(3, image_size, image_size)`` with a class index each. Photographs get
-timm's transforms, by default those of PyTorch's ImageNet example: a random resized crop and a
-horizontal flip for training, a resize and a centre crop for validation, and the mean and standard
-deviation of ImageNet.
+Available are scikit-learn's digits, image folders, Tiny-ImageNet, and the data sets of timm's
+readers: Hugging Face's data sets, WebDataset shards and torchvision's data sets. Each yields images
+as float32 tensors of shape ``(3, image_size, image_size)``, with a class index each. Photographs
+pass through timm's transforms, by default those of PyTorch's ImageNet example: a random resized
+crop and a horizontal flip for training, a resize and a centre crop for validation, normalized by
+the mean and standard deviation of ImageNet.
 """
 
 from starfire_prune.data.digits import digits_normalisation

@@ -18,7 +18,7 @@ __all__ = ["digits_normalisation", "load_digits"]
 
 
 def load_digits(source: Source) -> Datasets:
-    """Load the 1797 digits, split 80 : 20 in each class alike, normalised by the training part."""
+    """Load the 1797 digits, split 80 : 20 within each class, normalized by the training part."""
     if source.root is not None:
         raise DataError(
             f"data set 'digits' comes with scikit-learn: leave out root (={source.root})"
@@ -38,7 +38,7 @@ def load_digits(source: Source) -> Datasets:
 
 
 def digits_normalisation() -> tuple[float, float]:
-    """The mean and the standard deviation by which the digits' pixels in [0, 1] are normalised."""
+    """The mean and the standard deviation that normalize the digits' pixels in [0, 1]."""
     digits, train, _ = _split_digits()
     pixels = _pixels(digits)[train]
     return pixels.mean().item(), pixels.std().item()
@@ -58,7 +58,7 @@ def _pixels(digits: Any) -> Tensor:
 
 
 def _enlarge(pixels: Tensor, image_size: int, interpolation: str) -> Tensor:
-    """Make a ``(3, image_size, image_size)`` image of an ``(8, 8)`` one."""
+    """Enlarge an ``(8, 8)`` image to ``(3, image_size, image_size)``."""
     size = (image_size, image_size)
     image = functional.interpolate(pixels[None, None], size, mode=interpolation)
     return image[0].repeat(3, 1, 1)

@@ -1,4 +1,4 @@
-"""The error of data sets, and the packages that they need."""
+"""The error of data sets, also as raised in a worker of a loader."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ __all__ = ["DataError", "error_sentence"]
 
 
 class DataError(ValueError):
-    """A data set that cannot be read, in one sentence that names the path and the way out."""
+    """A data set can't be read; one sentence names the path and what to do."""
 
 
 def error_sentence(error: DataError) -> str:
-    """Give the one sentence of an error, also of one raised in a worker of a loader.
+    """The message of an error, without the traceback that a loader adds to it.
 
-    A loader raises the error of a worker again with the worker's whole traceback for a message,
-    of which this keeps the sentence at the end.
+    When an error is raised in a worker, the loader raises it again with the worker's traceback as
+    its message; the original message is at the end.
 
     Args:
-        error: The error as it was caught.
+        error: The caught error.
 
     Returns:
-        The sentence, without the traceback.
+        The original message.
 
     Example:
         >>> error_sentence(DataError("/data/train holds no images"))

@@ -1,4 +1,4 @@
-"""Images in folders: a folder a class, or the layout of Tiny-ImageNet."""
+"""Images in folders: one folder per class, or the layout of Tiny-ImageNet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _root(source: Source) -> Path:
 
 
 def _part(folder: Path, *names: str) -> Path:
-    """Give the first folder of these names."""
+    """The first of these folders that exists."""
     for name in names:
         if (folder / name).is_dir():
             return folder / name
@@ -55,7 +55,7 @@ def _class_names(part: Path) -> tuple[str, ...]:
     with os.scandir(part) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
-        raise DataError(f"{part} holds no class folders: put each class into a folder of its own")
+        raise DataError(f"{part} holds no class folders: put each class into a separate folder")
     return tuple(names)
 
 
@@ -76,7 +76,7 @@ def _check_same_classes(
 
 
 def _list_images(part: Path, classes: tuple[str, ...]) -> Samples:
-    """List path and label of every image below the class folders, in sorted order."""
+    """The path and the label of every image below the class folders, in sorted order."""
     reader = import_optional("torchvision.datasets.folder")
     samples: list[tuple[str, int]] = reader.make_dataset(
         part,
@@ -132,7 +132,7 @@ def _check_wnids(path: Path, train: Path, classes: tuple[str, ...]) -> None:
 
 
 def _list_annotated(val: Path, classes: tuple[str, ...]) -> Samples:
-    """List path and label of every image of the validation part, in sorted order."""
+    """The path and the label of every validation image, in sorted order."""
     images, path = _part(val, "images"), val / "val_annotations.txt"
     wnids = _read_annotations(path)
     files = set(os.listdir(images))
@@ -150,9 +150,9 @@ def _list_annotated(val: Path, classes: tuple[str, ...]) -> Samples:
 
 
 def _read_annotations(path: Path) -> dict[str, str]:
-    """Read the class of every image: lines of file, wnid and a box, separated by tabs."""
+    """Read the class of every image from lines of file, class and box, separated by tabs."""
     if not path.exists():
-        raise DataError(f"{path} does not exist: the labels of the validation part stand there")
+        raise DataError(f"{path} does not exist: it holds the labels of the validation images")
     wnids: dict[str, str] = {}
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         file, *columns = line.split("\t")

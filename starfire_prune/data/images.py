@@ -1,4 +1,4 @@
-"""What all data sets are made of: images that are decoded when asked for, and their classes."""
+"""The building blocks of data sets: images that are decoded on access, and their classes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Datasets:
-    """The two parts of a data set.
+    """The training and the validation part of a data set.
 
     Attributes:
-        train: The images to train on, with augmentation where the data set has any.
-        val: The images to validate on, the same at every epoch.
-        classes: The names of the classes; ``classes[label]`` is the name of ``label``. Where the
-            data set doesn't name them, the numbers from 0 to below the ``num_classes`` that it was
-            loaded with; none without.
+        train: The training images, with augmentation if the data set has any.
+        val: The validation images, the same in every epoch.
+        classes: The names of the classes; ``classes[label]`` is the name of ``label``. If the data
+            set doesn't name them, they are the numbers below the given ``num_classes``, if any.
     """
 
     train: Dataset[tuple[Tensor, int]]
@@ -44,7 +43,7 @@ class Datasets:
 
 @dataclass(frozen=True)
 class Source:
-    """Which data set to load, and how its images are prepared: the arguments of load_datasets."""
+    """The arguments of `load_datasets`: a data set, and how its images are prepared."""
 
     name: str
     root: str | None
@@ -56,13 +55,13 @@ class Source:
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]], Generic[Item]):
-    """Images that are read when they are asked for, with a label each.
+    """Images that are read on access, with one label each.
 
     Args:
-        items: What ``read`` makes an image of: paths, or tensors in memory.
+        items: Inputs of ``read``, one per image: paths, or tensors in memory.
         labels: The class index of each item.
         read: Turns an item into a float32 image of shape ``(3, height, width)``. It must be
-            picklable where workers are started by another method than fork.
+            picklable unless workers are forked.
 
     Example:
         >>> import torch
@@ -87,24 +86,24 @@ class LabelledImages(Dataset[tuple[Tensor, int]], Generic[Item]):
 
 
 def decode_image(file: str | IO[bytes], name: str) -> Image.Image:
-    """Decode an image to RGB, a greyscale one too.
+    """Decode an image, also a greyscale one, to RGB.
 
     Args:
-        file: A path, or a file that is open for reading.
-        name: What errors call it.
+        file: Path of the image, or a file that is open for reading.
+        name: Name of the image in errors.
 
     Returns:
-        The image of Pillow, with all its pixels read.
+        Pillow's image, completely read.
 
     Raises:
-        DataError: If it cannot be read, or is not a whole image.
+        DataError: If the file can't be read, or is not a complete image.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    # What Pillow raises for damaged files of the various formats
+    # The errors that Pillow raises for damaged files of the various formats
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # not from the decoder
             raise DataError(f"cannot read {name}: {error.strerror}") from error
@@ -115,13 +114,13 @@ def decode_image(file: str | IO[bytes], name: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Classes:
-    """Turns what a data set gives for a class into the class's index.
+    """Turns the labels of a data set into class indices.
 
     Attributes:
-        names: Of the classes, by their index; empty where they aren't known.
-        indices: The index of each class that ``options.class_map`` lists; None without a map.
-        source_names: The data set's own names, by the labels that it gives, where it has any:
-            a map may list these instead of the labels.
+        names: Names of the classes, by their index; empty if they are unknown.
+        indices: Index of each class that ``options.class_map`` lists; None without a map.
+        source_names: The data set's names of its labels, if it has any; a map may list these
+            instead of the labels.
 
     Example:
         >>> Classes(("cat", "dog")).index(1, "a.jpg")
@@ -136,7 +135,7 @@ class Classes:
 
     @classmethod
     def mapped(cls, class_map: object, source_names: tuple[str, ...] = ()) -> Classes:
-        """Read ``options.class_map``: a mapping, or a text file with a class a line."""
+        """Read ``options.class_map``: a mapping, or a text file with one class per line."""
         indices = _read_class_map(class_map)
         names: list[list[str]] = [[] for _ in range(max(indices.values()) + 1)]
         for name, index in indices.items():
@@ -144,16 +143,16 @@ class Classes:
         if [] in names:
             missing = names.index([])
             raise DataError(
-                f"options.class_map gives no class the index {missing}: number them from 0 on"
+                f"options.class_map has no class with index {missing}: number the classes from 0"
             )
         return cls(tuple(", ".join(same) for same in names), indices, source_names)
 
     def index(self, label: object, where: str) -> int:
-        """Give the index of a class.
+        """The index of a class.
 
         Args:
-            label: What the data set holds: a whole number, or a name that a class map lists.
-            where: The image, for errors.
+            label: Label in the data set: a whole number, or a name that the class map lists.
+            where: Name of the image in errors.
 
         Raises:
             DataError: If there is no such class.
@@ -193,7 +192,7 @@ def _read_class_map(class_map: object) -> dict[str, int]:
             detail = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise DataError(
                 f"options.class_map: cannot read {class_map}: {detail}; "
-                f"give a mapping, or a text file with the name of a class a line"
+                f"give a mapping, or a text file with one class name per line"
             ) from error
         indices = {line.strip(): index for index, line in enumerate(lines)}
     if not indices or any(type(index) is not int or index < 0 for index in indices.values()):
@@ -202,7 +201,7 @@ def _read_class_map(class_map: object) -> dict[str, int]:
 
 
 def existing_folder(name: str, root: Path | None) -> Path:
-    """Give ``root`` if it is a folder; raise DataError, naming the data set, otherwise."""
+    """Return ``root`` if it is a folder; raise DataError otherwise."""
     if root is None:
         raise DataError(f"data set {name!r} is read from a folder: give it as root")
     if not root.exists():

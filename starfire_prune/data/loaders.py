@@ -1,4 +1,4 @@
-"""Loaders of a data set's parts, and their division among the processes of a run."""
+"""Loaders of data sets, and their division among the processes of a run."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def build_loader(
     """Build the loader of one part of a data set.
 
     The order of the images and the seeds of the workers are drawn from torch's default generator
-    at the start of every epoch, so an epoch is repeated exactly by restoring that generator and,
-    as augmentation without workers draws from it, Python's. For the same reason workers are
-    started afresh every epoch. The order of images in shards follows from the epoch alone.
+    at the start of every epoch. Restoring that generator and Python's, from which augmentation
+    without workers draws, therefore repeats an epoch exactly. For the same reason workers are
+    restarted every epoch. The order of images in shards depends only on the epoch.
 
     Args:
-        dataset: Gives ``(image, label)`` and has a length.
-        batch_size: Images in a batch, at least 1.
-        train: Shuffle the images. A last batch of a single image is dropped then, since batch
-            normalisation cannot train on one value a channel; every other last batch is kept, and
-            so is the only one. Without ``train`` every image comes, in the data set's order.
-        workers: Processes that read images; 0 reads them in this one. Each worker reads shards
-            for batches of its own, which come in turns.
+        dataset: Data set of ``(image, label)`` with a length.
+        batch_size: Number of images in a batch, at least 1.
+        train: Shuffle the images, and drop a last batch of one image unless it is the only batch,
+            because batch normalization can't train on one value per channel. Otherwise every image
+            appears, in the data set's order.
+        workers: Number of processes that read images; with 0 this process reads them. Each worker
+            reads shards for its own batches, and the workers take turns.
 
     Returns:
         A loader of float32 images ``(N, 3, image_size, image_size)`` and int64 labels ``(N,)``, in
@@ -70,30 +70,30 @@ def build_loader(
 def prepare_loader(
     accelerator: Accelerator, loader: DataLoader[tuple[Tensor, int]]
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Give a loader of this process's part of the images, on its device.
+    """Prepare the loader of this process's part of the images, on its device.
 
-    All processes get equally many batches, and batch by batch equally many images:
+    All processes get the same number of batches, and their n-th batches have the same size:
 
-    - In training, images in memory or in files are dealt out by Accelerate, which fills up the
-      last round of batches with images from the start: less than a batch a process. Of images in
-      shards, each process repeats at most one of another's, or drops one that would be left alone.
-    - In evaluation, gathered by ``accelerator.gather_for_metrics``, every image comes exactly
-      once, but for images in shards with the label `PADDING_LABEL`, which are another process's.
+    - In training, Accelerate divides images in memory or in files, and fills up the last round of
+      batches with images from the start, less than a batch per process. Of images in shards, each
+      process repeats at most one image of another, or drops one that would be a batch by itself.
+    - In evaluation, if gathered by ``accelerator.gather_for_metrics``, every image appears exactly
+      once; images in shards with the label `PADDING_LABEL` belong to another process.
 
-    An epoch follows from ``set_epoch``, the ``data_seed`` of the accelerator's loaders and the
+    An epoch depends on ``set_epoch``, the ``data_seed`` of the accelerator's loaders and the
     generators that are seeded at its start.
 
     Args:
-        accelerator: Of the run.
-        loader: From `build_loader`. Images in shards are not sharded a second time, as
-            ``accelerator.prepare`` would do it.
+        accelerator: Accelerator of the run.
+        loader: Loader of `build_loader`. Shards are not divided a second time, as
+            ``accelerator.prepare`` would do.
 
     Returns:
-        A loader with ``len()`` (the batches of a process, the same in all) and ``set_epoch``.
+        A loader with ``len()``, the number of batches of each process, and ``set_epoch``.
 
     Raises:
-        TypeError: If the loader reads an iterable data set of another kind, whose division among
-            processes is not known.
+        TypeError: If the loader reads another kind of iterable data set, which can't be divided
+            exactly among processes.
 
     Example:
         >>> from accelerate import Accelerator
@@ -106,7 +106,7 @@ def prepare_loader(
     """
     dataset = loader.dataset
     if not isinstance(dataset, IterableDataset):
-        if accelerator.num_processes > 1:  # the last round of batches is filled up: none is single
+        if accelerator.num_processes > 1:  # Accelerate fills up the last batches
             loader.batch_sampler.drop_last = False  # type: ignore[union-attr]
         return cast("DataLoader[tuple[Tensor, Tensor]]", accelerator.prepare(loader))
     if not isinstance(dataset, ShardedImages):
@@ -119,7 +119,7 @@ def prepare_loader(
     prepared: Any = import_optional("accelerate.data_loader").prepare_data_loader(
         loader,
         accelerator.device if accelerator.device_placement else None,
-        num_processes=1,  # of those that share what this loader gives
+        num_processes=1,  # the data set is divided already
         process_index=0,
         put_on_device=accelerator.device_placement,
         dispatch_batches=False,

@@ -1,4 +1,4 @@
-"""How photographs become tensors: timm's transforms for training and for validation."""
+"""The preprocessing of photographs by timm's transforms, for training and for validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "INTERPOLATIONS", "Preprocessing", "
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
-# timm skips what it can't parse without a word, and each policy reads other sections
+# timm silently skips sections that it can't parse; each kind of policy has its own sections
 _NUMBER: Final = r"\d+(\.\d+)?"
 _POLICY: Final = re.compile(
     rf"rand(-(m|n|mmax|inc)\d+|-(p|mstd){_NUMBER}|-t(weights|3aw?))*"
@@ -33,7 +33,7 @@ Transform = Callable[["Image.Image"], Tensor]
 
 
 def is_policy(text: str) -> bool:
-    """Tell whether a text is a policy of timm's auto-augmentation that timm reads to its end.
+    """Whether a text is a policy of timm's auto-augmentation that timm reads completely.
 
     Example:
         >>> is_policy("rand-m9-mstd0.5"), is_policy("rand-magnitude9")
@@ -44,7 +44,7 @@ def is_policy(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image; the attributes are described at `load_datasets`."""
+    """Settings of the preprocessing; `load_datasets` describes them."""
 
     image_size: int = 224
     interpolation: str = "bilinear"
@@ -58,7 +58,7 @@ class Preprocessing:
 
     def check(self) -> None:
         """Raise DataError for the first value out of its range."""
-        policies = "a policy of timm's, such as rand-m9-mstd0.5, augmix-m3 or 3a"
+        policies = "one of timm's policies, such as rand-m9-mstd0.5, augmix-m3 or 3a"
         checks = (
             ("image_size", self.image_size >= 1, "at least 1"),
             (
@@ -67,11 +67,11 @@ class Preprocessing:
                 f"one of {', '.join(INTERPOLATIONS)}",
             ),
             ("crop_pct", 0 < self.crop_pct <= 1, "above 0 and at most 1"),
-            ("mean", len(self.mean) == 3, "three numbers, one a channel"),
+            ("mean", len(self.mean) == 3, "three numbers, one per channel"),
             (
                 "std",
                 len(self.std) == 3 and min(self.std) > 0,
-                "three numbers above 0, one a channel",
+                "three numbers above 0, one per channel",
             ),
             ("auto_augment", self.auto_augment is None or is_policy(self.auto_augment), policies),
             ("random_erasing", 0 <= self.random_erasing <= 1, "in [0, 1]"),

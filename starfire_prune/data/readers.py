@@ -1,4 +1,4 @@
-"""Data sets by the names that timm's readers have: hfds/…, wds/… and torch/…."""
+"""Data sets of timm's readers, by their names: hfds/…, wds/… and torch/…."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from starfire_prune.data.images import (
 from starfire_prune.data.preprocessing import Transform
 from starfire_prune.data.shards import SampleReader, Shard, ShardedImages
 from starfire_prune.utils.optional import import_optional
-from starfire_prune.utils.text import listed
+from starfire_prune.utils.text import first_line, listed
 
 __all__ = ["READERS", "READER_OPTIONS", "option_problems", "reader_of"]
 
 
-# What each reader's options are
+# The options of each reader, with their types
 READER_OPTIONS: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "hfds": {"input_key": "text", "target_key": "text", "class_map": "a mapping or a path"},
@@ -51,7 +51,7 @@ _FITS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "a whole number from 1": lambda value: type(value) is int and value >= 1,
     "true or false": lambda value: isinstance(value, bool),
 }
-_DOWNLOAD: Final = re.compile(r"You (can|may) (use|set) download=True")  # as torchvision says
+_DOWNLOAD: Final = re.compile(r"You (can|may) (use|set) download=True")  # the hints of torchvision
 _IMAGE_FILES: Final = "jpg;jpeg;png;webp"
 _SHUFFLE_SIZE: Final = 2048
 _TRAIN_SPLITS: Final = ("train", "training")
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 def reader_of(name: str) -> str | None:
-    """Give the reader that a data set's name begins with, or None.
+    """The reader with which a data set's name begins, or None.
 
     Example:
         >>> reader_of("wds/imagenet"), reader_of("torchvision/cifar10"), reader_of("folder")
@@ -72,7 +72,7 @@ def reader_of(name: str) -> str | None:
 
 
 def option_problems(reader: str, options: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Give the options that a reader doesn't know or can't read, and what is wrong with each.
+    """The invalid options of a reader, each with its error.
 
     Example:
         >>> list(option_problems("torch", {"download": 1}))
@@ -81,7 +81,7 @@ def option_problems(reader: str, options: Mapping[str, object]) -> Iterator[tupl
     known = READER_OPTIONS[reader]
     for key, value in options.items():
         if key not in known:
-            yield key, f"is no option of {reader}/: the options are {', '.join(known)}"
+            yield key, f"is not an option of {reader}/: the options are {', '.join(known)}"
         elif not _FITS[known[key]](value):
             yield key, f"must be {known[key]}"
 
@@ -91,14 +91,14 @@ def _splits(source: Source) -> tuple[str, str]:
 
 
 def _opened(source: Source, split: str, open_split: Callable[[], T]) -> T:
-    """Open a split with a package whose errors may be of any kind."""
+    """Open a split with a package that raises errors of any kind."""
     try:
         return open_split()
     except (DataError, ModuleNotFoundError):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        fault = _DOWNLOAD.sub("Set data.options.download: true", lines[0]).rstrip(".")
+        hint = "Set data.options.download: true"
+        fault = _DOWNLOAD.sub(hint, first_line(error)).rstrip(".")
         raise DataError(
             f"data set {source.name!r}: split {split!r} cannot be read: {fault}; "
             f"correct its name, root, splits or options"
@@ -106,7 +106,7 @@ def _opened(source: Source, split: str, open_split: Callable[[], T]) -> T:
 
 
 def _classes(source: Source, names: Sequence[str] = ()) -> Classes:
-    """The classes of a part: mapped, as it names them, or numbered as the model has them."""
+    """The classes of a part: mapped by an option, as it names them, or numbered."""
     class_map = source.options.get("class_map")
     if class_map is not None:
         return Classes.mapped(class_map, tuple(names))
@@ -130,7 +130,7 @@ def _load_hfds(source: Source) -> Datasets:
 def _hfds_part(
     source: Source, path: str, split: str, transform: Transform
 ) -> tuple[Dataset[tuple[Tensor, int]], tuple[str, ...]]:
-    # Not by timm's reader: it makes up columns that aren't there, and that of timm 1.0.15 reads
+    # Without timm's reader, which accepts columns that don't exist; that of timm 1.0.15 reads
     # neither labels without names nor a part of a split
     datasets = import_optional("datasets", "data")
     root = None if source.root is None else os.path.expanduser(source.root)
@@ -185,15 +185,15 @@ def _load_wds(source: Source) -> Datasets:
 
 
 def _shard_root(source: Source) -> str:
-    """The folder or the URL of the shards, which hold `_info.json` beside them."""
+    """The folder or the URL of the shards, which contains `_info.json`."""
     if source.root is not None and "://" in source.root:
         return source.root.rstrip("/")
     path = None if source.root is None else Path(source.root).expanduser()
     root = existing_folder(source.name, path)
     if not (root / "_info.json").is_file() and not (root / "info.json").is_file():
         raise DataError(
-            f"{root} holds no _info.json: it lists, as timm reads it, the filenames and "
-            f"shard_lengths of each split"
+            f"{root} holds no _info.json: add one that lists the filenames and shard_lengths of "
+            f"each split, in timm's format"
         )
     return str(root)
 
@@ -222,7 +222,7 @@ def _wds_part(
 
 
 def _shards(root: str, info: Any, filenames: Iterable[str]) -> list[Shard]:
-    """Find the length of each shard, by whichever split `_info.json` lists it."""
+    """The shards with their lengths, which any split in `_info.json` may list."""
     lengths = {
         name: int(length)
         for part in info["splits"].values()
@@ -272,7 +272,7 @@ def _load_torch(source: Source) -> Datasets:
 
 
 def _root_to_fill(source: Source) -> Path | None:
-    """The root, which a download makes."""
+    """The root, which is created for a download."""
     root = None if source.root is None else Path(source.root).expanduser()
     if root is not None and source.options.get("download"):
         root.mkdir(parents=True, exist_ok=True)
@@ -282,9 +282,7 @@ def _root_to_fill(source: Source) -> Path | None:
 def _torch_part(
     source: Source, name: str, root: Path, split: str, transform: Transform
 ) -> TorchImages:
-    if (
-        split not in _TRAIN_SPLITS + _VAL_SPLITS
-    ):  # timm takes any that isn't for training to be the other one
+    if split not in _TRAIN_SPLITS + _VAL_SPLITS:  # timm would read any other as validation
         raise DataError(
             f"data set {source.name!r} has no split {split!r}: its splits are train and validation"
         )

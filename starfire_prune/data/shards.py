@@ -1,8 +1,8 @@
-"""WebDataset shards, dealt out to ranks and workers so that each sample is read exactly once.
+"""WebDataset shards, divided among ranks and workers so that each sample is read exactly once.
 
-timm's own iteration gives each worker whole shards and a fixed number of samples, and with it
-repeats some and leaves out others. Here the lengths that `_info.json` lists make the shards one
-long row of samples, of which every worker of every rank reads a stretch of its own.
+timm assigns entire shards and a fixed number of samples to each worker, so that some samples are
+repeated and others are left out. Here the shards form one sequence of samples, by the lengths that
+`_info.json` lists, and every worker of every rank reads its own part of the sequence.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ __all__ = [
 
 
 PADDING_LABEL: Final = -100
-"""The label of an image that another rank evaluates; CrossEntropyLoss ignores it too."""
-_NAME: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # a sample's key, and what the file holds
+"""Label of an image that another rank evaluates; CrossEntropyLoss ignores it as well."""
+_NAME: Final = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the sample's key, and the kind of file
 T = TypeVar("T")
 
 
 class Shard(NamedTuple):
-    """A tar file, by its path or URL, and the number of samples in it."""
+    """A tar file, given by its path or URL, and its number of samples."""
 
     path: str
     length: int
 
 
 class Sample(NamedTuple):
-    """The files of a sample by what follows their key's dot, in lower case: jpg, cls, json."""
+    """The files of a sample by their extensions in lower case, such as jpg, cls or json."""
 
     name: str
     files: Mapping[str, bytes]
 
 
 def rank_range(count: int, rank: int, ranks: int) -> range:
-    """Give the samples of a rank out of ``count``: as many on every rank, ``ceil(count / ranks)``.
+    """The samples of a rank out of ``count``; every rank has ``ceil(count / ranks)`` samples.
 
-    Together the ranges hold every sample. Where ``ranks`` doesn't divide ``count``, some overlap
-    by one: the last sample of one rank is the first of the next.
+    Together the ranges contain every sample. If ``ranks`` doesn't divide ``count``, some ranges
+    overlap by one: the last sample of one rank is the first of the next.
 
     Example:
         >>> [list(rank_range(5, rank, 2)) for rank in range(2)]
@@ -75,7 +75,7 @@ def rank_range(count: int, rank: int, ranks: int) -> range:
 
 
 def worker_range(samples: range, batch_size: int, worker: int, workers: int) -> range:
-    """Give a worker's part of a rank's samples: whole batches, a smaller one only at the end.
+    """A worker's part of a rank's samples: full batches, except the very last one.
 
     Example:
         >>> [list(worker_range(range(10, 17), 2, worker, 3)) for worker in range(3)]
@@ -87,20 +87,20 @@ def worker_range(samples: range, batch_size: int, worker: int, workers: int) -> 
 
 
 class ShardedImages(IterableDataset[tuple[Tensor, int]]):
-    """The images of shards, an epoch at a time.
+    """The images of shards, one epoch at a time.
 
-    An epoch follows from the seed, the epoch and the division among ranks and workers alone. In
-    training the shards are shuffled anew every epoch, and the samples within a window of
-    ``shuffle_size`` as they are read; every rank gives the same number of images, of which the
-    last may be another rank's too. Without training the images come in the order of the shards,
-    and one that another rank gives has the label `PADDING_LABEL`.
+    An epoch depends only on the seed, the epoch and the division among ranks and workers. In
+    training, the shards are shuffled every epoch, and the samples within a window of
+    ``shuffle_size`` as they are read; every rank has the same number of images, the last of which
+    may also be another rank's. In evaluation, the images are in the order of the shards, and an
+    image that another rank evaluates has the label `PADDING_LABEL`.
 
-    It is one rank of one until `prepare_loader` deals it out.
+    There is a single rank until `prepare_loader` divides the images.
 
     Args:
         shards: The tar files and their lengths.
-        read: Makes an image and its label of a sample.
-        shuffle_size: Samples that wait, undecoded, to be drawn from; per worker.
+        read: Turns a sample into an image and its label.
+        shuffle_size: Number of undecoded samples per worker to draw from.
     """
 
     def __init__(
@@ -116,22 +116,22 @@ class ShardedImages(IterableDataset[tuple[Tensor, int]]):
         self.rank, self.ranks, self.seed, self.epoch = 0, 1, 0, 0
 
     def in_batches(self, batch_size: int, train: bool) -> ShardedImages:
-        """Give a copy for a loader of this batch size."""
+        """A copy for a loader of this batch size."""
         dataset = copy.copy(self)
         dataset.batch_size, dataset.train = batch_size, train
         return dataset
 
     def deal(self, rank: int, ranks: int, seed: int) -> None:
-        """Give only the images of one rank; ``seed`` is the same on all."""
+        """Restrict the images to those of one rank; ``seed`` is the same on all ranks."""
         self.rank, self.ranks, self.seed = rank, ranks, seed
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle as in this epoch from the next iteration on."""
+        """Set the epoch that the next iteration shuffles by."""
         self.epoch = epoch
 
     @property
     def total_dataset_length(self) -> int:
-        """What Accelerate takes to find padding in the last batch by: there is none to cut off."""
+        """Read by Accelerate to remove padding from the last batch; 0, as there is none."""
         return 0
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ class ShardedImages(IterableDataset[tuple[Tensor, int]]):
         return samples
 
     def _read(self, samples: range) -> Iterator[Sample]:
-        """Read a stretch of the row that the shards make, shuffled in training."""
+        """Read a part of the sequence of samples; in training the shards are shuffled."""
         shards = self.shards
         if self.train:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(len(shards))
@@ -177,12 +177,12 @@ class ShardedImages(IterableDataset[tuple[Tensor, int]]):
 
 
 def has_single_end(count: int, batch_size: int) -> bool:
-    """Tell whether the last of several batches is one image, which batch norm can't train on."""
+    """Whether the last of several batches is a single image, on which batch norm can't train."""
     return count > batch_size > 1 and count % batch_size == 1
 
 
 def _shuffled(items: Iterator[T], size: int, generator: random.Random) -> Iterator[T]:
-    """Draw at random from a window of ``size`` items that moves along."""
+    """Draw at random from a moving window of ``size`` items."""
     window = list(islice(items, size))
     for item in items:
         index = generator.randrange(len(window))
@@ -199,8 +199,8 @@ def read_shard(shard: Shard, start: int, end: int) -> Iterator[Sample]:
     """Read the samples ``start`` to ``end - 1`` of a shard.
 
     Raises:
-        DataError: If the shard cannot be read, or holds fewer samples than its length says, or
-            more where ``end`` is its length.
+        DataError: If the shard can't be read, or doesn't hold as many samples as listed; too many
+            are noticed only if ``end`` is the listed length.
     """
     try:
         with closing(_files(shard.path)) as files:
@@ -223,7 +223,7 @@ def read_shard(shard: Shard, start: int, end: int) -> Iterator[Sample]:
 
 
 def _files(path: str) -> Generator[tuple[str, str, Callable[[], bytes]], None, None]:
-    """The files of a shard: the key of their sample, what they hold, and how to read it."""
+    """The files of a shard: the key of their sample, their kind, and a function that reads them."""
     with _open(path) as tar:
         for member in tar:
             name = _NAME.fullmatch(member.name)
@@ -245,13 +245,13 @@ def _open(path: str) -> Iterator[tarfile.TarFile]:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Makes an image and its label of a sample.
+    """Turns a sample into an image and its label.
 
     Attributes:
-        input_keys: What image files are called, the first that there is counts.
-        target_key: A field of the sample's json that holds the label; without, it is in ``cls``.
-        classes: Of the labels.
-        transform: Of the images.
+        input_keys: Possible extensions of the image file; the first that exists is read.
+        target_key: Field of the sample's json that holds the label; if empty, it is in ``cls``.
+        classes: Classes of the labels.
+        transform: Transform of the images.
     """
 
     input_keys: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""What the other rooms share: files, text, modules, settings, errors."""
+"""Helpers that the other folders share: files, text, modules, settings, errors."""

@@ -1,4 +1,4 @@
-"""The exceptions of this package."""
+"""The exceptions that several folders of the package share."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ __all__ = [
 ]
 
 
-class CodecError(ValueError):
-    """Stored bytes that are no tensor of the shape they claim."""
-
-
 class PruningError(RuntimeError):
-    """Pruning that does not hold: a pruned weight came back, or a layer would have none left."""
+    """A pruned weight is not zero, or pruning would remove all weights of a layer."""
 
 
 class RanksError(RuntimeError):
-    """Ranks of a distributed run that should have the same and don't."""
-
-
-class EvaluationError(ValueError):
-    """An evaluation that can't be made or read; the message says why and what to do."""
-
-
-class ExportError(ValueError):
-    """What can't be exported; the message says why and what to do."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or file of weights that can't be read or written, or does not fit."""
+    """Ranks of a distributed run differ in something that must be the same."""
 
 
 class ModelError(ValueError):
-    """A timm model that doesn't exist, or can't be built with the options given."""
+    """A timm model does not exist, or can't be built with the given options."""
 
 
 class PretrainedError(ValueError):
-    """Weights to start from that can't be had or don't fit; the message says why in a sentence."""
+    """Pretrained weights are not available or don't fit the model."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or another file can't be read or written, or does not fit."""
 
 
 class DamageError(ValueError):
-    """What is wrong with a file's contents, without the file's name."""
+    """The contents of a file are not valid; the message does not name the file."""
+
+
+class CodecError(ValueError):
+    """Stored bytes do not encode a tensor of the stated shape."""
+
+
+class EvaluationError(ValueError):
+    """Weights can't be evaluated, or the file of an evaluation can't be read."""
+
+
+class ExportError(ValueError):
+    """A model or its weights can't be exported."""

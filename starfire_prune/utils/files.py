@@ -1,4 +1,4 @@
-"""Atomic file and folder writes, and errors of files in one sentence."""
+"""Atomic writes of files and folders, and their errors in one sentence."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ __all__ = [
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write into a sentence; what stood at `path` or beside it is whole."""
+    """Turn errors of an atomic write to `path` into a CheckpointError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch tells a full disk as a mismatch of positions, within the real error
+        # torch reports a full disk as a wrong position, raised in handling the real error
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
-            f"{path} can't be written: {reason(cause)}; what was saved before is whole: make "
+            f"{path} can't be written: {reason(cause)}; earlier files are intact: make "
             f"room and run the same command again"
         ) from error
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
-    if isinstance(error, UnpicklingError):  # torch would advise to execute what the file holds
+    """The message of an error, in one line."""
+    if isinstance(error, UnpicklingError):  # torch would advise to execute the file's code
         return "it is damaged, or holds more than tensors and plain values"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -50,10 +50,10 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which it replaces once the block has ended well.
+    """Yield a temporary path beside `path`, and replace `path` by it if the block succeeds.
 
-    The file gets the mode of a newly made one, whatever the block does. What a kill leaves beside
-    `path` the next write of the same file clears away.
+    The file gets the permissions of a newly created one. A temporary file that a kill leaves behind
+    is removed by the next write of the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -62,7 +62,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
+        temporary.chmod(mode)  # safetensors creates files that nobody else may read
         move_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,14 +70,16 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def checked_file(path: Path, writes: AbstractContextManager[Path]) -> Iterator[Path]:
-    """Give what is written, whose checks in the block fail with errors of their own.
+    """Yield a written file to a block that checks it before it appears at `path`.
+
+    Errors of the block are raised unchanged.
 
     Args:
-        path: where it appears once the block has ended well.
-        writes: enters with the written file's temporary path, and exits by putting it at `path`.
+        path: Path at which the file appears if the block succeeds.
+        writes: Writes the file on entering, and moves it to `path` on leaving.
 
     Raises:
-        CheckpointError: if it can't be written or put there.
+        CheckpointError: If the file can't be written or moved.
     """
     with ExitStack() as stack:
         with writing(path):
@@ -89,7 +91,7 @@ def checked_file(path: Path, writes: AbstractContextManager[Path]) -> Iterator[P
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, which it replaces once the block has ended well."""
+    """Yield a temporary folder beside `path`, and replace `path` by it if the block succeeds."""
     path = path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
@@ -102,7 +104,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         _sync(temporary)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)  # at once out of sight: a folder is never half there
+            path.rename(old)  # atomic: the folder is never visible in part
         temporary.replace(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
@@ -111,20 +113,20 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def move_file(source: Path, path: Path) -> None:
-    """Put a whole file in the place of another, on the same disk, at once."""
+    """Replace a file by another one of the same disk, atomically."""
     _sync(source)
     source.replace(path)
     _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8."""
+    """Write a text file in UTF-8, atomically."""
     with replaced_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
-    """Wait until the file's or folder's contents are on the disk."""
+    """Wait until the contents of a file or folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,12 +23,12 @@ __all__ = [
 
 
 def model_bytes(model: nn.Module) -> int:
-    """That a model's parameters and buffers take, also those that no file holds."""
+    """The bytes of a model's parameters and buffers, including those that are not saved."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All convolutions (but transposed ones) and linear layers of a model by their clean names."""
+    """All convolutions, except transposed ones, and linear layers by their clean names."""
     return {
         clean_name(name): module
         for name, module in unwrap(model).named_modules()
@@ -49,7 +49,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def layer_weight(module: nn.Module) -> nn.Parameter:
-    """The parameter behind a layer's weight, under whichever name pruning has given it."""
+    """The parameter of a layer's weight, which is named `weight_orig` while it is pruned."""
     parameters = module._parameters
     weight = parameters.get("weight_orig", parameters.get("weight"))
     if weight is None:
@@ -69,23 +69,24 @@ def effective_weight(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def clean_name(name: str) -> str:
-    """A module's name without what `torch.compile` of a part of the model adds to it."""
+    """A module's name without the parts that `torch.compile` adds to it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution with one input channel per group."""
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
 def classifier_keys(model: nn.Module) -> tuple[str, ...]:
-    """The state dict keys of a timm model's classifier, one or several layers; none of others."""
+    """The state dict keys of a timm model's classifier layers; none for other models."""
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     prefixes = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
     return tuple(key for key in model.state_dict() if key.startswith(prefixes))
 
 
 def named_modules_with_duplicates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules, a shared one under each of its names, as a state dict has them."""
+    """All modules by their clean names; a shared module appears under each of its names."""
     modules = model.named_modules(remove_duplicate=False)
     return ((clean_name(name), module) for name, module in modules)
 

@@ -9,12 +9,12 @@ __all__ = ["import_optional"]
 
 
 def import_optional(module: str, extra: str = "train", needed_by: str = "this data set") -> Any:
-    """Import a module of an optional package; these are slow, so only where they are used.
+    """Import a module of an optional package, which may be slow or not installed.
 
     Args:
         module: The module's full name.
         extra: The extra of this package that installs it.
-        needed_by: What needs it, the subject of the error's sentence.
+        needed_by: Subject of the error message, such as "this data set".
 
     Returns:
         The module.

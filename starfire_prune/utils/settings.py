@@ -1,4 +1,4 @@
-"""The base of all settings that come from YAML or Python, and its error messages."""
+"""The base class of all settings, from YAML or Python, and their error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class RecipeError(ValueError):
-    """All that is wrong with a recipe, a line each: `source: key: what (value); the way out`."""
+    """All errors of a recipe, one per line: `source: key: what is wrong (value); suggestion`."""
 
 
 _EXPECTED: Final = {
@@ -49,6 +49,12 @@ _EXPECTED: Final = {
 }
 
 
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+KeyPath = tuple[str | int, ...]
+Problem = tuple[KeyPath, str]
+
+
 def problem_line(source: str, path: KeyPath, text: str) -> str:
     """A line of a `RecipeError`: `source: key: what is wrong`."""
     return ": ".join(part for part in (source, ".".join(map(str, path)), text) if part)
@@ -60,7 +66,7 @@ def validated(
     *,
     keep_unset: bool = False,
 ) -> tuple[SettingsT | None, list[Problem]]:
-    """The settings in `tree`, or None and all that is wrong with them."""
+    """The settings in `tree`, or None and a list of all errors in them."""
     try:
         return root.model_validate(tree, context={"keep_unset": keep_unset}), []
     except ValidationError as error:
@@ -70,7 +76,7 @@ def validated(
 
 def _problem(root: type[Settings], tree: Any, detail: ErrorDetails) -> Problem:
     path = tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
-    for free in ("options", "set"):  # what is in them pydantic tells by the types it tried
+    for free in ("options", "set"):  # below them, pydantic adds the types it tried
         if free in path:
             path = path[: path.index(free) + 2]
     section = _section_at(root, tree, path[:-1])
@@ -90,7 +96,7 @@ def _problem(root: type[Settings], tree: Any, detail: ErrorDetails) -> Problem:
 
 
 def _section_at(root: type[Settings], tree: Any, path: KeyPath) -> type[Settings]:
-    """The section at a path within `tree`, a tree of a `root`."""
+    """The section at a path within `tree`, the plain data of a `root`."""
     section = root.for_tree(tree)
     for key in path:
         inside = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(key, int))
@@ -116,17 +122,8 @@ def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:
     return f"must be {expected} {got(value, typed=kind.endswith('_type'))}{suggestion}"
 
 
-_SHORT: Final = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-KeyPath = tuple[str | int, ...]
-Problem = tuple[KeyPath, str]
-
-
-# Values that pydantic's own types don't describe.
-
-
 def got(value: object, *, typed: bool = False) -> str:
-    """`(got 60)` or `(got 60, an int)`."""
+    """The part of an error that shows a value: `(got 60)`, or `(got 60, an int)` if typed."""
     if value is None:
         return "(got nothing)"
     name = {"dict": "mapping", "tuple": "list"}.get(type(value).__name__, type(value).__name__)
@@ -136,6 +133,7 @@ def got(value: object, *, typed: bool = False) -> str:
 
 
 def settings_error(text: str) -> PydanticCustomError:
+    """An error whose text appears unchanged in the `RecipeError`."""
     return PydanticCustomError("recipe", "{text}", {"text": text})
 
 
@@ -143,10 +141,10 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A section of settings: frozen, and strict about keys, types and ranges."""
+    """A section of settings: immutable, and strict about keys, types and ranges."""
 
     parts: ClassVar[Mapping[str, type[Settings]]] = {}
-    """The sections within this one by their keys, also those further down."""
+    """The sections within this one by their keys, including nested ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -162,7 +160,7 @@ class Settings(BaseModel):
 
     @classmethod
     def for_tree(cls, tree: Any) -> type[Settings]:
-        """The class that validates this plain data, where the keys depend on values."""
+        """The class that validates this plain data, if the valid keys depend on values."""
         del tree
         return cls
 
@@ -174,16 +172,20 @@ class Settings(BaseModel):
 
     @classmethod
     def problems(cls, tree: dict[str, Any]) -> Iterator[Problem]:
-        """What is wrong between the keys of this section, given as plain data.
+        """Errors between the keys of this section.
 
-        It runs on plain data, so that it also runs where a value was refused.
+        Args:
+            tree: The section as plain data, so that it can be checked even if a value is invalid.
+
+        Yields:
+            The path of a key within the section, and the error.
         """
         del tree
         yield from ()
 
 
 def plain(value: Any) -> Any:
-    """Mappings and models (what was set in them) as dicts, sequences as lists."""
+    """Turn mappings and models (their explicitly set fields) into dicts, sequences into lists."""
     if isinstance(value, BaseModel):
         value = {key: item for key, item in value if key in value.model_fields_set}
     if isinstance(value, Mapping):
@@ -192,7 +194,7 @@ def plain(value: Any) -> Any:
 
 
 def deep_problems(root: type[Settings], tree: Any) -> Iterator[Problem]:
-    """The problems between keys, of a section and of those within it."""
+    """The errors between keys of a section and of the sections within it."""
     if isinstance(tree, list):
         for index, item in enumerate(tree):
             for path, text in deep_problems(root, item):

@@ -1,4 +1,4 @@
-"""Helpers for messages and tables: enumerations, columns."""
+"""Text of messages and tables: enumerations, suggestions, numbers, columns."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def format_columns(
     """Lines of a table: its header, a rule and the rows, in columns two spaces apart.
 
     Args:
-        header: of each column.
-        rows: a cell a column.
-        left: the columns that are aligned to the left; the others are to the right.
+        header: Heading of each column.
+        rows: Rows with one cell per column.
+        left: Indices of the columns that are aligned to the left.
 
     Example:
         >>> print(format_columns(("run", "top1"), [("ck", "75.33")]))
@@ -97,6 +97,7 @@ def format_columns(
 
 
 ABSENT: Final = "-"
+"""The text of a missing number."""
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -111,7 +112,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 
 def number_text(value: float | None, digits: int = 2, *, sign: bool = False) -> str:
-    """A number of the report.
+    """Format a number, or `-` for None.
 
     Example:
         >>> number_text(60.004), number_text(-0.001, sign=True), number_text(None)
@@ -126,13 +127,13 @@ def number_text(value: float | None, digits: int = 2, *, sign: bool = False) -> 
 def spread_text(
     values: Iterable[float | None], runs: int, digits: int = 2, *, sign: bool = False
 ) -> str:
-    """The mean and the standard deviation over the runs of a variant.
+    """Format the mean and the standard deviation over several runs.
 
     Args:
-        values: of the runs; None where one has none.
-        runs: of the variant; said where fewer have a value.
-        digits: after the point.
-        sign: of positive numbers too.
+        values: Value of each run; None for a run without one.
+        runs: Number of runs; it appears in the text if fewer have a value.
+        digits: Number of digits after the decimal point.
+        sign: Write a plus sign before positive numbers.
 
     Example:
         >>> spread_text([50.0, 52.0], 2), spread_text([50.0, None], 2), spread_text([], 2)

@@ -323,7 +323,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence(tool, recipe, tmp_path, monkey
     assert (ended.status, ended.stderr) == (
         2,
         f"starfire train: {tmp_path}/run/checkpoints/epoch-0001 can't be written: No space left on "
-        f"device; what was saved before is whole: make room and run the same command again\n",
+        f"device; earlier files are intact: make room and run the same command again\n",
     )
 
 

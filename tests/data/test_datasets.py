@@ -330,7 +330,7 @@ def test_images_outside_of_class_folders_are_refused(tmp_path, part):
     root = make_folder(tmp_path)
     shutil.rmtree(root / part)
     save(root / part / "0.jpg")
-    message = f"{root / part} holds no class folders: put each class into a folder of its own"
+    message = f"{root / part} holds no class folders: put each class into a separate folder"
     with raises(message):
         load_folder(root)
 
@@ -464,7 +464,7 @@ def test_an_annotation_without_a_class_is_refused(tmp_path):
 def test_missing_annotations_are_named(tmp_path):
     path = make_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     path.unlink()
-    with raises(f"{path} does not exist: the labels of the validation part stand there"):
+    with raises(f"{path} does not exist: it holds the labels of the validation images"):
         load_tiny_imagenet(tmp_path)
 
 
@@ -476,8 +476,8 @@ def test_missing_annotations_are_named(tmp_path):
     [
         (
             "tiny-imagenet",
-            "unknown data set 'tiny-imagenet': did you mean tiny_imagenet? "
-            "known are digits, folder, tiny_imagenet, hfds/…, wds/…, torch/…",
+            "unknown data set 'tiny-imagenet': known are digits, folder, tiny_imagenet, hfds/…, "
+            "wds/…, torch/…; did you mean tiny_imagenet?",
         ),
         (
             "mnist",

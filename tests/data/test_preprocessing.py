@@ -143,11 +143,11 @@ def test_what_timm_would_not_read_to_its_end_is_no_policy(policy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (0.5, 0.5)}, "mean (=(0.5, 0.5)) must be three numbers, one a channel"),
-        ({"std": (1, 0, 1)}, "std (=(1, 0, 1)) must be three numbers above 0, one a channel"),
+        ({"mean": (0.5, 0.5)}, "mean (=(0.5, 0.5)) must be three numbers, one per channel"),
+        ({"std": (1, 0, 1)}, "std (=(1, 0, 1)) must be three numbers above 0, one per channel"),
         (
             {"auto_augment": "rand-m"},
-            "auto_augment (='rand-m') must be a policy of timm's, such as rand-m9-mstd0.5, "
+            "auto_augment (='rand-m') must be one of timm's policies, such as rand-m9-mstd0.5, "
             "augmix-m3 or 3a",
         ),
         ({"random_erasing": 1.5}, "random_erasing (=1.5) must be in [0, 1]"),

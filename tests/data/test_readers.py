@@ -261,8 +261,8 @@ def test_a_label_of_shards_out_of_range_is_named(webdataset, tmp_path):
 
 def test_shards_without_info_are_refused(webdataset, tmp_path):
     with raises(
-        f"{tmp_path} holds no _info.json: it lists, as timm reads it, the filenames and "
-        f"shard_lengths of each split"
+        f"{tmp_path} holds no _info.json: add one that lists the filenames and shard_lengths of "
+        f"each split, in timm's format"
     ):
         load("wds/", tmp_path)
 
@@ -368,7 +368,7 @@ def test_a_root_is_needed(name):
         (
             "torch/mnist",
             {"target_key": "x"},
-            "options.target_key (='x') is no option of torch/: the options are download",
+            "options.target_key (='x') is not an option of torch/: the options are download",
         ),
         ("torchvision/mnist", {"download": 1}, "options.download (=1) must be true or false"),
         ("wds/x", {"input_key": ""}, "options.input_key (='') must be text"),
@@ -378,7 +378,7 @@ def test_a_root_is_needed(name):
             {"shuffle_size": True},
             "options.shuffle_size (=True) must be a whole number from 1",
         ),
-        ("folder", {"download": True}, "data set 'folder' takes no options: leave it out"),
+        ("folder", {"download": True}, "data set 'folder' does not accept options: leave it out"),
     ],
 )
 def test_options_that_a_reader_cannot_read_are_refused(name, options, message):
@@ -387,7 +387,7 @@ def test_options_that_a_reader_cannot_read_are_refused(name, options, message):
 
 
 def test_splits_have_no_effect_without_a_reader():
-    with raises("data set 'digits' takes no val_split: leave it out"):
+    with raises("data set 'digits' does not accept val_split: leave it out"):
         load("digits", val_split="test")
 
 

@@ -322,7 +322,10 @@ def test_classes_with_the_same_index_are_named_together():
 @pytest.mark.parametrize(
     ("class_map", "message"),
     [
-        ({"a": 0, "b": 2}, "options.class_map gives no class the index 1: number them from 0 on"),
+        (
+            {"a": 0, "b": 2},
+            "options.class_map has no class with index 1: number the classes from 0",
+        ),
         (
             {"a": "b"},
             "options.class_map must give each class an index, a whole number from 0",
@@ -334,7 +337,7 @@ def test_classes_with_the_same_index_are_named_together():
         (
             "/absent.txt",
             "options.class_map: cannot read /absent.txt: No such file or directory; give a "
-            "mapping, or a text file with the name of a class a line",
+            "mapping, or a text file with one class name per line",
         ),
     ],
 )

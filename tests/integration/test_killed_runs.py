@@ -347,8 +347,8 @@ def test_a_full_disk_costs_the_epoch_that_was_under_way(unbroken, runs, tmp_path
         with pytest.raises(CheckpointError) as caught:
             train_on(recipe, run)
     assert str(caught.value) == (
-        f"{run}/checkpoints/epoch-0003 can't be written: No space left on device; what was saved "
-        f"before is whole: make room and run the same command again"
+        f"{run}/checkpoints/epoch-0003 can't be written: No space left on device; earlier files "
+        f"are intact: make room and run the same command again"
     )
     assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
     train_on(recipe, run)
@@ -427,8 +427,8 @@ def test_a_disk_that_is_full_at_any_file_of_a_checkpoint_costs_one_epoch(
         patch.setattr(training, "append_metrics", append_and_fill)
         with pytest.raises(
             CheckpointError,
-            match=r"epoch-0003 can't be written: .*No space left on device.*; what was saved "
-            r"before is whole: make room and run the same command again$",
+            match=r"epoch-0003 can't be written: .*No space left on device.*; earlier files "
+            r"are intact: make room and run the same command again$",
         ):
             train_on(recipe, run)
     assert sorted(os.listdir(run / "checkpoints")) == ["epoch-0001", "epoch-0002"]
@@ -455,7 +455,7 @@ def test_a_disk_that_is_full_at_the_metrics_or_the_picture_is_named(file, unbrok
         with pytest.raises(CheckpointError) as caught:
             train_on(recipe, run)
     assert str(caught.value) == (
-        f"{run}/{file} can't be written: No space left on device; what was saved before is whole: "
+        f"{run}/{file} can't be written: No space left on device; earlier files are intact: "
         f"make room and run the same command again"
     )
     make_room(small_disk)
@@ -478,7 +478,7 @@ def test_the_command_tells_a_full_disk_and_goes_on_once_there_is_room(small_disk
     last = output_of(process, status=2).splitlines()[-1]
     failed = re.fullmatch(
         rf"train\.py: {re.escape(str(run))}/checkpoints/epoch-(\d{{4}}) can't be written: "
-        r".*No space left on device.*; what was saved before is whole: make room and run the same "
+        r".*No space left on device.*; earlier files are intact: make room and run the same "
         r"command again",
         last,
     )

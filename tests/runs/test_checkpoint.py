@@ -394,9 +394,7 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoints_whole(size_bytes, fil
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/epoch-0003 can't be written: ")
     assert "File too large" in message
-    assert message.endswith(
-        "; what was saved before is whole: make room and run the same command again"
-    )
+    assert message.endswith("; earlier files are intact: make room and run the same command again")
     assert sorted(os.listdir(tmp_path)) == ["epoch-0001", "epoch-0002"]
     for epoch in (1, 2):
         load_checkpoint(tmp_path / f"epoch-000{epoch}", model, optimizer)
@@ -415,7 +413,7 @@ def test_an_error_in_the_midst_of_a_checkpoint_leaves_nothing_of_it(writer, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(owner, writer.rpartition(".")[2], fail)
         with pytest.raises(
-            CheckpointError, match=r"epoch-0002 can't be written: No space left on device; what"
+            CheckpointError, match=r"epoch-0002 can't be written: No space left on device; earlier"
         ):
             training.save(tmp_path, 2)
     assert os.listdir(tmp_path) == ["epoch-0001"]

@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_old_file(form, tmp_path, mo
         with pytest.raises(CheckpointError) as caught:
             save_pruned(model, path, **FORMS[form])
         assert str(caught.value) == (
-            f"{path} can't be written: No space left on device; what was saved before is whole: "
+            f"{path} can't be written: No space left on device; earlier files are intact: "
             f"make room and run the same command again"
         )
         assert path.read_bytes() == before
@@ -138,7 +138,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_one(form, size_bytes, tmp_path)
     before = path.read_bytes()
     with (
         files_of_at_most(size_bytes),
-        pytest.raises(CheckpointError, match="can't be written: File too large; what was saved"),
+        pytest.raises(CheckpointError, match="can't be written: File too large; earlier files"),
     ):
         save_pruned(SmallNet(seed=1), path, **FORMS[form])
     assert path.read_bytes() == before
