@@ -17,22 +17,27 @@ Weights may have any memory format and floating dtype; half precision is compare
 is exact. Scores are magnitudes, so importance scores may be passed in place of the weight.
 """
 
-from starfire_prune.masks.baselines import filter_mask, filter_units, magnitude_mask, random_mask
+from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
 from starfire_prune.masks.conv import (
     ck_mask,
-    ck_units,
-    effective_block_size,
     intra_mask,
     intra_shares,
     window_mask,
+)
+from starfire_prune.masks.counts import (
+    Units,
+    ck_units,
+    count,
+    effective_block_size,
+    fc_block_units,
+    fc_fine_units,
+    filter_units,
+    weight_units,
     window_units,
 )
-from starfire_prune.masks.counts import Units, count, weight_units
 from starfire_prune.masks.linear import (
     fc_block_mask,
-    fc_block_units,
     fc_fine_mask,
-    fc_fine_units,
     fc_structure_mask,
 )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.counts import Units, merge, weight_units
+from starfire_prune.masks.counts import filter_units, merge, weight_units
 from starfire_prune.masks.ranking import (
     check_finite,
     float_bits,
@@ -13,7 +13,7 @@ from starfire_prune.masks.ranking import (
     smallest,
 )
 
-__all__ = ["filter_mask", "filter_units", "magnitude_mask", "random_mask"]
+__all__ = ["filter_mask", "magnitude_mask", "random_mask"]
 
 
 def magnitude_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
@@ -78,16 +78,6 @@ def filter_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) ->
     norms |= sign_bits((keys < 0).all(1), norms.dtype)
     pruned = smallest(norms[:, None], filter_units(weight.shape).pruned(amount))[:, 0]
     return merge((~pruned).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape), mask)
-
-
-def filter_units(shape: tuple[int, ...]) -> Units:
-    """The units of `filter_mask`: output channels.
-
-    Example:
-        >>> filter_units((64, 16, 3, 3))
-        Units(size=64, scopes=1, protected=0)
-    """
-    return Units(shape[0])
 
 
 def _single_weights(keys: Tensor, amount: float, mask: Tensor | None) -> Tensor:

@@ -6,8 +6,16 @@ import numbers
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.blocks import check_block_size, from_blocks, n_blocks, to_blocks
-from starfire_prune.masks.counts import Units, at_most, check_positive, merge, weight_units
+from starfire_prune.masks.blocks import from_blocks, to_blocks
+from starfire_prune.masks.counts import (
+    Units,
+    at_most,
+    ck_units,
+    effective_block_size,
+    merge,
+    weight_units,
+    window_units,
+)
 from starfire_prune.masks.ranking import (
     check_finite,
     column_sums,
@@ -18,16 +26,10 @@ from starfire_prune.masks.ranking import (
 
 __all__ = [
     "ck_mask",
-    "ck_units",
-    "effective_block_size",
     "intra_mask",
     "intra_shares",
     "window_mask",
-    "window_units",
 ]
-
-
-SCOPES = ("channel", "layer")
 
 
 def window_mask(
@@ -79,25 +81,6 @@ def window_mask(
         else ~smallest(windows, max(total, least))
     )
     return merge(_unwindows(kept, weight), mask)
-
-
-def window_units(shape: tuple[int, ...], *, exact_layer_sparsity: bool = False) -> Units:
-    """The units of `window_mask`: the weights of each kernel, or of the layer.
-
-    Raises:
-        ValueError: If the kernels hold a single weight.
-
-    Example:
-        >>> window_units((64, 16, 3, 3))
-        Units(size=9, scopes=1024, protected=0)
-    """
-    size = _kernel_size(shape)
-    if size == 1:
-        raise ValueError(
-            f"window pruning needs kernels of at least two weights, and `weight` of shape "
-            f"{tuple(shape)} has 1x1 kernels: prune it by ck, which prunes complete kernels"
-        )
-    return weight_units(shape) if exact_layer_sparsity else Units(size, math.prod(shape[:2]))
 
 
 def ck_mask(
@@ -153,74 +136,6 @@ def ck_mask(
     # Kernels that `mask` has pruned are left out: few are new between two updates.
     merged[(pruned & (kernels >= 0)).nonzero(as_tuple=True)] = False
     return merged
-
-
-def ck_units(
-    shape: tuple[int, ...],
-    *,
-    groups: int = 1,
-    block_size: tuple[int, int] = (1, 1),
-    scope: str = "channel",
-) -> Units:
-    """The units of `ck_mask`: kernels, or blocks of them.
-
-    Args:
-        shape: Shape `(K, C / groups, *kernel)` of the weight.
-        groups, block_size, scope: As in `ck_mask`.
-
-    Raises:
-        TypeError, ValueError: If they don't fit each other, or each scope would hold one unit.
-
-    Example:
-        >>> ck_units((64, 16, 3, 3), block_size=(4, 1))
-        Units(size=16, scopes=16, protected=0)
-    """
-    if scope not in SCOPES:
-        raise ValueError(f"`scope` (={scope!r}) must be one of {', '.join(map(repr, SCOPES))}")
-    out, in_ = effective_block_size(shape, groups, block_size)
-    rows, columns = n_blocks(shape[0] // groups, out), n_blocks(shape[1], in_)
-    if scope == "layer":
-        return Units(groups * rows * columns)
-    if rows == 1:
-        raise ValueError(
-            f"each scope would hold a single unit, since `out_channels` (={shape[0]}) / `groups` "
-            f'(={groups}) is 1, as in a depthwise convolution: use scope="layer" to let all '
-            f"kernels of the layer compete"
-        )
-    return Units(rows, groups * columns)
-
-
-def effective_block_size(
-    shape: tuple[int, ...], groups: int, block_size: tuple[int, int]
-) -> tuple[int, int]:
-    """The block size of `ck_mask` in a layer, which may be too small for the one that is wanted.
-
-    A dimension in which a group of the convolution holds fewer than two complete blocks isn't
-    blocked: there the size is 1. So a first layer that reads three input channels keeps single
-    ones.
-
-    Args:
-        shape: Shape `(K, C / groups, *kernel)` of the weight.
-        groups: Groups of the convolution.
-        block_size: Output and input channels of a block, `(out, in)`.
-
-    Raises:
-        TypeError, ValueError: For a bad `groups` or `block_size`, and for output channels that
-            `groups` doesn't divide.
-
-    Example:
-        >>> effective_block_size((64, 3, 7, 7), 1, (4, 4))
-        (4, 1)
-    """
-    check_positive("groups", groups)
-    wanted = check_block_size(block_size)
-    if shape[0] % groups:
-        raise ValueError(f"`out_channels` (={shape[0]}) must be divisible by `groups` (={groups})")
-    lengths = shape[0] // groups, shape[1]
-    out, in_ = (
-        size if length >= 2 * size else 1 for length, size in zip(lengths, wanted, strict=True)
-    )
-    return out, in_
 
 
 def intra_shares(amount: float, window_fraction: float) -> tuple[float, float]:

@@ -1,4 +1,7 @@
-"""How many units an amount stands for, and checks that all mask functions share."""
+"""How many units each method prunes: the units of a weight, and what an amount stands for.
+
+Both the mask functions and the methods of `starfire_prune.methods` count by these functions.
+"""
 
 import dataclasses
 import math
@@ -6,7 +9,23 @@ import numbers
 
 from torch import Tensor
 
-__all__ = ["Units", "at_most", "check_positive", "count", "merge", "weight_units"]
+from starfire_prune.masks.blocks import check_block_size, n_blocks
+
+__all__ = [
+    "SCOPES",
+    "Units",
+    "at_most",
+    "check_positive",
+    "ck_units",
+    "count",
+    "effective_block_size",
+    "fc_block_units",
+    "fc_fine_units",
+    "filter_units",
+    "merge",
+    "weight_units",
+    "window_units",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,3 +124,128 @@ def merge(kept: Tensor, mask: Tensor | None) -> Tensor:
     """`kept` without what `mask` had already pruned, in new memory."""
     kept = kept.contiguous()
     return kept if mask is None else kept & mask.bool()
+
+
+SCOPES = ("channel", "layer")
+
+
+def window_units(shape: tuple[int, ...], *, exact_layer_sparsity: bool = False) -> Units:
+    """The units of `window_mask`: the weights of each kernel, or of the layer.
+
+    Raises:
+        ValueError: If the kernels hold a single weight.
+
+    Example:
+        >>> window_units((64, 16, 3, 3))
+        Units(size=9, scopes=1024, protected=0)
+    """
+    size = math.prod(shape[2:])
+    if size == 1:
+        raise ValueError(
+            f"window pruning needs kernels of at least two weights, and `weight` of shape "
+            f"{tuple(shape)} has 1x1 kernels: prune it by ck, which prunes complete kernels"
+        )
+    return weight_units(shape) if exact_layer_sparsity else Units(size, math.prod(shape[:2]))
+
+
+def ck_units(
+    shape: tuple[int, ...],
+    *,
+    groups: int = 1,
+    block_size: tuple[int, int] = (1, 1),
+    scope: str = "channel",
+) -> Units:
+    """The units of `ck_mask`: kernels, or blocks of them.
+
+    Args:
+        shape: Shape `(K, C / groups, *kernel)` of the weight.
+        groups, block_size, scope: As in `ck_mask`.
+
+    Raises:
+        TypeError, ValueError: If they don't fit each other, or each scope would hold one unit.
+
+    Example:
+        >>> ck_units((64, 16, 3, 3), block_size=(4, 1))
+        Units(size=16, scopes=16, protected=0)
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"`scope` (={scope!r}) must be one of {', '.join(map(repr, SCOPES))}")
+    out, in_ = effective_block_size(shape, groups, block_size)
+    rows, columns = n_blocks(shape[0] // groups, out), n_blocks(shape[1], in_)
+    if scope == "layer":
+        return Units(groups * rows * columns)
+    if rows == 1:
+        raise ValueError(
+            f"each scope would hold a single unit, since `out_channels` (={shape[0]}) / `groups` "
+            f'(={groups}) is 1, as in a depthwise convolution: use scope="layer" to let all '
+            f"kernels of the layer compete"
+        )
+    return Units(rows, groups * columns)
+
+
+def effective_block_size(
+    shape: tuple[int, ...], groups: int, block_size: tuple[int, int]
+) -> tuple[int, int]:
+    """The block size of `ck_mask` in a layer, which may be too small for the one that is wanted.
+
+    A dimension in which a group of the convolution holds fewer than two complete blocks isn't
+    blocked: there the size is 1. So a first layer that reads three input channels keeps single
+    ones.
+
+    Args:
+        shape: Shape `(K, C / groups, *kernel)` of the weight.
+        groups: Groups of the convolution.
+        block_size: Output and input channels of a block, `(out, in)`.
+
+    Raises:
+        TypeError, ValueError: For a bad `groups` or `block_size`, and for output channels that
+            `groups` doesn't divide.
+
+    Example:
+        >>> effective_block_size((64, 3, 7, 7), 1, (4, 4))
+        (4, 1)
+    """
+    check_positive("groups", groups)
+    wanted = check_block_size(block_size)
+    if shape[0] % groups:
+        raise ValueError(f"`out_channels` (={shape[0]}) must be divisible by `groups` (={groups})")
+    lengths = shape[0] // groups, shape[1]
+    out, in_ = (
+        size if length >= 2 * size else 1 for length, size in zip(lengths, wanted, strict=True)
+    )
+    return out, in_
+
+
+def fc_block_units(shape: tuple[int, ...], *, block_size: tuple[int, int] = (4, 4)) -> Units:
+    """The units of `fc_block_mask`: blocks, of which one in each row of blocks is protected.
+
+    Raises:
+        TypeError, ValueError: For a bad block size.
+
+    Example:
+        >>> fc_block_units((10, 64), block_size=(4, 2))
+        Units(size=96, scopes=1, protected=3)
+    """
+    out, in_ = check_block_size(block_size)
+    rows, columns = n_blocks(shape[0], out), n_blocks(shape[1], in_)
+    return Units(rows * columns, protected=rows)
+
+
+def fc_fine_units(shape: tuple[int, ...]) -> Units:
+    """The units of `fc_fine_mask`: weights, of which one of each output neuron is protected.
+
+    Example:
+        >>> fc_fine_units((10, 64))
+        Units(size=640, scopes=1, protected=10)
+    """
+    return Units(math.prod(shape), protected=shape[0])
+
+
+def filter_units(shape: tuple[int, ...]) -> Units:
+    """The units of `filter_mask`: output channels.
+
+    Example:
+        >>> filter_units((64, 16, 3, 3))
+        Units(size=64, scopes=1, protected=0)
+    """
+    return Units(shape[0])

@@ -1,13 +1,12 @@
 """Masks of linear layers: blocks, single weights, and columns that read zeros."""
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
-from starfire_prune.masks.blocks import check_block_size, from_blocks, n_blocks, to_blocks
-from starfire_prune.masks.counts import Units, count, merge
+from starfire_prune.masks.blocks import check_block_size, from_blocks, to_blocks
+from starfire_prune.masks.counts import Units, count, fc_block_units, fc_fine_units, merge
 from starfire_prune.masks.ranking import (
     check_finite,
     float_bits,
@@ -17,7 +16,7 @@ from starfire_prune.masks.ranking import (
     smallest,
 )
 
-__all__ = ["fc_block_mask", "fc_block_units", "fc_fine_mask", "fc_fine_units", "fc_structure_mask"]
+__all__ = ["fc_block_mask", "fc_fine_mask", "fc_structure_mask"]
 
 
 THEN = ("fine", "block")
@@ -62,21 +61,6 @@ def fc_block_mask(
     return merge(~from_blocks(pruned, block_size, *weight.shape), mask)
 
 
-def fc_block_units(shape: tuple[int, ...], *, block_size: tuple[int, int] = (4, 4)) -> Units:
-    """The units of `fc_block_mask`: blocks, of which one in each row of blocks is protected.
-
-    Raises:
-        TypeError, ValueError: For a bad block size.
-
-    Example:
-        >>> fc_block_units((10, 64), block_size=(4, 2))
-        Units(size=96, scopes=1, protected=3)
-    """
-    out, in_ = check_block_size(block_size)
-    rows, columns = n_blocks(shape[0], out), n_blocks(shape[1], in_)
-    return Units(rows * columns, protected=rows)
-
-
 def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
     """Prune single weights of a linear weight (the paper's Figure 2c).
 
@@ -102,16 +86,6 @@ def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -
     keys = _linear_keys(weight, mask)
     check_finite(keys, weight)
     return merge(~_smallest_unprotected(keys, fc_fine_units(weight.shape), amount), mask)
-
-
-def fc_fine_units(shape: tuple[int, ...]) -> Units:
-    """The units of `fc_fine_mask`: weights, of which one of each output neuron is protected.
-
-    Example:
-        >>> fc_fine_units((10, 64))
-        Units(size=640, scopes=1, protected=10)
-    """
-    return Units(math.prod(shape), protected=shape[0])
 
 
 def fc_structure_mask(

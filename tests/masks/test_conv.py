@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 
-from starfire_prune.masks.conv import ck_mask, ck_units, intra_mask, window_mask
-from starfire_prune.masks.counts import count
+from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
+from starfire_prune.masks.counts import ck_units, count
 from tests.masks.cases import (
     NAN,
     assert_golden,

@@ -6,10 +6,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from starfire_prune.masks.baselines import filter_units
-from starfire_prune.masks.conv import ck_units, effective_block_size, window_units
-from starfire_prune.masks.counts import Units, count, weight_units
-from starfire_prune.masks.linear import fc_block_units, fc_fine_units
+from starfire_prune.masks.counts import (
+    Units,
+    ck_units,
+    count,
+    effective_block_size,
+    fc_block_units,
+    fc_fine_units,
+    filter_units,
+    weight_units,
+    window_units,
+)
 from tests.masks.cases import bad_amounts, more_examples, naming, shares
 
 

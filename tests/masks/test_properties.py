@@ -13,22 +13,18 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from starfire_prune.masks.baselines import filter_mask, filter_units, magnitude_mask, random_mask
-from starfire_prune.masks.conv import (
-    ck_mask,
+from starfire_prune.masks.baselines import filter_mask, magnitude_mask, random_mask
+from starfire_prune.masks.conv import ck_mask, intra_mask, window_mask
+from starfire_prune.masks.counts import (
+    Units,
     ck_units,
-    intra_mask,
-    window_mask,
+    fc_block_units,
+    fc_fine_units,
+    filter_units,
+    weight_units,
     window_units,
 )
-from starfire_prune.masks.counts import Units, weight_units
-from starfire_prune.masks.linear import (
-    fc_block_mask,
-    fc_block_units,
-    fc_fine_mask,
-    fc_fine_units,
-    fc_structure_mask,
-)
+from starfire_prune.masks.linear import fc_block_mask, fc_fine_mask, fc_structure_mask
 from tests.masks.cases import (
     DTYPES,
     INF,
