@@ -1,7 +1,8 @@
-"""Models by their timm names, and ResNet-50 v1, which importing this module adds to timm's.
+"""timm's models by name, and ResNet-50 v1, which importing this module registers with timm.
 
-timm's ``resnet50`` is version 1.5: the first block of a stage strides in its 3×3 convolution. In
-``resnet50_v1``, the network of He et al. (2015), it strides in the 1×1 convolution before.
+timm's ``resnet50`` is version 1.5: the first block of a stage has its stride in the 3×3
+convolution. In ``resnet50_v1``, the network of He et al. (2015), the stride is in the 1×1
+convolution before it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-# Read by register_model, which looks for this name
+# register_model reads this name
 default_cfgs = generate_default_cfgs(
     {
         "resnet50_v1": {
@@ -94,17 +95,17 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
     """Build ResNet-50 v1, whose weights have the names and shapes of timm's ``resnet50``.
 
     Args:
-        pretrained: Load the weights that timm's ``pretrained_cfg`` names, as it does for
-            ``local-dir:`` and ``hf-hub:``; otherwise False, as there are none to download.
-        **options: Options of timm's ``ResNet``; ``output_stride`` other than 32 and ``aa_layer``
-            are refused, as both move the strides themselves.
+        pretrained: Load the weights that timm's ``pretrained_cfg`` names, for example for
+            ``local-dir:`` and ``hf-hub:``. There are no weights to download otherwise.
+        **options: Options of timm's ``ResNet``, except ``aa_layer`` and an ``output_stride`` other
+            than 32, which change the strides.
 
     Returns:
-        The model, randomly initialised as timm does.
+        The model, randomly initialized as by timm.
 
     Raises:
-        PretrainedError: If pretrained weights are asked for and nothing names any.
-        ValueError: If an option that moves the strides is given.
+        PretrainedError: If pretrained weights are requested but ``pretrained_cfg`` names none.
+        ValueError: If an option that changes the strides is given.
 
     Example:
         >>> resnet50_v1(num_classes=10).layer2[0].conv1.stride
@@ -119,7 +120,7 @@ def resnet50_v1(pretrained: bool = False, **options: Any) -> nn.Module:
 
 
 def _names_weights(config: Any) -> bool:
-    """Whether a configuration of timm's says where weights are."""
+    """Whether a configuration of timm contains the location of weights."""
     return isinstance(config, Mapping) and any(config.get(key) for key in ("file", "hf_hub_id"))
 
 
@@ -135,5 +136,5 @@ def _build_resnet50_v1(output_stride: int = 32, aa_layer: Any = None, **options:
     return model
 
 
-# Called rather than used as a decorator, which would hide the function's types: timm has none
+# Called, because as a decorator it would hide the function's types: timm has none
 register_model(resnet50_v1)

@@ -55,8 +55,8 @@ def build_loader(
     """
     pinned = torch.cuda.is_available()
     if isinstance(dataset, ShardedImages):
-        own = dataset.in_batches(batch_size, train)
-        return DataLoader(own, batch_size, num_workers=workers, pin_memory=pinned)
+        dataset = dataset.in_batches(batch_size, train)
+        return DataLoader(dataset, batch_size, num_workers=workers, pin_memory=pinned)
     return DataLoader(
         dataset,
         batch_size,

@@ -141,15 +141,15 @@ class ShardedImages(IterableDataset[tuple[Tensor, int]]):
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        own = worker_range(self._samples(), self.batch_size, number, workers)
-        samples = self._read(own)
+        part = worker_range(self._samples(), self.batch_size, number, workers)
+        samples = self._read(part)
         if self.train:
             generator = random.Random(f"{self.seed} {self.epoch} {self.rank} {number}")
             samples = _shuffled(samples, self.shuffle_size, generator)
             yield from map(self.read, samples)
             return
         others = (self.rank + 1) * self._count() // self.ranks  # first sample of the next rank
-        for position, sample in zip(own, samples, strict=True):
+        for position, sample in zip(part, samples, strict=True):
             image, label = self.read(sample)
             yield image, label if position < others else PADDING_LABEL
 

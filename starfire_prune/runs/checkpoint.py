@@ -133,12 +133,12 @@ def load_checkpoint(
     Raises:
         CheckpointError: If a file is missing or damaged, or belongs to another model or settings.
     """
-    way_out = (
+    suggestion = (
         "fork another run, or none"
         if forks
         else f"to continue from the checkpoint before it, delete the folder {path}"
     )
-    reading = functools.partial(_reading, way_out=way_out)
+    reading = functools.partial(_reading, suggestion=suggestion)
     state = _verified_state(path, reading, forks, () if average is None else ("average",))
     with reading(path / "optimizer.pt") as file:
         optimizer_state = torch.load(file, map_location="cpu", weights_only=True)
@@ -283,11 +283,11 @@ def _restore_pruner(
 
 
 @contextmanager
-def _reading(file: Path, way_out: str) -> Iterator[Path]:
+def _reading(file: Path, suggestion: str) -> Iterator[Path]:
     """Turn errors while reading a file of a checkpoint into a CheckpointError that names it."""
     try:
         yield file
     except CheckpointError:
         raise
     except _DAMAGE as error:
-        raise CheckpointError(f"{file} can't be loaded: {reason(error)}; {way_out}") from error
+        raise CheckpointError(f"{file} can't be loaded: {reason(error)}; {suggestion}") from error

@@ -1,1 +1,1 @@
-"""Training runs: `train` takes a recipe through its epochs."""
+"""Training runs: `starfire_prune.training.train.train` trains a recipe."""

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from torch import nn
 from torch.utils.data import Subset
 
 from starfire_prune import Pruner
@@ -54,6 +56,14 @@ def write_recipe(folder: Path) -> Path:
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(write_recipe(folder), overrides)
+
+
+def fresh_model(recipe: Recipe) -> nn.Module:
+    """The dense model of a recipe, randomly initialized."""
+    model: nn.Module = timm.create_model(
+        recipe.model.name, num_classes=recipe.model.num_classes, **recipe.model.options
+    )
+    return model
 
 
 def few_digits(name: str, **options: Any) -> Datasets:
