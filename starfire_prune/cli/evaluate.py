@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
-from starfire_prune.cli.common import Command, add_overrides, path_argument
+from starfire_prune.cli.common import Command, add_overrides, name_argument, path_argument
+from starfire_prune.cli.shipped import find_recipe
 
 if TYPE_CHECKING:
     from starfire_prune.evaluation.attacks import Attack
@@ -81,7 +82,7 @@ def _add_attacks(group: argparse._ArgumentGroup) -> None:
 def _add_inputs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recipe",
-        type=path_argument,
+        type=name_argument,
         metavar="FILE",
         help="recipe of the safetensors files; runs have their own",
     )
@@ -180,7 +181,8 @@ def _subjects(
     from starfire_prune.evaluation.results import check_keeps
     from starfire_prune.runs.weights import find_weights
 
-    recipe, overrides, data = arguments.recipe, arguments.overrides, arguments.data
+    recipe = None if arguments.recipe is None else find_recipe(arguments.recipe)
+    overrides, data = arguments.overrides, arguments.data
     subjects = [find_weights(path, recipe, overrides, data) for path in arguments.runs]
     for subject in subjects:
         check_keeps(subject)

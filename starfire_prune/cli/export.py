@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from starfire_prune.cli.common import Command, Failed, path_argument
+from starfire_prune.cli.common import Command, Failed, name_argument, path_argument
+from starfire_prune.cli.shipped import find_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +46,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the tensors of a safetensors file instead: sparsity, encoding and bytes",
     )
     models = parser.add_argument_group("the model of a safetensors file that doesn't name its own")
-    models.add_argument("--recipe", type=path_argument, metavar="FILE", help="recipe of the run")
+    models.add_argument("--recipe", type=name_argument, metavar="FILE", help="recipe of the run")
     models.add_argument("--model", metavar="NAME", help="name of a timm model")
     options = parser.add_argument_group("options of formats")
     options.add_argument(
@@ -160,7 +161,8 @@ def _inspected(arguments: argparse.Namespace) -> Iterator[str]:
 def _exported(arguments: argparse.Namespace) -> Iterator[str]:
     from starfire_prune.export.input import find_input
 
-    source = find_input(arguments.source, arguments.recipe, arguments.model)
+    recipe = None if arguments.recipe is None else find_recipe(arguments.recipe)
+    source = find_input(arguments.source, recipe, arguments.model)
     _check_output(arguments, source)
     exports: dict[str, Callable[[argparse.Namespace, ExportInput], Iterator[str]]] = {
         "dense": _export_weights,

@@ -10,7 +10,14 @@ from typing import Final
 import starfire_prune
 from starfire_prune.utils.text import first_few
 
-__all__ = ["find_recipe", "find_table", "place_of", "recipes", "referred_files", "tables"]
+__all__ = [
+    "find_recipe",
+    "find_table",
+    "place_of",
+    "recipes",
+    "referred_files",
+    "tables",
+]
 
 _PACKAGE: Final = Path(starfire_prune.__file__).resolve().parent
 _PACKAGED: Final = _PACKAGE / "shipped_recipes"  # where pyproject.toml puts them in a wheel

@@ -48,6 +48,7 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
             exported.
 
     Example:
+        >>> from starfire_prune import ck_structured, sparse
         >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
         >>> _ = ck_structured(model[0], amount=0.75)
         >>> images = torch.rand(1, 8, 16, 16)

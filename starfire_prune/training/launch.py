@@ -78,7 +78,8 @@ def _check_ranks_are_announced() -> None:
         raise RunError(
             f"MASTER_ADDR (={os.environ['MASTER_ADDR']}) announces several processes, but RANK and "
             f"WORLD_SIZE are not set, so that each would train by itself: start CPU processes by "
-            f"torchrun --nproc_per_node N tools/train.py …, or unset MASTER_ADDR for a single one"
+            f"torchrun --nproc_per_node N -m starfire_prune train …, or unset MASTER_ADDR for a "
+            f"single one"
         )
 
 

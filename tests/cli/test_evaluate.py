@@ -511,8 +511,8 @@ def test_an_unfinished_run_is_told_with_how_far_it_is(tool, runs, tmp_path, caps
     capsys.readouterr()
     folder = tmp_path / "run"
     assert refusal(tool(folder)) == (
-        f"{folder} is unfinished, 1 of 4 epochs are done: continue with accelerate launch "
-        f"tools/train.py {folder}/recipe.yaml --output {folder}"
+        f"{folder} is unfinished, 1 of 4 epochs are done: continue with starfire "
+        f"train {folder}/recipe.yaml --output {folder}"
     )
 
 

@@ -216,7 +216,7 @@ def test_an_empty_path_is_refused(tool):
 def test_an_unfinished_run_is_refused(tool, run, tmp_path):
     shutil.rmtree(run / "export")
     ended = tool(run, "--format", "timm", "--output", tmp_path / "timm")
-    assert "is unfinished, 4 of 4 epochs are done: continue with accelerate" in refused(ended)
+    assert "is unfinished, 4 of 4 epochs are done: continue with starfire train " in refused(ended)
 
 
 @pytest.mark.parametrize("name", ["new.safetensors", "new.onnx"])

@@ -139,7 +139,7 @@ def test_processes_that_would_train_alone_are_refused(refusal, monkeypatch):
     assert refusal() == (
         "MASTER_ADDR (=10.0.0.1) announces several processes, but RANK and WORLD_SIZE are not set, "
         "so that each would train by itself: start CPU processes by torchrun --nproc_per_node N "
-        "tools/train.py …, or unset MASTER_ADDR for a single one"
+        "-m starfire_prune train …, or unset MASTER_ADDR for a single one"
     )
 
 
