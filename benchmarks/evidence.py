@@ -22,7 +22,7 @@ from typing import Final
 from logs import RESULTS, mean_text, points_text, table
 
 from starfire_prune.evaluation.results import read_evaluation
-from starfire_prune.experiments.numbers import RunNumbers, run_numbers
+from starfire_prune.experiments.run_numbers import RunNumbers, run_numbers
 from starfire_prune.runs.folder import read_metrics
 
 _TINY: Final = RESULTS / "tiny_imagenet20"

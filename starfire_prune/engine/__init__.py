@@ -1,4 +1,4 @@
-"""The engine: brings a model through the dense phase, the pruning era and the fixed phase."""
+"""The engine: the Pruner, the settings of a pruning, and the sparsity that it reaches."""
 
 from starfire_prune.engine.pruner import Pruner
 from starfire_prune.engine.settings import Fc, Override, Pruning, parse_pruning

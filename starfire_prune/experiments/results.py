@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from starfire_prune.experiments.numbers import RunNumbers, percent_of, run_numbers
+from starfire_prune.experiments.run_numbers import RunNumbers, percent_of, run_numbers
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.recipe.compare import differing_keys, training_differences

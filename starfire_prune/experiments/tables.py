@@ -1,7 +1,7 @@
 """The paper's tables: the runs of a published table as strict data, each a recipe with changes.
 
-A table is a YAML file that names a recipe, the keys that its runs set in it, the columns that are
-read from the results of the runs, and the numbers that the paper gives there.
+A table is a YAML file, such as those in `recipes/tables/`, that names a recipe, the keys that its
+runs set in it, the columns that are read from the results of the runs, and the paper's numbers.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starfire_prune.experiments.numbers import percent_of
+from starfire_prune.experiments.run_numbers import percent_of
 
 __all__ = ["Curve", "curve", "mean_curve"]
 

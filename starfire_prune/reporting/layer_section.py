@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from starfire_prune.engine.sparsity import LayerSparsity, Sparsity
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import bars
+from starfire_prune.reporting.grids import era_text
 from starfire_prune.reporting.labels import file_name, numbered, settings_text, titled_picture
 from starfire_prune.reporting.mask_figures import masks_picture
 from starfire_prune.reporting.runs import ReportedRun, Variant
-from starfire_prune.reporting.tables import era_text
 
 __all__ = ["chosen_layer", "layers_section"]
 

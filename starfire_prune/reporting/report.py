@@ -10,13 +10,7 @@ from typing import Final
 from starfire_prune.experiments.tables import Table
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.reporting.document import Report, Section, csv_text, markdown_text
-from starfire_prune.reporting.html import html_text
-from starfire_prune.reporting.labels import data_text, settings_text
-from starfire_prune.reporting.layer_section import chosen_layer, layers_section
-from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, variants_of
-from starfire_prune.reporting.sections import accuracy_section, robustness_section, sparsity_section
-from starfire_prune.reporting.style import lines_of
-from starfire_prune.reporting.tables import (
+from starfire_prune.reporting.grids import (
     Comparison,
     above_dense,
     compared,
@@ -25,6 +19,12 @@ from starfire_prune.reporting.tables import (
     runs_grid,
     variants_grid,
 )
+from starfire_prune.reporting.html import html_text
+from starfire_prune.reporting.labels import data_text, settings_text
+from starfire_prune.reporting.layer_section import chosen_layer, layers_section
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, variants_of
+from starfire_prune.reporting.sections import accuracy_section, robustness_section, sparsity_section
+from starfire_prune.reporting.style import lines_of
 from starfire_prune.utils.files import replaced_folder, write_text
 from starfire_prune.utils.text import first_few, number_text, spread_text
 

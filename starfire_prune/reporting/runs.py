@@ -20,7 +20,7 @@ from starfire_prune.evaluation.results import (
     file_sha256,
     read_evaluation,
 )
-from starfire_prune.experiments.numbers import RunNumbers, run_numbers
+from starfire_prune.experiments.run_numbers import RunNumbers, run_numbers
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Model, Recipe

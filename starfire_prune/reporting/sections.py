@@ -13,10 +13,10 @@ from starfire_prune.reporting.attacks import SPACES, attack_curve, attacks_of, r
 from starfire_prune.reporting.curves import Curve, curve, mean_curve
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import Points, Series, curves, points
+from starfire_prune.reporting.grids import mean_top1, robustness_grid
 from starfire_prune.reporting.labels import enumerated, numbered, settings_text, titled_picture
 from starfire_prune.reporting.runs import Variant
 from starfire_prune.reporting.style import MOST_CURVES, Images, Line
-from starfire_prune.reporting.tables import mean_top1, robustness_grid
 from starfire_prune.utils.text import mean_of, number_text
 
 __all__ = ["accuracy_section", "robustness_section", "sparsity_section"]

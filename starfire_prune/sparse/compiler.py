@@ -15,7 +15,7 @@ from starfire_prune.sparse.build import BuildError
 from starfire_prune.sparse.lowering import Lowering
 from starfire_prune.sparse.module import CompiledModel, Segment
 from starfire_prune.sparse.ops import load_kernels
-from starfire_prune.sparse.schedule import schedule
+from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.graph import dense_copy, without_autocast
 

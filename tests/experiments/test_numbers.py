@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starfire_prune.experiments.numbers import run_numbers
+from starfire_prune.experiments.run_numbers import run_numbers
 
 # Twelve epochs: the best top-1 is reached in epochs 9 and 11, from 1
 TOP1 = (0.1, 0.2, 0.3, 0.35, 0.4, 0.42, 0.45, 0.5, 0.625, 0.6, 0.625, 0.59375)

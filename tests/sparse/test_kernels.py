@@ -17,7 +17,7 @@ from starfire_prune.sparse.layout import Window, padded, plain, tiles
 from starfire_prune.sparse.ops import new_workspace, sparse_inference
 from starfire_prune.sparse.pack_pointwise import pack_pointwise
 from starfire_prune.sparse.pack_spatial import pack_spatial, rectangles
-from starfire_prune.sparse.schedule import schedule
+from starfire_prune.sparse.scheduling import schedule
 
 TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
 ISAS = (128, 256, 512)

@@ -1,4 +1,5 @@
-// The innermost loops, compiled once for each instruction set: ISA is 512, 256 or 128 bits.
+// The innermost loops of 1x1 convolutions (`pointwise`), of larger ones such as 3x3 (`spatial`) and
+// of linear layers, compiled once for each instruction set: ISA is 512, 256 or 128 bits.
 // The standard library must not be used here: templates instantiated for one instruction set could
 // be linked into the code for another.
 

@@ -8,9 +8,7 @@ import pytest
 from starfire_prune.experiments.tables import Table, load_table
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.reporting.document import Grid
-from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, read_run, variants_of
-from starfire_prune.reporting.style import lines_of
-from starfire_prune.reporting.tables import (
+from starfire_prune.reporting.grids import (
     above_dense,
     compared,
     paper_grid,
@@ -18,6 +16,8 @@ from starfire_prune.reporting.tables import (
     runs_grid,
     variants_grid,
 )
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, read_run, variants_of
+from starfire_prune.reporting.style import lines_of
 from tests.reporting.test_attacks import CLEAN, evaluation, fgsm
 from tests.support.reported import leave_dense, leave_run
 from tests.support.runs import RECIPE

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from starfire_prune.experiments.numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.experiments.results import RunResult, read_result
+from starfire_prune.experiments.run_numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.reporting.attacks import accuracy, columns_of
