@@ -84,7 +84,7 @@ def _obstacles(graph: Graph, given: set[fx.Node], start: fx.Node, dim: int) -> I
                 continue
             after = _follow(graph, given, user, node, dim)
             if after is None:
-                yield f"{user.target} in {place_of(user)} needs all its channels"
+                yield f"all its channels are needed by {user.target} in {place_of(user)}"
             elif after >= 0 and (user, after) not in seen:
                 seen.add((user, after))
                 pending.append((user, after))

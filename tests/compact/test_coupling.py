@@ -77,7 +77,7 @@ def test_operations_on_each_channel_pin_nothing(operation):
 
 @pytest.mark.parametrize("operation", NEEDED.values(), ids=NEEDED)
 def test_operations_that_need_all_channels_pin_the_layer_before(operation):
-    assert "needs all its channels" in required(Between(operation))["source"]
+    assert "all its channels are needed" in required(Between(operation))["source"]
 
 
 def test_outputs_of_the_model_must_be_kept():
@@ -109,7 +109,7 @@ INPUTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("partner", INPUTS.values(), ids=INPUTS)
 def test_the_models_input_as_a_partner_makes_all_channels_required(partner):
     model = Network(lambda source, reader, x: reader(partner(source(x).relu(), x)))
-    assert "needs all its channels" in required(model)["source"]
+    assert "all its channels are needed" in required(model)["source"]
 
 
 def test_the_joined_input_as_a_partner_makes_all_channels_required():
@@ -124,6 +124,6 @@ def test_a_layer_whose_weight_is_read_elsewhere_needs_all_channels():
         return reader(source(x)) * reader.get_parameter("weight").sum()  # type: ignore[no-any-return]
 
     assert required(Network(forward)) == {
-        "source": "aten.conv2d.default in reader needs all its channels",
+        "source": "all its channels are needed by aten.conv2d.default in reader",
         "reader": "its weight is also read elsewhere",
     }
