@@ -415,6 +415,9 @@ def test_weights_that_are_not_finite_are_kept():
     assert report.redundant == 0
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 can't export compiled layers"
+)
 def test_compiled_layers_fold():
     model = Pair()
     model.d = torch.compile(model.d)
