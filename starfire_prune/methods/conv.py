@@ -52,8 +52,8 @@ class WindowStructured(MaskMethod):
     pointwise: Annotated[
         Literal["ck", "none"], Field(description="how 1x1 kernels are pruned; none: not at all")
     ] = "ck"
-    scope: Annotated[Scope, Field(description=f"of 1x1 kernels: {_SCOPE}")] = "channel"
-    block_size: Annotated[BlockSize, Field(description=f"of 1x1 kernels: {_BLOCK_SIZE}")] = (1, 1)
+    scope: Annotated[Scope, Field(description=f"for 1x1 kernels: {_SCOPE}")] = "channel"
+    block_size: Annotated[BlockSize, Field(description=f"for 1x1 kernels: {_BLOCK_SIZE}")] = (1, 1)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         return masks.window_mask(

@@ -68,7 +68,7 @@ class FCStructured(MaskMethod):
     then: Annotated[
         Then, Field(description="how weights are pruned beyond the columns that read zeros")
     ] = "fine"
-    block_size: Annotated[BlockSize, Field(description=f"of then block: {_BLOCK_SIZE}")] = (4, 4)
+    block_size: Annotated[BlockSize, Field(description=f"with then: block: {_BLOCK_SIZE}")] = (4, 4)
     columns: Tensor | None = dataclasses.field(
         default=None, repr=False, metadata={"of_layer": True}
     )

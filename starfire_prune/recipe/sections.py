@@ -187,35 +187,41 @@ class Data(Settings):
         description="folder of the images (hfds: of the cache); ~ and ${NAME} are expanded; not "
         "for digits",
     )
-    train_split: Name | None = Field(None, description="of a reader; default: train")
-    val_split: Name | None = Field(None, description="of a reader; default: validation")
+    train_split: Name | None = Field(None, description="training split of a reader; default: train")
+    val_split: Name | None = Field(
+        None, description="validation split of a reader; default: validation"
+    )
     options: Options = Field(
         {},
-        description="of a reader: input_key, target_key, class_map (hfds, wds), shuffle_size (wds),"
-        " download (torch)",
+        description="options of a reader: input_key, target_key, class_map (hfds, wds), "
+        "shuffle_size (wds), download (torch)",
     )
     image_size: int = Field(
         224, ge=8, le=4096, description="height and width in pixels, from 8 to 4096"
     )
     batch_size: Count = Field(description="images per training step and process, from 1")
-    eval_batch_size: Count | None = Field(None, description="in evaluation; default: batch_size")
+    eval_batch_size: Count | None = Field(
+        None, description="images per batch of an evaluation; default: batch_size"
+    )
     workers: int = Field(
         4, ge=0, le=1024, description="loader processes per process, to 1024; 0: none"
     )
-    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="for resizing")
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="interpolation of resizing"
+    )
     crop_pct: float = Field(
         0.875, gt=0, le=1, description="share of the resized side that evaluation keeps, (0, 1]"
     )
     mean: (
         Annotated[tuple[float, float, float], BeforeValidator(_channels), Field(strict=False)]
         | None
-    ) = Field(None, description="of the channels, of pixels in [0, 1]; default: ImageNet's")
+    ) = Field(None, description="mean of each channel, of pixels in [0, 1]; default: ImageNet's")
     std: (
         Annotated[
             tuple[Positive, Positive, Positive], BeforeValidator(_channels), Field(strict=False)
         ]
         | None
-    ) = Field(None, description="of the channels, above 0; default: ImageNet's")
+    ) = Field(None, description="standard deviation of each channel, above 0; default: ImageNet's")
     auto_augment: Annotated[str, AfterValidator(_policy)] | None = Field(
         None, description="policy of timm's, such as rand-m9-mstd0.5"
     )
@@ -296,7 +302,7 @@ class Ema(Settings):
 
 
 class Training(Settings):
-    """How the steps are taken."""
+    """How the network is trained."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="autocast's type")
     gradient_accumulation: Count = Field(1, description="batches per update, from 1")
@@ -310,12 +316,12 @@ class Training(Settings):
     channels_last: bool = Field(False, description="true: channels_last weights and images")
     compile: bool = Field(False, description="true: train the model compiled by torch.compile")
     compress_gradients: bool = Field(
-        False, description="true: after the era, processes send each other kept gradients alone"
+        False, description="true: after the era, processes only send gradients of kept weights"
     )
     keep_checkpoints: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = (
         Field(
             (),
-            description="epochs, rising, whose checkpoints stay beside the last two (--fork)",
+            description="epochs, rising, whose checkpoints are kept beside the last two (--fork)",
         )
     )
     trackers: Trackers = Field(
@@ -341,7 +347,7 @@ class Recipe(Settings):
     )
     epochs: int = Field(ge=1, le=100_000, description="epochs to train, from 1 to 100000")
     seed: Seed = Field(0, description="seed of the run, from 0 to 2**32 - 1")
-    training: Training = Field(default_factory=Training, description="how the steps are taken")
+    training: Training = Field(default_factory=Training, description="how the network is trained")
     pruning: OrNone[Pruning] = Field(description="how to prune; none for dense training")
 
     parts: ClassVar[Mapping[str, type[Settings]]] = {
