@@ -67,7 +67,9 @@ def _pruning(parts: Mapping[str, Any]) -> Iterator[str]:
     override = parts["Override"]
     own = ("layers", "method", "amount")
     yield "## `pruning.overrides`\n"
-    yield f"{' '.join(override['description'].split())} All options of methods are keys too.\n"
+    description = " ".join(override["description"].split())
+    further = "the options of the method that it names, or else of the methods of its layers"
+    yield f"{description} Further keys are {further}.\n"
     yield from _table({**override, "properties": {key: override["properties"][key] for key in own}})
 
 

@@ -1,4 +1,4 @@
-"""Pruning on several ranks: equal masks, buffers that DDP leaves alone, sharded parameters."""
+"""Pruning on several ranks: equal masks, buffers without broadcasts, sharded parameters."""
 
 from collections.abc import Callable, Iterable
 

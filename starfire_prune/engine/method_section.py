@@ -25,7 +25,7 @@ from starfire_prune.methods.registry import METHODS, applies_to_any, method_clas
 from starfire_prune.utils.settings import Problem, Settings, got, plain
 from starfire_prune.utils.text import did_you_mean
 
-__all__ = ["MethodSection", "method_problems", "with_options"]
+__all__ = ["MethodSection", "method_problems", "with_any_options", "with_options"]
 
 SectionT = TypeVar("SectionT", bound="MethodSection")
 
@@ -62,8 +62,7 @@ class MethodSection(Settings):
         if cls.option_classes is not None or not isinstance(tree, dict):
             return cls
         own = cls.method_of(tree)
-        # Where the method is wrong, no option is reported as unknown on top of it.
-        return with_options(cls, (own,) if own else tuple(METHODS.values()))
+        return with_options(cls, (own,)) if own else with_any_options(cls)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -108,6 +107,16 @@ class MethodSection(Settings):
         classes = type(self).option_classes or ()
         names = {name: None for own in classes for name in method_options(own)}
         return {name: getattr(self, name) for name in names}
+
+
+@functools.cache
+def with_any_options(section: type[SectionT]) -> type[SectionT]:
+    """A section that accepts all options: where the method is wrong, only that is reported."""
+    names = {name for own in METHODS.values() for name in method_options(own)}
+    fields: dict[str, Any] = dict.fromkeys(names, (Any, None))
+    made = create_model(section.__name__, __base__=section, __doc__=section.__doc__, **fields)
+    made.option_classes = ()
+    return made
 
 
 @functools.cache

@@ -363,7 +363,8 @@ class Pruner:
         self, mirrors: Iterable[Mapping[str, nn.Module]], names: Iterable[str] | None = None
     ) -> None:
         """Bring mirrors to the masks of the model, all of them or those of some layers."""
-        if self.phase == "dense":
+        mirrors = list(mirrors)
+        if not mirrors or self.phase == "dense":
             return
         masks = self.masks()
         layers = {name: self.layers[name] for name in (self.layers if names is None else names)}

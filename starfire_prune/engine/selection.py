@@ -13,7 +13,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from starfire_prune.engine.settings import Override, Pruning
 from starfire_prune.methods.base import MaskMethod
-from starfire_prune.methods.linear import FCStructured
 from starfire_prune.methods.registry import METHODS, method_class, method_name
 from starfire_prune.methods.schedules import Schedule
 from starfire_prune.utils.modules import (
@@ -101,7 +100,7 @@ class PrunedLayer:
 
 def _stands_for_linear(layer: PrunedLayer) -> bool:
     """Whether a convolution is pruned as the linear layer that it stands for."""
-    return isinstance(layer.method, FCStructured) and layer.method.flatten
+    return bool(getattr(layer.method, "flatten", False))
 
 
 def select_layers(
@@ -148,6 +147,7 @@ def select_layers(
         for name, module in selected.items()
     )
     layers = [layer for layer in planned if layer is not None]
+    _check_override_options(pruning, layers)
     if not layers:
         raise ValueError(
             "pruning selects no layer: the model has no convolution or linear layer that "
@@ -180,8 +180,8 @@ def _planned(
     mask_method = method_class(method)(amount, **options).for_layer(name, module)
     if mask_method is None:
         return None
-    if connected and isinstance(mask_method, FCStructured):
-        mask_method = dataclasses.replace(mask_method, flatten=True)
+    if connected and mask_method.reads_zero_inputs and hasattr(mask_method, "flatten"):
+        mask_method = dataclasses.replace(mask_method, flatten=True)  # type: ignore[call-arg]
     return PrunedLayer(name, module, mask_method, pruning.schedule_function)
 
 
@@ -226,6 +226,26 @@ def _check_selected(key: str, patterns: Sequence[str], selected: Mapping[str, nn
                 f"(`exclude`, `fc: none`, `pointwise: none`, or depthwise): select them by "
                 f"`include`, or drop it"
             )
+
+
+def _check_override_options(pruning: Pruning, layers: Sequence[PrunedLayer]) -> None:
+    """Raise ValueError for an option of an override that none of its layers' methods has."""
+    for index, override in enumerate(pruning.overrides):
+        if override.method is not None:
+            continue
+        matched = [layer for layer in layers if _override_of(layer.name, pruning) is override]
+        for option, value in override.options.items():
+            if matched and value is not None and not any(_has(layer, option) for layer in matched):
+                names = ", ".join(dict.fromkeys(layer.method_name for layer in matched))
+                raise ValueError(
+                    f"pruning.overrides.{index}.{option} has no effect: the layers that it "
+                    f"matches are pruned by {names}; remove it, or give the override a method"
+                )
+
+
+def _has(layer: PrunedLayer, option: str) -> bool:
+    """Whether an option holds for a layer: its method has it, or a convolution's had it before."""
+    return option in vars(layer.method) or option == "pointwise"
 
 
 def _check_weight(name: str, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,7 +25,12 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from torch import nn
 
-from starfire_prune.engine.method_section import MethodSection, method_problems, with_options
+from starfire_prune.engine.method_section import (
+    MethodSection,
+    method_problems,
+    with_any_options,
+    with_options,
+)
 from starfire_prune.methods.base import CONVOLUTIONS, LINEAR, MaskMethod
 from starfire_prune.methods.registry import (
     METHODS,
@@ -47,8 +52,6 @@ from starfire_prune.utils.settings import (
 from starfire_prune.utils.text import did_you_mean
 
 __all__ = ["Fc", "Override", "Pruning", "is_era", "one_or_list", "parse_pruning"]
-
-SectionT = TypeVar("SectionT", bound="MethodSection")
 
 _AMOUNT: Final = "share of the weights or kernels to prune, a float in (0, 1]"
 
@@ -202,7 +205,7 @@ class Override(MethodSection):
         if tree.get("method") is None:
             return with_options(cls, cls.inherited or tuple(METHODS.values()), optional=True)
         own = cls.method_of(tree)
-        return with_options(cls, (own,) if own else tuple(METHODS.values()), optional=True)
+        return with_options(cls, (own,), optional=True) if own else with_any_options(cls)
 
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
@@ -254,7 +257,8 @@ class Pruning(MethodSection):
         section = super().for_tree(tree)
         if section is cls or not issubclass(section, Pruning):
             return section
-        fc = Fc.for_tree(tree.get("fc", {}))
+        given = tree.get("fc", {})
+        fc = type(given) if isinstance(given, Fc) else Fc.for_tree(given)
         return _with_overrides(section, fc.option_classes or ())
 
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,22 +49,41 @@ class PrunerState:
 
     def to_dict(self) -> dict[str, Any]:
         """The state as a dictionary."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**state, "pruning": copy.deepcopy(dict(self.pruning))}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> PrunerState:
         """The state of a dictionary that `to_dict` made.
 
         Raises:
-            ValueError: If it is of another version.
+            ValueError: If it is of another version, not complete or damaged.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if state.get("version") != _VERSION or set(state) != set(names):
+        if state.get("version") != _VERSION:
             raise ValueError(
                 f"the pruner's state has version {state.get('version')!r}, this package reads "
                 f"{_VERSION}"
             )
-        return cls(**state)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if different := sorted(names.symmetric_difference(state)):
+            raise ValueError(
+                f"the pruner's state is not complete, or not a pruner's: see {', '.join(different)}"
+            )
+        loaded = cls(**state)
+        loaded._check_values()
+        return loaded
+
+    def _check_values(self) -> None:
+        numbers = {
+            name: getattr(self, name)
+            for name in ("updates_per_epoch", "epoch", "epoch_updates", "era_updates")
+        }
+        wrong = {name: value for name, value in numbers.items() if type(value) is not int}
+        wrong |= {name: value for name, value in numbers.items() if name not in wrong and value < 0}
+        if self.phase not in get_args(Phase):
+            wrong["phase"] = self.phase
+        for name, value in wrong.items():
+            raise ValueError(f"the pruner's state is damaged: its {name} is {value!r}")
 
     def check_fits(
         self, pruning: Pruning, updates_per_epoch: int, shapes: Mapping[str, torch.Size]
@@ -93,7 +113,7 @@ class PrunerState:
     def _check_masks(self, shapes: Mapping[str, torch.Size]) -> None:
         for key, shape in shapes.items():
             mask = self.masks.get(key)
-            if mask is None or mask.shape != shape:
+            if not isinstance(mask, Tensor) or mask.shape != shape:
                 raise ValueError(
                     f"the pruner's state has no mask of shape {tuple(shape)} for layer "
                     f"{key.removesuffix('weight').removesuffix('.')}: it is of another model"

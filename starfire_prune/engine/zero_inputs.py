@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from starfire_prune.engine.distributed import broadcast_from_first
 from starfire_prune.engine.settings import Pruning
+from starfire_prune.methods.registry import method_class
 from starfire_prune.structure.analysis import ChannelAnalysis, per_weight
 from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.text import first_line
@@ -25,8 +26,9 @@ def zero_inputs_of(
     Raises:
         ValueError: If there is no `example_input`, or the model can't be exported.
     """
-    methods = {override.method for override in pruning.overrides}
-    if not (pruning.prune_dead_inputs or prunes_dead_inputs(pruning) or "dead_inputs" in methods):
+    others = [override.method for override in pruning.overrides if override.method is not None]
+    reads = any(method_class(method).reads_zero_inputs for method in others)
+    if not (pruning.prune_dead_inputs or prunes_dead_inputs(pruning) or reads):
         return None
     if example_input is None:
         raise ValueError(
@@ -38,8 +40,8 @@ def zero_inputs_of(
 
 
 def prunes_dead_inputs(pruning: Pruning) -> bool:
-    """Whether linear layers, and convolutions that stand for them, are pruned by `dead_inputs`."""
-    return pruning.fc != "none" and pruning.fc.method == "dead_inputs"
+    """Whether the method of linear layers is `dead_inputs`, or another one that reads zeros."""
+    return pruning.fc != "none" and method_class(pruning.fc.method).reads_zero_inputs
 
 
 class ZeroInputs:

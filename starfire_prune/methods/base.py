@@ -148,7 +148,7 @@ class MaskMethod(prune.BasePruningMethod):
     def tighten(
         self, module: nn.Module, name: str, importance_scores: Tensor | None = None
     ) -> prune.BasePruningMethod:
-        """Tighten the mask of a pruned parameter; what the mask prunes already stays pruned.
+        """Tighten the mask of a pruned parameter; weights that it prunes already remain pruned.
 
         Unlike `apply` it leaves `module.<name>` stale: every forward pass computes it again.
 
@@ -208,6 +208,7 @@ class MaskMethod(prune.BasePruningMethod):
     def counts(self, shape: torch.Size) -> tuple[tuple[int, int], ...]:
         """What the amount comes to for a weight of this shape: pairs `(pruned units, units)`.
 
+        An option such as `max_nonzero` may prune more at the era's last update.
         As long as none of the first numbers rises, an earlier mask of this method is still exact.
         Where the two numbers of a pair are equal, all of the weight is pruned.
 
@@ -261,7 +262,7 @@ class MaskMethod(prune.BasePruningMethod):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MaskMethod":
         # The module's stale weight is not a leaf, which deepcopy refuses. A module's hooks are
-        # copied before it, so a detached copy in the memo is what deepcopy then takes.
+        # copied before it, so deepcopy uses a detached copy from the memo.
         module = None if self._module is None else self._module()
         stale = None if module is None else module.__dict__.get(self._tensor_name)
         if isinstance(stale, Tensor):
@@ -306,7 +307,7 @@ def masked_parameter(module: nn.Module, name: str) -> Tensor:
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     """The parameter of that name, which pruning may have renamed to `name + "_orig"`."""
     if not isinstance(name, str):
-        raise TypeError(f"`name` (={name!r}) must be a str; the amount goes into amount=...")
+        raise TypeError(f"`name` (={name!r}) must be a str; the amount is the argument `amount`")
     if isinstance(module, _ConvTransposeNd):
         raise TypeError(
             f"{type(module).__name__} is a transposed convolution, whose weight has its channels "

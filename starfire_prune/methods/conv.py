@@ -359,7 +359,7 @@ def intra_structured(
     Modifies module in place (and also returns it) as `MaskMethod.apply` describes.
 
     Args:
-        module: A convolution; 1x1 kernels are pruned by CK alone.
+        module: A convolution; 1x1 kernels are only pruned by CK.
         name: Name of the parameter, of shape `(K, C / groups, *kernel)`.
         amount: Total share of the layer's weights, a float in [0, 1], that is zero afterwards.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its

@@ -4,15 +4,19 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import Field
 from torch import nn
 
 from starfire_prune.methods.base import MaskMethod
+from starfire_prune.methods.schedules import unused_name
+from starfire_prune.utils.settings import Settings
 from starfire_prune.utils.text import did_you_mean
 
 __all__ = [
     "METHODS",
+    "RESERVED",
     "applies_to_any",
     "method_class",
     "method_name",
@@ -22,6 +26,14 @@ __all__ = [
 ]
 
 MethodT = TypeVar("MethodT", bound=type[MaskMethod])
+
+# Names that no option may have, since the sections of a recipe have them
+RESERVED = frozenset(dir(Settings)) | {
+    *("method", "amount", "era", "schedule", "resolution", "prune_dead_inputs"),
+    *("include", "exclude", "overrides", "fc", "layers"),
+    *("kinds", "default_method", "option_classes", "inherited"),
+    *("methods", "method_of", "options", "mask_method", "schedule_function"),
+}
 
 _METHODS: dict[str, type[MaskMethod]] = {}
 METHODS: Mapping[str, type[MaskMethod]] = MappingProxyType(_METHODS)
@@ -90,7 +102,8 @@ def method_class(method: str | type[MaskMethod]) -> type[MaskMethod]:
 
     Raises:
         TypeError: If the class is not a dataclass that derives from `MaskMethod`.
-        ValueError: If no method has this name.
+        ValueError: If no method has this name, and for a class that was defined in a function and
+            isn't registered.
     """
     if isinstance(method, str):
         found = _METHODS.get(method, _PASSED.get(method))
@@ -101,25 +114,37 @@ def method_class(method: str | type[MaskMethod]) -> type[MaskMethod]:
             )
         return found
     _check_class(method)
-    if method not in _METHODS.values():
-        _PASSED[".".join(_place(method))] = method
+    if method not in (*_METHODS.values(), *_PASSED.values()):
+        _PASSED[unused_name(".".join(_place(method)), _PASSED, "register_method")] = method
     return method
 
 
 def method_name(cls: type[MaskMethod]) -> str:
     """The name of a method: the one that it is registered under, or else its full name."""
-    names = (name for name, method in _METHODS.items() if method is cls)
-    return next(names, ".".join(_place(cls)))
+    known = (*_METHODS.items(), *_PASSED.items())
+    return next(name for name, method in known if method is cls)
 
 
 def method_options(cls: type[MaskMethod]) -> dict[str, tuple[Any, Any]]:
-    """The options of a method: their annotated types and defaults by name."""
+    """The options of a method: their annotated types and defaults, as of pydantic's fields."""
     hints = get_type_hints(cls, include_extras=True)
     return {
-        field.name: (hints[field.name], field.default)
+        field.name: (_from_list(hints[field.name]), _default(field))
         for field in dataclasses.fields(cls)
         if field.name != "amount" and field.init and not field.metadata.get("of_layer")
     }
+
+
+def _from_list(annotation: Any) -> Any:
+    """An option's type; a tuple may be given as a list, which is what YAML has."""
+    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return Annotated[annotation, Field(strict=False)] if get_origin(bare) is tuple else annotation
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return Field(default_factory=field.default_factory)
+    return ... if field.default is dataclasses.MISSING else field.default
 
 
 def applies_to_any(cls: type[MaskMethod], kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -137,6 +162,12 @@ def _check_class(cls: object) -> None:
     own = [
         name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)
     ]
+    taken = sorted(RESERVED.intersection(own))
+    if taken:
+        raise TypeError(
+            f"{cls.__qualname__}.{taken[0]} can't be an option: the settings of a pruning have "
+            f"this name already; rename the field"
+        )
     missing = set(own).difference(field.name for field in dataclasses.fields(cls))
     if missing:
         raise TypeError(

@@ -3,6 +3,7 @@
 Progress and share are both in [0, 1]; every schedule rises from 0 to exactly 1.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -18,6 +19,8 @@ __all__ = [
     "register_schedule",
     "schedule_function",
     "schedule_name",
+    "unregister_schedule",
+    "unused_name",
 ]
 
 Schedule = Callable[[float], float]
@@ -47,7 +50,7 @@ def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
         ...     return progress**3
         >>> SCHEDULES["late"](0.5)
         0.125
-        >>> del _SCHEDULES["late"]
+        >>> unregister_schedule("late")
     """
 
     def register(schedule: Schedule) -> Schedule:
@@ -61,6 +64,11 @@ def register_schedule(name: str) -> Callable[[Schedule], Schedule]:
         return schedule
 
     return register
+
+
+def unregister_schedule(name: str) -> None:
+    """Remove a schedule from the registry."""
+    del _SCHEDULES[name]
 
 
 def schedule_name(schedule: str | Schedule) -> str:
@@ -78,11 +86,11 @@ def schedule_name(schedule: str | Schedule) -> str:
                 f"{did_you_mean(schedule, _SCHEDULES)}"
             )
         return schedule
-    for name, other in _SCHEDULES.items():
+    for name, other in (*_SCHEDULES.items(), *_PASSED.items()):
         if other is schedule:
             return name
     _check(schedule)
-    name = _full_name(schedule)
+    name = unused_name(_full_name(schedule), _PASSED, "register_schedule")
     _PASSED[name] = schedule
     return name
 
@@ -90,6 +98,21 @@ def schedule_name(schedule: str | Schedule) -> str:
 def schedule_function(name: str) -> Schedule:
     """The schedule of a name that `schedule_name` gave."""
     return _SCHEDULES.get(name) or _PASSED[name]
+
+
+def unused_name(full_name: str, known: Mapping[str, object], decorator: str) -> str:
+    """A name for a class or function that was passed without a name of its own.
+
+    Raises:
+        ValueError: For a lambda, and for what was defined in a function: others have the same name.
+    """
+    if "<" in full_name:
+        raise ValueError(
+            f"{full_name} has no name that a checkpoint could refer to: give it one by "
+            f"@{decorator}('name'), or define it in a module"
+        )
+    names = (f"{full_name}#{number}" if number > 1 else full_name for number in itertools.count(1))
+    return next(name for name in names if name not in known)
 
 
 def _full_name(schedule: Schedule) -> str:

@@ -135,12 +135,13 @@ def test_the_same_weights_have_the_same_masks(settings):
     assert len(hashes) == 1
 
 
-def test_a_method_that_gives_weights_back_never_revives_them():
-    @dataclasses.dataclass(eq=False, kw_only=True)
-    class Forgetful(MaskMethod):
-        def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
-            return masks.magnitude_mask(-t if default_mask is None else 1 / t, self.amount)
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Forgetful(MaskMethod):
+    def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
+        return masks.magnitude_mask(t if default_mask is None else 1 / t, self.amount)
 
+
+def test_a_method_that_gives_weights_back_never_revives_them():
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     settings = {"method": Forgetful, "amount": 0.5, "era": [0, 1]}
     pruner = Pruner(model, settings, updates_per_epoch=4)

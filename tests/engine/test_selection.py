@@ -502,3 +502,18 @@ def test_a_refusal_leaves_the_model_alone():
         Pruner(model, settings(), updates_per_epoch=1)
     assert [dict(vars(module)) for module in model.modules()] == before
     assert math.isclose(sum(p.numel() for p in model.parameters()), 224 + 73)
+
+
+@pytest.mark.parametrize(
+    ("override", "option", "method"),
+    [
+        ({"layers": "head", "scope": "layer"}, "scope", "fine"),
+        ({"layers": "stem", "then": "block"}, "then", "ck"),
+    ],
+)
+def test_an_option_that_no_matched_layer_has_is_refused(override, option, method):
+    with refused(
+        f"pruning.overrides.0.{option} has no effect: the layers that it matches are pruned by "
+        f"{method}; remove it, or give the override a method"
+    ):
+        select(fc={"method": "dead_inputs"} if method == "ck" else {}, overrides=[override])

@@ -154,6 +154,33 @@ def test_a_state_of_another_version_is_refused(version):
         Run().pruner.load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"phase": "foo"}, "the pruner's state is damaged: its phase is 'foo'"),
+        ({"epoch": "1"}, "the pruner's state is damaged: its epoch is '1'"),
+        ({"era_updates": -4}, "the pruner's state is damaged: its era_updates is -4"),
+        ({"more": 1}, "the pruner's state is not complete, or not a pruner's: see more"),
+    ],
+)
+def test_a_damaged_state_is_refused(change, message):
+    with refusal(message):
+        Run().pruner.load_state_dict({**Run().pruner.state_dict(), **change})
+
+
+def test_an_incomplete_state_is_refused():
+    state = Run().pruner.state_dict()
+    del state["applied"]
+    with refusal("the pruner's state is not complete, or not a pruner's: see applied"):
+        Run().pruner.load_state_dict(state)
+
+
+def test_the_settings_in_a_state_are_a_copy():
+    pruner = Run().pruner
+    pruner.state_dict()["pruning"]["amount"] = 0.9
+    assert pruner.state_dict()["pruning"]["amount"] == 0.6
+
+
 def pruner_of(model: nn.Module) -> Pruner:
     settings = {"method": "ck", "amount": 0.5, "era": [0, 1]}
     pruner = Pruner(model, settings, updates_per_epoch=2)

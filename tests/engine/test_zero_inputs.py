@@ -1,6 +1,7 @@
 """The engine's use of channels that are always zero: columns of linear layers, free weights."""
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 
 from starfire_prune import Pruner, format_table
 from starfire_prune.engine.settings import parse_pruning
+from starfire_prune.methods.linear import FCStructured
 from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.settings import RecipeError
 from tests.support.networks import equal_states, sgd, snapshot, train_step
@@ -406,3 +408,15 @@ def test_structure_then_block_takes_a_block_size():
     parsed = parse_pruning(settings(fc=fc)).fc
     assert parsed != "none"
     assert parsed.options["block_size"] == (2, 2)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class OwnDeadInputs(FCStructured):
+    """A method of a user that reads the channels that are always zero."""
+
+
+def test_a_users_method_gets_the_columns_that_read_zeros():
+    one, other = Columns(), Columns()
+    pruned(one, fc={"method": "dead_inputs"})
+    pruned(other, fc={"method": OwnDeadInputs})
+    assert torch.equal(one.head.weight == 0, other.head.weight == 0)

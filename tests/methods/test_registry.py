@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from starfire_prune import Pruner, load_pruned, masks
+from starfire_prune.engine.settings import Fc, Override, Pruning
 from starfire_prune.methods import registry, schedules
 from starfire_prune.methods.base import MaskMethod
 from starfire_prune.methods.registry import METHODS, method_class, method_options, register_method
@@ -42,7 +43,10 @@ def late(progress: float) -> float:
 
 @pytest.fixture(autouse=True)
 def restored_registries() -> Iterator[None]:
-    stores: list[dict[str, Any]] = [registry._METHODS, schedules._SCHEDULES]
+    stores: list[dict[str, Any]] = [
+        *(registry._METHODS, registry._PASSED),
+        *(schedules._SCHEDULES, schedules._PASSED),
+    ]
     before = [dict(store) for store in stores]
     yield
     for store, entries in zip(stores, before, strict=True):
@@ -76,12 +80,13 @@ def test_a_class_that_is_not_registered_gets_its_full_name():
     assert pruner_of(method=Coarse).pruning.method == f"{__name__}.Coarse"
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Anywhere(Coarse):
+    applies_to: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
+
+
 @pytest.mark.parametrize("place", ["method", "fc", "overrides"])
 def test_a_class_may_stand_wherever_a_name_may(place):
-    @dataclasses.dataclass(eq=False, kw_only=True)
-    class Anywhere(Coarse):
-        applies_to: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d, nn.Linear)
-
     settings: dict[str, dict[str, Any]] = {
         "method": {"method": Anywhere},
         "fc": {"method": "ck", "fc": {"method": Anywhere}},
@@ -89,6 +94,60 @@ def test_a_class_may_stand_wherever_a_name_may(place):
     }
     layers = pruner_of(**settings[place]).layers
     assert Anywhere in {type(layer.method) for layer in layers.values()}
+
+
+def test_classes_of_one_name_are_told_apart():
+    twin = dataclasses.make_dataclass("Coarse", [], bases=(Coarse,), eq=False, kw_only=True)
+    twin.__module__, twin.__qualname__ = Coarse.__module__, Coarse.__qualname__
+    pruners = [pruner_of(method=own) for own in (Coarse, twin, Coarse)]
+    assert [type(pruner.layers["0"].method) for pruner in pruners] == [Coarse, twin, Coarse]
+    with pytest.raises(ValueError, match="saved under other settings of method"):
+        pruners[1].load_state_dict(pruners[0].state_dict())
+
+
+def test_a_class_of_a_function_needs_a_name():
+    @dataclasses.dataclass(eq=False, kw_only=True)
+    class Inner(Coarse):
+        pass
+
+    with pytest.raises(RecipeError, match=r"<locals>.Inner has no name that a checkpoint could"):
+        pruner_of(method=Inner)
+    register_method("inner")(Inner)
+    assert pruner_of(method=Inner).pruning.method == "inner"
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Options(Coarse):
+    """Options that are required, made by a factory, and of tuples."""
+
+    power: float
+    window: tuple[int, int] = dataclasses.field(default_factory=lambda: (1, 2))
+
+
+def test_an_option_without_default_is_required():
+    with pytest.raises(RecipeError, match=r"^pruning: power: is required"):
+        pruner_of(method=Options)
+
+
+def test_an_option_may_have_a_factory_and_be_a_tuple():
+    layer = pruner_of(method=Options, power=2.0).layers["0"]
+    assert vars(layer.method)["window"] == (1, 2)
+    layer = pruner_of(method=Options, power=2.0, window=[3, 4]).layers["0"]
+    assert vars(layer.method)["window"] == (3, 4)
+
+
+@pytest.mark.parametrize("name", ["era", "resolution", "layers", "options", "parts", "copy"])
+def test_an_option_can_not_have_a_name_of_the_settings(name):
+    method = dataclasses.make_dataclass(
+        "Clash", [(name, int, 1)], bases=(Coarse,), eq=False, kw_only=True
+    )
+    with pytest.raises(TypeError, match=rf"Clash.{name} can't be an option: the settings"):
+        register_method("clash")(method)
+
+
+def test_reserved_names_are_those_of_the_sections():
+    names = {name for own in (Pruning, Fc, Override) for name in (*dir(own), *own.model_fields)}
+    assert {name for name in names if not name.startswith("_")} <= registry.RESERVED
 
 
 def test_its_fields_are_options_with_their_ranges():
@@ -142,10 +201,11 @@ def test_a_class_may_be_registered_again():
     assert register_method("coarse")(Coarse) is METHODS["coarse"]
 
 
-def test_options_without_the_dataclass_are_refused():
-    class Plain(Coarse):
-        more: int = 3
+class Plain(Coarse):
+    more: int = 3
 
+
+def test_options_without_the_dataclass_are_refused():
     with pytest.raises(RecipeError, match=r"Plain\.more is annotated but not a field: decorate"):
         pruner_of(method=Plain)
 
@@ -176,6 +236,11 @@ def test_a_registered_schedule_has_its_name():
     assert schedule_name(late) == "late"
     assert pruner_of(method="ck", schedule="late").pruning.schedule_function is late
     assert SCHEDULES["late"] is late
+
+
+def test_a_lambda_needs_a_name():
+    with pytest.raises(RecipeError, match=r"<lambda> has no name that a checkpoint could refer to"):
+        pruner_of(method="ck", schedule=lambda progress: progress)
 
 
 @pytest.mark.parametrize("schedule", [lambda progress: 0.5, lambda progress: 1 - progress])
