@@ -49,7 +49,15 @@ SETTINGS = {
     **{name: settings_of(method) for name, method in METHODS.items()},
     "a method and a schedule of a user's": {**settings_of(Coarse), "schedule": late},
 }
-every_method = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+# Each run under dead_inputs exports its model; tests/engine/test_zero_inputs.py has quicker ones
+EXPORTING = "dead_inputs"
+every_method = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(own, id=name, marks=[pytest.mark.slow] if name == EXPORTING else [])
+        for name, own in SETTINGS.items()
+    ],
+)
 
 
 @every_method

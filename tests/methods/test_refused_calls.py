@@ -130,7 +130,7 @@ def test_names_that_the_module_does_not_have_are_refused(row, state):
 @every_method
 def test_an_amount_in_the_names_place_is_refused(row, state):
     module = state(row, row.module())
-    match = r"`name` \(=0\.6\) must be a str; the amount goes into amount="
+    match = r"`name` \(=0\.6\) must be a str; the amount is the argument `amount`"
     assert_refused(module, lambda module: row.function(module, 0.6), TypeError, match)
 
 
