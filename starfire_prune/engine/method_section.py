@@ -109,7 +109,6 @@ class MethodSection(Settings):
         return {name: getattr(self, name) for name in names}
 
 
-@functools.cache
 def with_any_options(section: type[SectionT]) -> type[SectionT]:
     """A section that accepts all options: where the method is wrong, only that is reported."""
     names = {name for own in METHODS.values() for name in method_options(own)}

@@ -360,10 +360,9 @@ class Pruner:
         compare_across_ranks(self.mask_hash, "pruning masks", device, reason)
 
     def _sync_mirrors(
-        self, mirrors: Iterable[Mapping[str, nn.Module]], names: Iterable[str] | None = None
+        self, mirrors: list[dict[str, nn.Module]], names: Iterable[str] | None = None
     ) -> None:
         """Bring mirrors to the masks of the model, all of them or those of some layers."""
-        mirrors = list(mirrors)
         if not mirrors or self.phase == "dense":
             return
         masks = self.masks()

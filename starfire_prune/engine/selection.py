@@ -244,7 +244,8 @@ def _check_override_options(pruning: Pruning, layers: Sequence[PrunedLayer]) -> 
 
 
 def _has(layer: PrunedLayer, option: str) -> bool:
-    """Whether an option holds for a layer: its method has it, or a convolution's had it before."""
+    """Whether an option has an effect on a layer."""
+    # `pointwise` has made window pruning of a 1x1 convolution ck already
     return option in vars(layer.method) or option == "pointwise"
 
 

@@ -74,16 +74,16 @@ class PrunerState:
         return loaded
 
     def _check_values(self) -> None:
-        numbers = {
-            name: getattr(self, name)
-            for name in ("updates_per_epoch", "epoch", "epoch_updates", "era_updates")
-        }
-        wrong = {name: value for name, value in numbers.items() if type(value) is not int}
-        wrong |= {name: value for name, value in numbers.items() if name not in wrong and value < 0}
+        def is_count(value: object) -> bool:
+            return type(value) is int and value >= 0
+
+        counts = ("updates_per_epoch", "epoch", "epoch_updates", "era_updates")
+        wrong = [name for name in counts if not is_count(getattr(self, name))]
         if self.phase not in get_args(Phase):
-            wrong["phase"] = self.phase
-        for name, value in wrong.items():
-            raise ValueError(f"the pruner's state is damaged: its {name} is {value!r}")
+            wrong.append("phase")
+        if wrong:
+            value = getattr(self, wrong[0])
+            raise ValueError(f"the pruner's state is damaged: its {wrong[0]} is {value!r}")
 
     def check_fits(
         self, pruning: Pruning, updates_per_epoch: int, shapes: Mapping[str, torch.Size]
