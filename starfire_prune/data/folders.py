@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from starfire_prune.data.decode import decode_image
 from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import (
     Datasets,
     LabelledImages,
     Source,
-    decode_image,
     existing_folder,
+    normalized,
 )
 from starfire_prune.data.preprocessing import Transform
 from starfire_prune.utils.optional import import_optional
 from starfire_prune.utils.text import listed
 
-__all__ = ["load_folder", "load_tiny_imagenet"]
+__all__ = ["class_folders", "load_folder", "load_tiny_imagenet"]
 
 
 Samples = Sequence[tuple[str, int]]
@@ -32,9 +33,10 @@ def load_folder(source: Source) -> Datasets:
     """Load ``root/train/<class>/…`` and ``root/val/<class>/…`` or ``root/validation/<class>/…``."""
     root = _root(source)
     train, val = _part(root, "train"), _part(root, "val", "validation")
-    classes = _class_names(train)
-    _check_same_classes(train, classes, val, _class_names(val))
-    return _photographs(source, _list_images(train, classes), _list_images(val, classes), classes)
+    classes, val_classes = class_folders(train), class_folders(val)
+    _check_same_classes(train, classes, val, val_classes)
+    images, val_images = _list_images(train, classes), _list_images(val, val_classes)
+    return _photographs(source, images, val_images, tuple(classes))
 
 
 def _root(source: Source) -> Path:
@@ -51,19 +53,51 @@ def _part(folder: Path, *names: str) -> Path:
     raise DataError(f"{folder} has no folder {wanted}/: give the folder that holds it as root")
 
 
-def _class_names(part: Path) -> tuple[str, ...]:
-    with os.scandir(part) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
-    if not names:
+def class_folders(part: Path) -> dict[str, Path]:
+    """The folders of the classes by the names of the classes, in the order of the names.
+
+    Names are compared as Unicode text: Linux and macOS store an ``ä`` as different characters.
+
+    Args:
+        part: The folder of the training or the validation images.
+
+    Raises:
+        DataError: If there is no such folder, or two have the same name.
+    """
+    folders: dict[str, Path] = {}
+    for entry in _entries(part):
+        if _is_folder(entry):
+            name = normalized(entry.name)
+            if name in folders:
+                raise DataError(
+                    f"{part} has two folders of the class {name}, whose names are stored as "
+                    f"{folders[name].name!a} and {entry.name!a}: put their images into one of them"
+                )
+            folders[name] = Path(entry.path)
+    if not folders:
         raise DataError(f"{part} holds no class folders: put each class into a separate folder")
-    return tuple(names)
+    return dict(sorted(folders.items()))
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The files and folders in a folder, without hidden ones, in the order of their names."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(filter(_is_visible, entries), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _is_visible(entry: os.DirEntry[str]) -> bool:
+    """Whether people put a file there, not their system or an editor, such as `.DS_Store`."""
+    return not entry.name.startswith((".", "__MACOSX"))
 
 
 def _check_same_classes(
-    train: Path, train_classes: tuple[str, ...], val: Path, val_classes: tuple[str, ...]
+    train: Path, train_classes: Iterable[str], val: Path, val_classes: Iterable[str]
 ) -> None:
     differences = [
-        f"only {part} has {listed(only)}"
+        f"only {part} has {listed(map(_distinct, only))}"
         for part, only in (
             (train, set(train_classes) - set(val_classes)),
             (val, set(val_classes) - set(train_classes)),
@@ -75,22 +109,71 @@ def _check_same_classes(
         raise DataError(f"the classes of the two parts differ: {difference}; give both the same")
 
 
-def _list_images(part: Path, classes: tuple[str, ...]) -> Samples:
-    """The path and the label of every image below the class folders, in sorted order."""
+def _distinct(name: str) -> str:
+    """A name as no other name is shown, with escapes beside it where others could look the same."""
+    if name.isascii() and name.isprintable() and name == name.strip():
+        return name
+    return f"{name} ({name!a})" if name.isprintable() else ascii(name)
+
+
+def _list_images(part: Path, folders: Mapping[str, Path]) -> Samples:
+    """The path and the label of every image below the class folders, in sorted order.
+
+    Raises:
+        DataError: If a class folder holds no images, or a link leads to a folder a second time.
+    """
     reader = import_optional("torchvision.datasets.folder")
-    samples: list[tuple[str, int]] = reader.make_dataset(
-        part,
-        {name: label for label, name in enumerate(classes)},
-        extensions=reader.IMG_EXTENSIONS,
-        allow_empty=True,
-    )
+    extensions: tuple[str, ...] = reader.IMG_EXTENSIONS
+    seen = {_identity(part): str(part)}
+    samples, empty = [], []
+    for label, (name, folder) in enumerate(folders.items()):
+        # In the order of torchvision's data sets: by folders, and in these by names
+        files = sorted(os.path.split(file) for file in _files(str(folder), seen))
+        images = [os.path.join(*file) for file in files if file[1].lower().endswith(extensions)]
+        samples += [(image, label) for image in images]
+        empty += [] if images else [name]
     if not samples:
-        raise DataError(f"{part} holds no images: files of {listed(reader.IMG_EXTENSIONS, 10)}")
-    filled = {label for _, label in samples}
-    empty = [name for label, name in enumerate(classes) if label not in filled]
+        raise DataError(f"{part} holds no images: files of {listed(extensions, 10)}")
     if empty:
         raise DataError(f"class folders of {part} hold no images: fill or delete {listed(empty)}")
     return samples
+
+
+def _files(folder: str, seen: dict[tuple[int, int], str]) -> Iterator[str]:
+    """All files below a folder, also behind links, without hidden ones.
+
+    Args:
+        folder: Path of the folder.
+        seen: The path of every folder that was listed before, by its identity; it is updated.
+    """
+    identity = _identity(folder)
+    if identity in seen:
+        raise DataError(
+            f"{folder} leads to the folder {seen[identity]}, which is part of the same images: "
+            f"delete the link"
+        )
+    seen[identity] = folder
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            yield from _files(entry.path, seen)
+        else:
+            yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # for example a link to itself
+        raise DataError(f"cannot read {entry.path}: {error.strerror}") from error
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """What is the same for all paths to a folder."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from error
+    return status.st_dev, status.st_ino
 
 
 def _photographs(
@@ -116,17 +199,18 @@ def load_tiny_imagenet(source: Source) -> Datasets:
     """Load the layout of Stanford's CS231N, with the labels in ``val/val_annotations.txt``."""
     root = _root(source)
     train, val = _part(root, "train"), _part(root, "val")
-    classes = _class_names(train)
+    folders = class_folders(train)
+    classes = tuple(folders)
     _check_wnids(root / "wnids.txt", train, classes)
     return _photographs(
-        source, _list_images(train, classes), _list_annotated(val, classes), classes
+        source, _list_images(train, folders), _list_annotated(val, classes), classes
     )
 
 
 def _check_wnids(path: Path, train: Path, classes: tuple[str, ...]) -> None:
     if not path.exists():
         return
-    absent = set(_read_text(path).split()) - set(classes)
+    absent = set(normalized(_read_text(path)).split()) - set(classes)
     if absent:
         raise DataError(f"{path} lists classes that {train} lacks: {listed(absent)}; unpack again")
 
@@ -135,7 +219,7 @@ def _list_annotated(val: Path, classes: tuple[str, ...]) -> Samples:
     """The path and the label of every validation image, in sorted order."""
     images, path = _part(val, "images"), val / "val_annotations.txt"
     wnids = _read_annotations(path)
-    files = set(os.listdir(images))
+    files = {entry.name for entry in _entries(images)}
     unknown = set(wnids.values()) - set(classes)
     if unknown:
         raise DataError(f"{path} names classes that train/ lacks: {listed(unknown)}; unpack again")
@@ -162,7 +246,7 @@ def _read_annotations(path: Path) -> dict[str, str]:
             )
         if file in wnids:
             raise DataError(f"{path}, line {number}: {file} has a line already; delete one of them")
-        wnids[file] = columns[0]
+        wnids[file] = normalized(columns[0])
     if not wnids:
         raise DataError(f"{path} names no images: restore the file")
     return wnids

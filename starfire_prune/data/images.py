@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,11 +16,9 @@ from starfire_prune.data.errors import DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from PIL import Image
-
     from starfire_prune.data.preprocessing import Preprocessing
 
-__all__ = ["Classes", "Datasets", "LabelledImages", "Source", "decode_image", "existing_folder"]
+__all__ = ["Classes", "Datasets", "LabelledImages", "Source", "existing_folder", "normalized"]
 
 
 Item = TypeVar("Item")
@@ -85,33 +84,6 @@ class LabelledImages(Dataset[tuple[Tensor, int]], Generic[Item]):
         return self.read(self.items[index]), self.labels[index]
 
 
-def decode_image(file: str | IO[bytes], name: str) -> Image.Image:
-    """Decode an image, also a greyscale one, to RGB.
-
-    Args:
-        file: Path of the image, or a file that is open for reading.
-        name: Name of the image in errors.
-
-    Returns:
-        Pillow's image, completely read.
-
-    Raises:
-        DataError: If the file can't be read, or is not a complete image.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    # The errors that Pillow raises for damaged files of the various formats
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # not from the decoder
-            raise DataError(f"cannot read {name}: {error.strerror}") from error
-        raise DataError(
-            f"cannot decode {name}: the file is truncated or not an image; replace or delete it"
-        ) from error
-
-
 @dataclass(frozen=True)
 class Classes:
     """Turns the labels of a data set into class indices.
@@ -173,9 +145,9 @@ class Classes:
         return int(number)
 
     def _mapped_index(self, indices: Mapping[str, int], label: object, where: str) -> int:
-        index = indices.get(str(label))
+        index = indices.get(normalized(str(label)))
         if index is None and isinstance(label, int) and 0 <= label < len(self.source_names):
-            index = indices.get(self.source_names[label])
+            index = indices.get(normalized(self.source_names[label]))
         if index is None:
             raise DataError(f"{where} has label {label!r}, which options.class_map doesn't list")
         return index
@@ -183,7 +155,7 @@ class Classes:
 
 def _read_class_map(class_map: object) -> dict[str, int]:
     if isinstance(class_map, Mapping):
-        indices = {str(name): index for name, index in class_map.items()}
+        indices = {normalized(str(name)): index for name, index in class_map.items()}
     else:
         try:
             with open(os.path.expanduser(str(class_map)), encoding="utf-8") as file:
@@ -194,7 +166,7 @@ def _read_class_map(class_map: object) -> dict[str, int]:
                 f"options.class_map: cannot read {class_map}: {detail}; "
                 f"give a mapping, or a text file with one class name per line"
             ) from error
-        indices = {line.strip(): index for index, line in enumerate(lines)}
+        indices = {normalized(line.strip()): index for index, line in enumerate(lines)}
     if not indices or any(type(index) is not int or index < 0 for index in indices.values()):
         raise DataError("options.class_map must give each class an index, a whole number from 0")
     return indices
@@ -209,3 +181,13 @@ def existing_folder(name: str, root: Path | None) -> Path:
     if not root.is_dir():
         raise DataError(f"root {root} is a file: give the folder of data set {name!r}")
     return root
+
+
+def normalized(name: str) -> str:
+    r"""The name of a class in the form in which names are compared (Unicode's NFC).
+
+    Example:
+        >>> normalized("A\u0308pfel") == "\u00c4pfel"
+        True
+    """
+    return unicodedata.normalize("NFC", name)

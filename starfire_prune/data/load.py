@@ -44,14 +44,15 @@ def load_datasets(
     """Load the training and the validation part of a data set.
 
     The files of a data set are listed and checked now; each image is decoded on access. The images
-    and their order are the same at every call.
+    and their order are the same at every call. An orientation in EXIF data has no effect.
 
     Args:
         name: A name in ``DATASETS``, or one that begins with one of timm's readers.
             ``"digits"``: the 1797 handwritten digits of scikit-learn, 8×8 pixels enlarged to
             ``image_size``, split 80 : 20, without augmentation, a crop or ``mean`` and ``std``.
             ``"folder"``: ``root/train/<class>/…`` and ``root/val/<class>/…`` (or
-            ``root/validation``), the classes in the order of their sorted names.
+            ``root/validation``), the classes in the order of their sorted names. Names that begin
+            with ``.`` or ``__MACOSX`` are left out.
             ``"tiny_imagenet"``: the layout of Stanford's CS231N, with ``val_annotations.txt``.
             ``"hfds/…"``: a data set of Hugging Face's datasets, by its name, or the path of its
             folder beginning with ``/``, ``./`` or ``~``.

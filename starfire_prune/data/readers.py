@@ -15,13 +15,13 @@ from typing import Any, Final, TypeVar
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from starfire_prune.data.decode import decode_image, rgb_image
 from starfire_prune.data.errors import DataError
 from starfire_prune.data.images import (
     Classes,
     Datasets,
     LabelledImages,
     Source,
-    decode_image,
     existing_folder,
 )
 from starfire_prune.data.preprocessing import Transform
@@ -253,7 +253,9 @@ class TorchImages(Dataset[tuple[Tensor, int]]):
         where = f"image {index} {self.name}"
         try:
             image, label = self.images[index]
-            image = image.convert("RGB")
+            image = rgb_image(image, where)
+        except DataError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"cannot read {where}: {error}; restore it") from error
         return self.transform(image), self.classes.index(label, where)

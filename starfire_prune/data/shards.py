@@ -24,8 +24,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from starfire_prune.data.decode import decode_image
 from starfire_prune.data.errors import DataError
-from starfire_prune.data.images import Classes, decode_image
+from starfire_prune.data.images import Classes
 from starfire_prune.data.preprocessing import Transform
 from starfire_prune.utils.optional import import_optional
 

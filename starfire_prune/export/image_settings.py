@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from starfire_prune.data import IMAGENET_MEAN, IMAGENET_STD, digits_normalisation
+from starfire_prune.data.folders import class_folders
 from starfire_prune.recipe.sections import Data
 
 __all__ = ["ImageSettings", "class_names", "image_settings"]
@@ -81,11 +82,6 @@ def _folder_names(data: Data) -> tuple[str, ...]:
     if data.name not in ("folder", "tiny_imagenet") or data.root is None:
         return ()
     try:
-        train = Path(data.root).expanduser() / "train"
-        return tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # also for an unknown home folder, or a NUL character
+        return tuple(class_folders(Path(data.root).expanduser() / "train"))
+    except (OSError, RuntimeError, ValueError):  # also an unknown home folder, or a NUL character
         return ()

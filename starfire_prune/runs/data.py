@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starfire_prune.data import DataError, Datasets, load_datasets
 from starfire_prune.recipe.sections import Recipe
+from starfire_prune.utils.text import listed
 
 __all__ = ["recipe_datasets"]
 
@@ -21,6 +24,12 @@ def recipe_datasets(recipe: Recipe) -> Datasets:
     if len(datasets.classes) != num_classes:
         raise DataError(
             f"model.num_classes (={num_classes}) must be the number of classes in the data, "
-            f"{len(datasets.classes)}: correct it, or give other data"
+            f"{len(datasets.classes)}{_named(datasets.classes)}: correct it, or give other data"
         )
     return datasets
+
+
+def _named(classes: Sequence[str]) -> str:
+    """The names of the classes, unless they are only numbers."""
+    numbers = [str(label) for label in range(len(classes))]
+    return "" if list(classes) == numbers else f" ({listed(classes)})"

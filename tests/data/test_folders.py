@@ -222,6 +222,104 @@ def test_parts_with_different_classes_are_told_apart(tmp_path):
         load_folder(root)
 
 
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", ".Trash-1000", ".DS_Store"])
+def test_hidden_folders_are_left_out(tmp_path, name):
+    root = make_folder(tmp_path)
+    for part in ("train", "val"):
+        save(root / part / name / "0.jpg")
+        save(root / part / "ant" / name / "0-checkpoint.jpg")
+        save(root / part / "bee" / "more" / name / "ant" / "0.jpg")
+    datasets = load_folder(root)
+    assert datasets.classes == ("ant", "bee")
+    assert labels(datasets.train) == [0, 0, 0, 1, 1, 1]
+    assert labels(datasets.val) == [0, 0, 1, 1]
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train" / "ant" / "._0.jpg").write_bytes(b"what macOS adds to a file")
+    (root / "train" / ".DS_Store").write_bytes(b"")
+    assert labels(load_folder(root).train) == [0, 0, 0, 1, 1, 1]
+
+
+def test_images_behind_links_are_read(tmp_path):
+    root = make_folder(tmp_path / "data")
+    (root / "train" / "bee").rename(tmp_path / "elsewhere")
+    (root / "train" / "bee").symlink_to(tmp_path / "elsewhere")
+    (root / "train" / "ant" / "3.jpg").symlink_to(root / "train" / "ant" / "0.jpg")
+    assert labels(load_folder(root).train) == [0, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "first"),
+    [
+        ("ant/loop", "..", "train"),
+        ("ant/self", ".", "train/ant"),
+        ("bee/up", "../..", "train"),
+        ("bee/more", "../ant", "train/ant"),
+        ("cat", "ant", "train/ant"),
+    ],
+)
+def test_a_link_to_images_that_are_read_anyway_is_named(tmp_path, link, target, first):
+    root = make_folder(tmp_path)
+    for part in ("train", "val"):
+        (root / part / link).symlink_to(target)
+    again = root / "train" / link / ("train" if target == "../.." else "")
+    with raises(
+        f"{again} leads to the folder {root / first}, which is part of the same images: delete the "
+        f"link"
+    ):
+        load_folder(root)
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    root = make_folder(tmp_path)
+    link = root / "train" / "ant" / "link"
+    link.symlink_to(link)
+    with raises(f"cannot read {link}: Too many levels of symbolic links"):
+        load_folder(root)
+
+
+def test_class_names_may_be_stored_in_other_forms(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train" / "ant").rename(root / "train" / "\u00c4pfel")
+    (root / "val" / "ant").rename(root / "val" / "A\u0308pfel")
+    datasets = load_folder(root)
+    assert datasets.classes == ("bee", "\u00c4pfel")
+    assert labels(datasets.train) == [0, 0, 0, 1, 1, 1]
+    assert labels(datasets.val) == [0, 0, 1, 1]
+
+
+def test_two_folders_of_one_class_are_told_apart(tmp_path):
+    root = make_folder(tmp_path)
+    for name in ("\u00c4pfel", "A\u0308pfel"):
+        save(root / "val" / name / "0.jpg")
+    with raises(
+        f"{root / 'val'} has two folders of the class \u00c4pfel, whose names are stored as "
+        f"'A\\u0308pfel' and '\\xc4pfel': put their images into one of them"
+    ):
+        load_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ant ", "ant  ('ant ')"),
+        ("ant\u200b", "'ant\\u200b'"),
+        ("\u0430nt", "\u0430nt ('\\u0430nt')"),  # Cyrillic
+        ("ANT", "ANT"),
+    ],
+)
+def test_class_names_that_look_the_same_are_told_apart(tmp_path, name, shown):
+    root = make_folder(tmp_path)
+    (root / "val" / "ant").rename(root / "val" / name)
+    with raises(
+        f"the classes of the two parts differ: only {root / 'train'} has ant and only "
+        f"{root / 'val'} has {shown}; give both the same"
+    ):
+        load_folder(root)
+
+
 @both_workers
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_a_damaged_image_is_named(tmp_path, workers, damage):
@@ -254,6 +352,15 @@ def test_an_image_that_vanished_is_named(tmp_path):
 
 
 # Tiny-ImageNet
+
+
+def test_tiny_imagenet_leaves_out_hidden_files(tmp_path):
+    root = make_tiny_imagenet(tmp_path)
+    save(root / "train" / ".ipynb_checkpoints" / "0.JPEG")
+    (root / "val" / "images" / ".DS_Store").write_bytes(b"")
+    datasets = load_tiny_imagenet(root)
+    assert datasets.classes == ("n1", "n2")
+    assert labels(datasets.val) == [1, 0, 1]
 
 
 def test_tiny_imagenet_gives_the_classes_in_sorted_order(tmp_path):
