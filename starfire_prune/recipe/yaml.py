@@ -14,61 +14,35 @@ from starfire_prune.utils.text import NUMBER
 __all__ = ["dump_yaml", "parse_yaml"]
 
 
-def parse_yaml(text: str) -> Any:
-    """Plain data of a document.
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 those of YAML 1.2, which are added below
 
-    Raises:
-        ValueError: For broken YAML, duplicate keys, aliases and tags, with line and column.
-    """
-    try:
-        for event in yaml.parse(text, Loader=yaml.BaseLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise _yaml_error(event.start_mark, "a recipe has no aliases")
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-        return None if node is None else _value_of(node)
-    except yaml.MarkedYAMLError as error:
-        raise _yaml_error(error.problem_mark, error.problem) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ValueError("not valid YAML: nested too deeply") from None
+    def fetch_alias(self) -> None:
+        text = "a recipe has no aliases or tags: quote text that begins with * or !, as in '*.conv'"
+        raise yaml.MarkedYAMLError(problem=text, problem_mark=self.get_mark())
 
+    fetch_tag = fetch_alias
 
-def _yaml_error(mark: Any, problem: str | None) -> ValueError:
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return ValueError(f"{where}not valid YAML: {problem}")
+    def scan_to_next_token(self) -> None:  # between tokens of a line, YAML also allows tabs
+        super().scan_to_next_token()
+        while (
+            self.peek() == "\t" and self.buffer[self.pointer - self.column : self.pointer].strip()
+        ):
+            self.forward()
+            super().scan_to_next_token()
 
-
-def _value_of(node: Any) -> Any:
-    if node.tag not in [f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")]:
-        raise _yaml_error(node.start_mark, f"a recipe has no tags such as {node.tag}")
-    if isinstance(node, yaml.SequenceNode):
-        return [_value_of(item) for item in node.value]
-    if not isinstance(node, yaml.MappingNode):
-        return node.value if node.style else _scalar(node.value)
-    mapping: dict[Any, Any] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise _yaml_error(key.start_mark, "a key must be a single word")
-        name = _value_of(key)
-        if name in mapping:
-            raise _yaml_error(key.start_mark, f"duplicate key {name}")
-        mapping[name] = _value_of(value)
-    return mapping
-
-
-def _scalar(text: str) -> object:
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", text):
-        return int(text)
-    if NUMBER.match(text):
-        return float(text)
-    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
-        return float(text.replace(".", ""))
-    return text
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            problem = "a key must be a single word"
+            if isinstance(key, yaml.ScalarNode):
+                name = self.construct_object(key)
+                if name not in names:
+                    names.add(name)
+                    continue
+                problem = f"duplicate key {name}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -76,8 +50,37 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-# Text that YAML 1.2 reads as a number and PyYAML doesn't, so that it is quoted when written
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 8 if node.value.startswith("0o") else 10)  # 010 is 10, unlike in 1.1
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+for _kind, _text in {
+    "null": "(~|null|Null|NULL)?$",
+    "bool": "(true|True|TRUE|false|False|FALSE)$",
+    "int": "([-+]?[0-9]+|0o[0-7]+)$",
+    "float": rf"{NUMBER.pattern}|([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}.items():
+    for _class in (_Loader, _Dumper):  # the dumper quotes text that would be read as one of them
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_text), None)
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain data of a document.
+
+    Raises:
+        ValueError: For broken YAML, duplicate keys, aliases and tags, with line and column.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deeply") from None
 
 
 def dump_yaml(tree: Any) -> str:

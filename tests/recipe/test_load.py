@@ -19,6 +19,7 @@ from starfire_prune.engine.settings import Fc, Pruning, parse_pruning
 from starfire_prune.recipe.compare import differing_keys
 from starfire_prune.recipe.load import dump_recipe, load_recipe, main, recipe_schema, write_schema
 from starfire_prune.recipe.sections import Ema, Recipe
+from starfire_prune.recipe.yaml import dump_yaml, parse_yaml
 from starfire_prune.utils.settings import RecipeError
 from tests.support.paths import ROOT
 
@@ -123,6 +124,8 @@ def test_fc_none_leaves_linear_layers_dense(file):
         ("1e-4", 1e-4),
         ("-.5", -0.5),
         ("010", 10),
+        ("0o10", 8),
+        ("-0o10", "-0o10"),
         ("0x10", "0x10"),
         ("1:30", "1:30"),
         ("2020-01-01", "2020-01-01"),
@@ -134,6 +137,39 @@ def test_yaml_is_read_as_version_1_2(file, text, value):
     options = load_recipe(file, [f"model.options.x={text}"]).model.options
     assert options == {"x": value}
     assert type(options["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a:\t4", "a: \t 4\t# four\t\n", "a:\t\n  4", "{a:\t4\t}", "a\t: 4"]
+)
+def test_a_tab_between_the_words_of_a_line_is_read(text):
+    assert parse_yaml(text) == {"a": 4}
+
+
+@pytest.mark.parametrize("text", ["\ta: 4", "a:\n\tb: 4", "a:\n \tb: 4", "{\n\ta: 4}"])
+def test_a_tab_as_indentation_is_refused(text):
+    with pytest.raises(
+        ValueError, match=r"^line \d, column \d: not valid YAML: .* character '\\t'"
+    ):
+        parse_yaml(text)
+
+
+@pytest.mark.parametrize("text", ["*.conv1", "*", "*conv", "[fc, *.conv1]", "[ab]*.conv", "!conv"])
+def test_a_pattern_that_needs_quotes_asks_for_them(file, text):
+    (line,) = refusal_of(load_recipe, file, [f"pruning.exclude={text}"])
+    column = re.search(r"[*!]", text).start() + 1  # type: ignore[union-attr]
+    assert line == (
+        f"--set: pruning.exclude: line 1, column {column}: not valid YAML: a recipe has no aliases "
+        "or tags: quote text that begins with * or !, as in '*.conv'"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["010", "08", "0o10", "0x10", "1e-4", ".5", "~", "null", "no", "true", ".inf", "1:30", "*a"],
+)
+def test_text_that_looks_like_something_else_is_read_back_as_text(text):
+    assert parse_yaml(dump_yaml({"a": text})) == {"a": text}
 
 
 def test_one_pattern_is_a_list_of_one(file):
@@ -218,8 +254,9 @@ def test_folder_names_the_recipes_in_it(file):
         (b"epochs: 1\nera: [2,\nseed: }", "line 3, column 7: not valid YAML: "),
         (b"a: 1\n\tb: 2", "line 2, column 1: not valid YAML: found character '\\t'"),
         (b"a: 1\nb: {c: 1, c: 2}", "line 2, column 11: not valid YAML: duplicate key c"),
-        (b"a: &x 1\nb: *x", "line 2, column 4: not valid YAML: a recipe has no aliases"),
-        (b"a: !!python/tuple [1]", "line 1, column 4: not valid YAML: a recipe has no tags"),
+        (b"a: &x 1\nb: *x", "line 2, column 4: not valid YAML: a recipe has no aliases or tags"),
+        (b"a: !!python/tuple [1]", "line 1, column 4: not valid YAML: a recipe has no aliases or"),
+        (b"a: !!str 1", "line 1, column 4: not valid YAML: a recipe has no aliases or tags"),
         (b"? [a]\n: 1", "line 1, column 3: not valid YAML: a key must be a single word"),
         (b"a: 1\n---\nb: 2", "line 2, column 1: not valid YAML: but found another document"),
         (b"a: \x00", "not valid YAML: unacceptable character #x0000"),
