@@ -19,6 +19,7 @@ from starfire_prune.engine.distributed import (
 from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
+from starfire_prune.engine.progress import Progress
 from starfire_prune.engine.selection import PrunedLayer, select_layers
 from starfire_prune.engine.settings import Pruning, parse_pruning
 from starfire_prune.engine.sparsity import Sparsity, measure_sparsity
@@ -43,15 +44,18 @@ class Pruner:
       the weights again.
 
     The schedule counts the updates that happened. Era `[a, b]` runs from the first update of
-    epoch a (0-based) to the last of epoch b - 1; the u-th of its T updates has the target sparsity
-    `amount * schedule(u / T)`, and the last one is exact.
+    epoch a (0-based) to the last of epoch b - 1, and `era_updates: [a, b]` from update a to update
+    b - 1 of the run; the u-th of its T updates has the target sparsity `amount * schedule(u / T)`,
+    and the last one is exact.
 
     Args:
         model: The model, also wrapped by DDP or `torch.compile`. Build the optimizer from it first.
         pruning: `recipe.pruning`, or a mapping of the same keys such as
             `{"method": "ck", "amount": 0.6, "era": [2, 8]}`. `method` may also be a class that
             derives from `MaskMethod`, and `schedule` a function.
-        updates_per_epoch: Optimizer steps of an epoch, `ceil(batches / gradient accumulation)`.
+        updates_per_epoch: Optimizer steps of an epoch, `ceil(batches / gradient accumulation)`;
+            unnecessary with `era_updates`. An epoch may have fewer or more: the schedule then waits
+            for the next epoch, or rises to the target at the end of the last one.
         optimizer: The optimizer whose state of pruned weights is zeroed at the end of the era.
             Without it, old momentum of pruned weights is still part of norms (LAMB, clipping by
             state).
@@ -78,17 +82,13 @@ class Pruner:
         model: nn.Module,
         pruning: Pruning | Mapping[str, object],
         *,
-        updates_per_epoch: int,
+        updates_per_epoch: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         example_input: Tensor | tuple[Any, ...] | None = None,
     ) -> None:
-        if isinstance(updates_per_epoch, bool) or not isinstance(updates_per_epoch, int):
-            raise TypeError(f"`updates_per_epoch` (={updates_per_epoch!r}) must be an int")
-        if updates_per_epoch < 1:
-            raise ValueError(f"`updates_per_epoch` (={updates_per_epoch}) must be at least 1")
         refuse_sharded(model)
         self.pruning = parse_pruning(pruning)
-        self.updates_per_epoch = updates_per_epoch
+        self._progress = Progress(self.pruning, updates_per_epoch)
         self._zero_inputs = zero_inputs_of(model, self.pruning, example_input)
         connected: frozenset[str] = frozenset()
         if self._zero_inputs and prunes_dead_inputs(self.pruning):
@@ -99,9 +99,12 @@ class Pruner:
         self._mirrors: list[dict[str, nn.Module]] = []
         self._fixed: FixedMasks | None = None
         self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
-        # What a checkpoint holds, except the masks and what the era has applied
-        self._state = PrunerState(self.pruning.model_dump(mode="json"), updates_per_epoch)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
+
+    @property
+    def updates_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; None if unknown."""
+        return self._progress.updates_per_epoch
 
     def __repr__(self) -> str:
         return (
@@ -112,21 +115,17 @@ class Pruner:
     @property
     def phase(self) -> Phase:
         """`"dense"`, `"era"` or `"fixed"`."""
-        return self._state.phase
+        return self._progress.state.phase
 
     @property
     def epoch(self) -> int:
         """The current epoch, 0-based."""
-        return self._state.epoch
+        return self._progress.state.epoch
 
     @property
     def target_sparsity(self) -> float:
         """The sparsity wanted at this update, in [0, 1]; overrides and `fc` have their own."""
-        if self.phase == "dense":
-            return 0.0
-        if self.phase == "fixed":
-            return self.pruning.amount
-        return self.pruning.mask_method.amount_at(self._progress, self.pruning.schedule_function)
+        return self._progress.target_sparsity
 
     def step(self, updated: bool = True) -> None:
         """Call after each `optimizer.step()`, before the next forward pass.
@@ -137,7 +136,6 @@ class Pruner:
 
         Raises:
             ValueError: For weights that are NaN or infinite, with the layer's name.
-            RuntimeError: If an epoch has more updates than `updates_per_epoch`.
             PruningError, RanksError: At the end of the era, if a layer has lost all its weights,
                 or if the masks of distributed ranks differ.
         """
@@ -146,51 +144,36 @@ class Pruner:
         if self._fixed is not None:
             self._fixed.mask_weights()
             return
-        self._count(epoch_updates=self._state.epoch_updates + 1)
-        if self._state.epoch_updates > self.updates_per_epoch:
-            raise RuntimeError(
-                f"step() has counted {self._state.epoch_updates} updates in epoch {self.epoch}, "
-                f"and `updates_per_epoch` is {self.updates_per_epoch}: it must be ceil(batches / "
-                f"gradient accumulation), and end_epoch(epoch) must follow each epoch"
-            )
-        if self.epoch >= self.pruning.era[0]:
-            self._count(era_updates=self._state.era_updates + 1)
-            self._update_masks(self._progress)
-            if self._state.era_updates == self._era_length:
+        if self._progress.count_update():
+            self._update_masks(self._progress.share)
+            if self._progress.ends_era:
                 self._freeze()
 
     def end_epoch(self, epoch: int) -> None:
-        """Call at the end of each epoch, with its 0-based number.
+        """Call at the end of each epoch, with its 0-based number; optional with `era_updates`.
 
         The era's last epoch ends with the target, also if skipped steps left it short.
 
         Raises:
             ValueError: If `epoch` is not the current one.
         """
-        if epoch != self.epoch:
-            raise ValueError(
-                f"`epoch` (={epoch}) is not the current epoch, {self.epoch}: call end_epoch once "
-                f"an epoch, and load_state_dict when resuming"
-            )
-        if self.phase != "fixed" and epoch == self.pruning.era[1] - 1:
+        if self._progress.end_epoch(epoch):
             self._update_masks(1.0)
             self._freeze()
-        self._count(epoch=epoch + 1, epoch_updates=0)
+        self._progress.set(epoch=epoch + 1, epoch_updates=0)
 
-    def skip_dense(self, epochs: int) -> None:
+    def skip_dense(self, epochs: int, updates: int | None = None) -> None:
         """Start after `epochs` dense epochs, for example when continuing from dense weights.
+
+        Args:
+            epochs: Number of epochs to skip.
+            updates: Number of their updates; default: `epochs * updates_per_epoch`.
 
         Raises:
             ValueError: If the era begins before them.
             RuntimeError: If an epoch has begun already.
         """
-        if not 0 <= epochs <= self.pruning.era[0]:
-            raise ValueError(
-                f"`epochs` (={epochs}) must be in 0..{self.pruning.era[0]}, where the era begins"
-            )
-        if self.epoch or self._state.epoch_updates:
-            raise RuntimeError("skip_dense() comes before the first step() and end_epoch()")
-        self._count(epoch=epochs)
+        self._progress.skip_dense(epochs, updates)
 
     def masks(self) -> dict[str, Tensor]:
         """The present bool masks by parameter name (`layer1.0.conv1.weight`), True = kept.
@@ -212,7 +195,7 @@ class Pruner:
         return measure_sparsity(
             self._model if model is None else model,
             selected=self.layers,
-            dead_input_zeros=self._state.dead_input_zeros,
+            dead_input_zeros=self._progress.state.dead_input_zeros,
         )
 
     def kept_columns(self) -> dict[str, str]:
@@ -274,7 +257,7 @@ class Pruner:
         """All that is not in the model, as plain numbers, strings and bool tensors."""
         masks = {name: mask.clone() for name, mask in self.masks().items()}
         return dataclasses.replace(
-            self._state, masks=masks, applied=dict(self._era.applied)
+            self._progress.state, masks=masks, applied=dict(self._era.applied)
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -287,10 +270,10 @@ class Pruner:
         """
         shapes = {weight_key(name): layer.shape for name, layer in self._items()}
         loaded = PrunerState.from_dict(state)
-        loaded.check_fits(self.pruning, self.updates_per_epoch, shapes)
+        loaded.check_fits(self.pruning, self._progress.updates_per_epoch, shapes)
         self._remove_hooks()
         self._era.applied = dict(loaded.applied)
-        self._state = dataclasses.replace(loaded, masks={}, applied={})
+        self._progress.load(loaded)
         if self.phase == "dense":
             return
         masks = {
@@ -305,23 +288,11 @@ class Pruner:
             self._fixed = FixedMasks(self._modules(), frozen, self._optimizer)
         self._sync_mirrors(self._mirrors)
 
-    # --- counting and phases ---------------------------------------------------------------------
-
-    def _count(self, **changes: Any) -> None:
-        self._state = dataclasses.replace(self._state, **changes)
-
-    @property
-    def _era_length(self) -> int:
-        first, end = self.pruning.era
-        return (end - first) * self.updates_per_epoch
-
-    @property
-    def _progress(self) -> float:
-        return self._state.era_updates / self._era_length
+    # --- phases -----------------------------------------------------------------------------------
 
     def _update_masks(self, progress: float) -> None:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
-        self._count(phase="era")
+        self._progress.set(phase="era")
         changed = self._era.update_masks(progress)
         self._sync_mirrors(self._mirrors, changed)
 
@@ -329,7 +300,7 @@ class Pruner:
         """End the era: make the pruning permanent and begin the fixed phase."""
         if self.pruning.prune_dead_inputs and self._zero_inputs:
             masks = {name: _mask(layer.module) for name, layer in self._items()}
-            self._count(dead_input_zeros=self._zero_inputs.prune_readers(masks))
+            self._progress.set(dead_input_zeros=self._zero_inputs.prune_readers(masks))
             self._sync_mirrors(self._mirrors)
         self._compare_ranks()
         masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
@@ -339,7 +310,7 @@ class Pruner:
         for modules in [self._modules(), *self._mirrors]:
             for module in modules.values():
                 make_permanent(module, "weight")
-        self._count(phase="fixed")
+        self._progress.set(phase="fixed")
         self._fixed = FixedMasks(self._modules(), masks, self._optimizer)
 
     def _remove_hooks(self) -> None:

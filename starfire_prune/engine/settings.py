@@ -53,6 +53,7 @@ from starfire_prune.utils.text import did_you_mean
 
 __all__ = ["Fc", "Override", "Pruning", "is_era", "one_or_list", "parse_pruning"]
 
+_ERA: Final = "[first, end]: prunes from epoch first to epoch end - 1, 0-based"
 _AMOUNT: Final = "share of the weights or kernels to prune, a float in (0, 1]"
 
 
@@ -130,6 +131,15 @@ def _era(value: object) -> object:
     )
 
 
+def _era_updates(value: object) -> object:
+    if is_era(value):
+        return value
+    raise settings_error(
+        f"must be two updates [first, end] with 0 <= first < end {got(value)}; "
+        "[1000, 5000] prunes in the updates 1000 to 4999"
+    )
+
+
 def _schedule(value: str) -> str:
     try:
         return schedule_name(value)
@@ -162,6 +172,7 @@ Names = Annotated[
 ]
 Amount = Annotated[float, BeforeValidator(_amount), Field(gt=0, le=1)]
 Epoch = Annotated[int, Field(ge=0)]
+Span = Annotated[tuple[Epoch, Epoch], Field(strict=False)]
 ScheduleName = Annotated[
     str,
     AfterValidator(_schedule),
@@ -232,8 +243,13 @@ class Pruning(MethodSection):
 
     method: str = Field(description="method for convolutions")
     amount: Amount = Field(description=_AMOUNT)
-    era: Annotated[tuple[Epoch, Epoch], BeforeValidator(_era), Field(strict=False)] = Field(
-        description="[first, end]: prunes from epoch first to epoch end - 1, 0-based"
+    era: Annotated[Span, BeforeValidator(_era)] | None = Field(
+        None, description=f"{_ERA}; required unless era_updates is given"
+    )
+    era_updates: Annotated[Span, BeforeValidator(_era_updates)] | None = Field(
+        None,
+        description="[first, end]: prunes from update first to update end - 1, 0-based; in place "
+        "of era",
     )
     schedule: ScheduleName = Field("linear", description="how the amount rises over the era")
     resolution: float = Field(
@@ -263,8 +279,14 @@ class Pruning(MethodSection):
 
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
-        """A method that convolutions don't have, and options without effect."""
-        return method_problems(cls, section)
+        """A method that convolutions don't have, options without effect, and not one era."""
+        yield from method_problems(cls, section)
+        given = [key for key in ("era", "era_updates") if section.get(key) is not None]
+        if not given:
+            yield ("era",), f"is required ({_ERA}), or era_updates, which counts updates"
+        if len(given) > 1:
+            text = f"can't be given beside era {got(section['era_updates'])}; remove one of them"
+            yield ("era_updates",), text
 
     @property
     def mask_method(self) -> MaskMethod:

@@ -16,7 +16,7 @@ __all__ = ["Phase", "PrunerState"]
 
 Phase = Literal["dense", "era", "fixed"]
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,11 @@ class PrunerState:
 
     Attributes:
         pruning: The settings, as plain data.
-        updates_per_epoch: Optimizer steps of an epoch.
+        updates_per_epoch: Optimizer steps of an epoch; None if unknown.
         phase: `"dense"`, `"era"` or `"fixed"`.
         epoch: The current epoch, 0-based.
-        epoch_updates: Updates of this epoch so far.
+        updates: Updates so far, up to the end of the era.
+        epoch_updates: Updates of this epoch so far, up to the end of the era.
         era_updates: Updates of the era so far.
         applied: The progress of the era, in [0, 1], at which each layer's mask was last computed.
         dead_input_zeros: Weights of each layer that were pruned because they only read zeros.
@@ -37,9 +38,10 @@ class PrunerState:
     """
 
     pruning: Mapping[str, Any]
-    updates_per_epoch: int
+    updates_per_epoch: int | None
     phase: Phase = "dense"
     epoch: int = 0
+    updates: int = 0
     epoch_updates: int = 0
     era_updates: int = 0
     applied: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -77,8 +79,10 @@ class PrunerState:
         def is_count(value: object) -> bool:
             return type(value) is int and value >= 0
 
-        counts = ("updates_per_epoch", "epoch", "epoch_updates", "era_updates")
+        counts = ("epoch", "updates", "epoch_updates", "era_updates")
         wrong = [name for name in counts if not is_count(getattr(self, name))]
+        if self.updates_per_epoch is not None and not is_count(self.updates_per_epoch):
+            wrong.insert(0, "updates_per_epoch")
         if self.phase not in get_args(Phase):
             wrong.append("phase")
         if wrong:
@@ -86,13 +90,14 @@ class PrunerState:
             raise ValueError(f"the pruner's state is damaged: its {wrong[0]} is {value!r}")
 
     def check_fits(
-        self, pruning: Pruning, updates_per_epoch: int, shapes: Mapping[str, torch.Size]
+        self, pruning: Pruning, updates_per_epoch: int | None, shapes: Mapping[str, torch.Size]
     ) -> None:
         """Raise an error if a pruner can't continue from this state.
 
         Args:
             pruning: The pruner's settings.
-            updates_per_epoch: The pruner's optimizer steps of an epoch.
+            updates_per_epoch: The pruner's optimizer steps of an epoch, which may differ under
+                `era_updates`.
             shapes: Shapes of the weights that it prunes, by parameter name.
 
         Raises:
@@ -100,7 +105,7 @@ class PrunerState:
         """
         own = pruning.model_dump(mode="json")
         differing = [key for key in own if self.pruning.get(key) != own[key]]
-        if self.updates_per_epoch != updates_per_epoch:
+        if pruning.era is not None and self.updates_per_epoch != updates_per_epoch:
             differing.append("updates_per_epoch")
         if differing:
             raise ValueError(

@@ -29,7 +29,7 @@ MethodT = TypeVar("MethodT", bound=type[MaskMethod])
 
 # Names that no option may have, since the sections of a recipe have them
 RESERVED = frozenset(dir(Settings)) | {
-    *("method", "amount", "era", "schedule", "resolution", "prune_dead_inputs"),
+    *("method", "amount", "era", "era_updates", "schedule", "resolution", "prune_dead_inputs"),
     *("include", "exclude", "overrides", "fc", "layers"),
     *("kinds", "default_method", "option_classes", "inherited"),
     *("methods", "method_of", "options", "mask_method", "schedule_function"),

@@ -51,12 +51,16 @@ def beyond_pruning(
 def dense_epochs(recipe: Recipe) -> int:
     """The number of epochs that a recipe trains dense: before its era, or all of them.
 
+    It is 0 with `era_updates`, since the number of updates of an epoch depends on the data.
+
     Example:
         >>> from starfire_prune.recipe import load_recipe
         >>> dense_epochs(load_recipe("recipes/quickstart.yaml"))
         3
     """
-    return recipe.epochs if recipe.pruning == "none" else recipe.pruning.era[0]
+    if recipe.pruning == "none":
+        return recipe.epochs
+    return recipe.pruning.era[0] if recipe.pruning.era is not None else 0
 
 
 def _differences(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[str, tuple[object, object]]]:

@@ -22,6 +22,7 @@ __all__ = [
     "Comparison",
     "above_dense",
     "compared",
+    "era_text",
     "mean_top1",
     "paper_grid",
     "robustness_grid",
@@ -228,8 +229,10 @@ def robustness_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> G
 
 
 def era_text(recipe_pruning: object) -> str:
-    """The epochs, from 1, in which a recipe prunes."""
-    era = getattr(recipe_pruning, "era", None)
+    """The epochs or updates, from 1, in which a recipe prunes."""
+    era, updates = (getattr(recipe_pruning, key, None) for key in ("era", "era_updates"))
+    if updates is not None:
+        return f"updates {updates[0] + 1:,}–{updates[1]:,}"
     return ABSENT if era is None else f"{era[0] + 1}–{era[1]}"
 
 

@@ -86,6 +86,7 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
         )
     shared = min(dense_epochs(other), dense_epochs(recipe))
     if not shared:
+        _refuse_era_updates(source, other, recipe)
         raise RunError(
             f"--fork {source} has no effect: this recipe or that run prunes from epoch 0 on"
         )
@@ -98,6 +99,14 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
             f"train it with training.keep_checkpoints=[{shared}], or leave out --fork"
         )
     return found[-1]
+
+
+def _refuse_era_updates(source: Path, *recipes: Recipe) -> None:
+    if any(own.pruning != "none" and own.pruning.era_updates for own in recipes):
+        raise RunError(
+            f"--fork {source} can't be used with pruning.era_updates, which doesn't say how many "
+            f"epochs are dense: give the era in epochs, as pruning.era, or leave out --fork"
+        )
 
 
 def begin_folder(

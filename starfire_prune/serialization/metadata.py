@@ -103,8 +103,9 @@ def pruning_metadata(
     run: dict[str, Any] = {"method": None}
     if pruner is not None:
         pruning = pruner.pruning
-        run = {"method": pruning.method, "amount": pruning.amount, "era": list(pruning.era)}
-        run["phase"] = pruner.phase
+        era = "era" if pruning.era is not None else "era_updates"
+        run = {"method": pruning.method, "amount": pruning.amount}
+        run |= {era: list(getattr(pruning, era)), "phase": pruner.phase}
     average = {} if average_decay is None else {"average_decay": average_decay}
     weights = {name: weight(name) for name in masks}
     return {"format_version": FORMAT_VERSION, **run, **average, "weights": weights}

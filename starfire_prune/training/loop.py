@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from starfire_prune.data.shards import PADDING_LABEL
 from starfire_prune.engine.sparsity import measure_sparsity
-from starfire_prune.recipe.sections import Recipe
+from starfire_prune.engine.state import Phase
 from starfire_prune.runs.folder import read_metrics
 from starfire_prune.training.learning_rate import learning_rate_factor
 from starfire_prune.training.setup import Batch, Run
@@ -34,6 +34,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     _seed_epoch(run, epoch)
     factor = learning_rate_factor(recipe.lr_schedule, epoch, recipe.epochs)
     _set_learning_rate(run.optimizer, factor)
+    before = None if pruner is None else pruner.phase
     trained = _train_epoch(run, epoch)
     if pruner is not None:
         pruner.end_epoch(epoch)
@@ -44,7 +45,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
         **evaluate(run.model, run.val_loader, run.accelerator, run.loss),
         **_evaluate_average(run),
         "lr": recipe.optimizer.lr * factor,
-        "phase": _phase_of(recipe, epoch),
+        "phase": _phase_of(run, epoch, before),
         "target_sparsity": pruner.target_sparsity if pruner is not None else 0.0,
         "sparsity": sparsity.selected,
         "sparsity_network": sparsity.network,
@@ -68,11 +69,20 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = initial * factor * group.get("lr_scale", 1.0)  # timm's layer_decay
 
 
-def _phase_of(recipe: Recipe, epoch: int) -> str:
-    """The phase in which an epoch trains."""
-    if recipe.pruning == "none" or epoch < recipe.pruning.era[0]:
+def _phase_of(run: Run, epoch: int, before: Phase | None) -> str:
+    """The phase in which an epoch has trained; `era` if one of its updates belongs to the era.
+
+    Args:
+        run: The run, after the epoch.
+        epoch: The epoch.
+        before: The pruner's phase before the epoch.
+    """
+    if run.pruner is None:
         return "dense"
-    return "era" if epoch < recipe.pruning.era[1] else "fixed"
+    era = run.pruner.pruning.era
+    if era is None:
+        return "era" if before != "fixed" and run.pruner.phase != "dense" else run.pruner.phase
+    return "dense" if epoch < era[0] else "era" if epoch < era[1] else "fixed"
 
 
 def _train_epoch(run: Run, epoch: int) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from starfire_prune.engine.progress import era_in_updates
 from starfire_prune.engine.selection import PrunedLayer
 from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.runs.folder import existing_part
@@ -104,12 +106,13 @@ def _pruning_line(run: Run) -> str:
     pruning = run.recipe.pruning
     if pruning == "none":
         return "none: dense training"
-    first, end = pruning.era
     updates = run.updates_per_epoch
-    return (
-        f"{pruning.method} to {pruning.amount:.1%}, {pruning.schedule}, era [{first}, {end}]: "
-        f"updates {first * updates + 1:,} to {end * updates:,} of {run.recipe.epochs * updates:,}"
-    )
+    what = f"{pruning.method} to {pruning.amount:.1%}, {pruning.schedule}"
+    first, end = era_in_updates(pruning, updates)
+    span = f"updates {first + 1:,} to {end:,} of {run.recipe.epochs * updates:,}"
+    if pruning.era is not None:
+        return f"{what}, era {list(pruning.era)}: {span}"
+    return f"{what}, {span}: epochs {first // updates} to {(end - 1) // updates}"
 
 
 def _memory_line(run: Run) -> str:
@@ -126,7 +129,8 @@ def _gradient_rows(run: Run) -> list[tuple[str, str]]:
         return [("gradients", "compress_gradients has no effect: a single process sends none")]
     if run.pruner is None or pruning == "none":
         return [("gradients", "compress_gradients has no effect in dense training")]
-    if pruning.era[1] == run.recipe.epochs:
+    end = math.ceil(era_in_updates(pruning, run.updates_per_epoch)[1] / run.updates_per_epoch)
+    if end == run.recipe.epochs:
         return [("gradients", "compress_gradients has no effect: the run ends with the era")]
     total = sum(weight.nbytes for weight in run.model.parameters() if weight.requires_grad)
     weights = [(layer.amount, layer_weight(layer.module)) for layer in run.pruner.layers.values()]
@@ -135,7 +139,7 @@ def _gradient_rows(run: Run) -> list[tuple[str, str]]:
         (
             "gradients",
             f"{gigabytes(total)} averaged per update, about {gigabytes(total - pruned)} from epoch "
-            f"{pruning.era[1]} on",
+            f"{end} on",
         )
     ]
 

@@ -32,6 +32,7 @@ def check_run(run: Run) -> None:
             can't make a step, or the disk is too full for the run's checkpoints.
     """
     _check_accumulation(run)
+    _check_era(run)
     for dataset in (run.datasets.train, run.datasets.val):
         _read_first(dataset)
     _check_forward(run)
@@ -50,6 +51,17 @@ def _check_accumulation(run: Run) -> None:
             f"batches of an epoch, because each counts as 1/{accumulation} of an update: set it to "
             f"{batches}, or lower data.batch_size"
         )
+
+
+def _check_era(run: Run) -> None:
+    pruning, updates = run.recipe.pruning, run.recipe.epochs * run.updates_per_epoch
+    if pruning == "none" or pruning.era_updates is None or pruning.era_updates[1] <= updates:
+        return
+    raise RunError(
+        f"pruning.era_updates (={list(pruning.era_updates)}) ends after the run, which has "
+        f"{updates:,} updates, {run.updates_per_epoch:,} in each of its {run.recipe.epochs:,} "
+        f"epochs: lower its end to {updates} or less, or train more epochs"
+    )
 
 
 def _read_first(dataset: Any) -> None:

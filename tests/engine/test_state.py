@@ -150,7 +150,7 @@ def test_a_state_of_another_number_of_updates_is_refused():
 @pytest.mark.parametrize("version", [1, None])
 def test_a_state_of_another_version_is_refused(version):
     state = {**Run().pruner.state_dict(), "version": version}
-    with refusal(f"the pruner's state has version {version!r}, this package reads 3"):
+    with refusal(f"the pruner's state has version {version!r}, this package reads 4"):
         Run().pruner.load_state_dict(state)
 
 

@@ -113,7 +113,10 @@ def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     assert recipe.pruning != "none"
     assert f"  model      {recipe.model.name}, {parameters} parameters, {classes} classes\n" in plan
     assert f": {images} images for training, " in plan
-    assert f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era)}: {updates}\n" in plan
+    assert (
+        f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era or ())}: {updates}\n"
+        in plan
+    )
     layers = plan.partition("\n\nlayer ")[2].splitlines()
     assert sum(" ck " in line for line in layers) == (20 if "18" in recipe.model.name else 53)
     assert sum(" fine " in line for line in layers) == 1

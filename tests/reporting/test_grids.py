@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from starfire_prune.engine.settings import parse_pruning
 from starfire_prune.experiments.tables import Table, load_table
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.reporting.document import Grid
 from starfire_prune.reporting.grids import (
     above_dense,
     compared,
+    era_text,
     paper_grid,
     robustness_grid,
     runs_grid,
@@ -95,6 +97,19 @@ def test_a_variant_has_the_means_of_its_seeds(variants):
         "epochs": "4",
         "runs": "2",
     }
+
+
+@pytest.mark.parametrize(
+    ("pruning", "expected"),
+    [
+        ({"era": [1, 3]}, "2–3"),
+        ({"era_updates": [1000, 2500]}, "updates 1,001–2,500"),
+        (None, "-"),
+    ],
+)
+def test_an_era_is_given_in_epochs_or_updates_from_1(pruning, expected):
+    settings = pruning and parse_pruning({"method": "ck", "amount": 0.6, **pruning})
+    assert era_text(settings or "none") == expected
 
 
 def test_dense_training_is_not_compared_with_itself(variants):

@@ -112,6 +112,10 @@ def test_a_forked_run_that_was_killed_before_its_first_checkpoint_forks_again(
             r"differently from this recipe \(optimizer.lr: 0.05 there, ",
         ),
         (("pruning.era=[0, 2]",), "has no effect: this recipe or that run prunes from epoch 0 on"),
+        (
+            ("pruning.era=null", "pruning.era_updates=[8, 12]"),
+            "can't be used with pruning.era_updates, which doesn't say how many epochs are dense",
+        ),
     ],
 )
 def test_a_run_that_shares_no_epochs_is_refused(overrides, message, runs, tmp_path):

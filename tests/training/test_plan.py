@@ -1,6 +1,7 @@
 """The plan of a run: what it tells, what it refuses, and that it leaves the run as it was."""
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,26 @@ def test_the_plan_tells_the_era_in_updates_that_accumulate(runs, tmp_path):
         "per epoch, 4 epochs"
     )
     assert lines["pruning"] == "ck to 60.0%, linear, era [1, 3]: updates 3 to 6 of 8"
+
+
+IN_UPDATES = ("pruning.era=null", "pruning.era_updates=[6, 15]")
+
+
+def test_the_plan_gives_the_epochs_of_an_era_in_updates(runs, tmp_path):
+    run = prepared(small_recipe(tmp_path, *IN_UPDATES), tmp_path / "run")
+    expected = "ck to 60.0%, linear, updates 7 to 15 of 16: epochs 1 to 3"
+    assert lines_of(run)["pruning"] == expected
+    check_run(run)
+
+
+def test_an_era_in_updates_that_ends_after_the_run_is_refused(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "pruning.era=null", "pruning.era_updates=[6, 17]")
+    message = (
+        "pruning.era_updates (=[6, 17]) ends after the run, which has 16 updates, 4 in each of its "
+        "4 epochs: lower its end to 16 or less, or train more epochs"
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        check_run(prepared(recipe, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,16 @@ def test_the_metrics_follow_the_phases(finished):
     assert [row["sparsity"] for row in rows] == pytest.approx([0.0, 0.3, 0.6, 0.6], abs=0.03)
 
 
+def test_the_metrics_of_an_era_in_updates_follow_the_phases(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "pruning.era=null", "pruning.era_updates=[5, 9]")
+    train(recipe, tmp_path / "run")
+    phases = [row["phase"] for row in metrics_of(tmp_path / "run")]
+    assert phases == ["dense", "era", "era", "fixed"]  # epochs of four updates
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert "era" not in metadata
+    assert (metadata["era_updates"], metadata["phase"]) == ([5, 9], "fixed")
+
+
 def test_the_metrics_are_those_of_the_exported_model(finished):
     recipe = load_recipe(finished / "recipe.yaml")
     model = fresh_model(recipe)
@@ -238,6 +248,7 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
         ["pruning.method=intra", "pruning.fc={method: block, block_size: [2, 2]}"],
         ["pruning.method=inter"],
         ["pruning.era=[0, 4]", "pruning.schedule=cubic", "pruning.fc=none"],
+        ["pruning.era=null", "pruning.era_updates=[6, 14]"],
         ["optimizer={name: adamw, lr: 0.01, filter_bias_and_bn: true}"],
         ["training.clip_grad_norm=0.01", "training.label_smoothing=0.1"],
         ["training.channels_last=true", "training.gradient_accumulation=3"],
@@ -245,7 +256,7 @@ def test_the_metadata_of_the_export_tells_method_amounts_and_zeros(finished):
         ["training.ema={decay: 0.9, warmup: true}", "pruning.method=intra", "pruning.era=[0, 2]"],
         ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
     ],
-    ids=lambda overrides: overrides[0],
+    ids=lambda overrides: overrides[-1] if "null" in overrides[0] else overrides[0],
 )
 def test_a_run_ends_as_sparse_as_asked_with(overrides, runs, tmp_path):
     recipe = small_recipe(tmp_path, *overrides)
@@ -473,6 +484,7 @@ def test_variables_of_the_launcher_do_not_change_the_recipe(runs, tmp_path):
     [
         ["training.ema={decay: 0.7, warmup: true}"],
         ["training.mixup=0.4", "training.cutmix=1.0", "data.batch_size=9"],
+        ["pruning.era=null", "pruning.era_updates=[6, 14]"],
         pytest.param(
             [
                 "pruning.amount=0.9",
@@ -482,7 +494,7 @@ def test_variables_of_the_launcher_do_not_change_the_recipe(runs, tmp_path):
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["average", "mixing", "structure and free"],
+    ids=["average", "mixing", "era in updates", "structure and free"],
 )
 def test_a_killed_run_ends_with_the_same_bits_with(overrides, runs, tmp_path):
     recipe = small_recipe(tmp_path, *overrides)
