@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from starfire_prune.engine.plain_keys import add_plain_keys
 from starfire_prune.engine.selection import PrunedLayer
 from starfire_prune.engine.zero_inputs import ZeroInputs, reads_any
 from starfire_prune.methods.base import MaskMethod, find_hook
@@ -73,6 +74,7 @@ class Era:
         try:
             if find_hook(layer.module, "weight")[1] is None:
                 method.register(layer.module, "weight")
+            add_plain_keys(layer.module)
             method.tighten(layer.module, "weight")
         except ValueError as error:
             raise ValueError(f"layer {layer.name}: {error}") from None

@@ -29,7 +29,9 @@ Counts = tuple[int, int, int]
 Hook = Callable[[Tensor], Tensor]
 
 
-def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
+def mask_gradient(
+    weight: Tensor, mask: Tensor, notify: Callable[[], None] | None = None
+) -> RemovableHandle:
     """Mask a weight's gradients from now on, also those of `torch.autograd.grad`.
 
     The gradient that has been accumulated so far is masked at once.
@@ -37,6 +39,7 @@ def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
     Args:
         weight: A leaf; the gradients of a frozen weight are masked once it requires gradients.
         mask: Bool tensor of the weight's shape on its device, True = kept.
+        notify: Function that is called for each gradient, except in compiled backward passes.
 
     Returns:
         A handle that removes the hook.
@@ -44,17 +47,21 @@ def mask_gradient(weight: Tensor, mask: Tensor) -> RemovableHandle:
     _counts_alone()  # counted now, as this can't be done in a backward pass
     if weight.grad is not None:
         weight.grad.mul_(mask)
-    hook = functools.partial(_masked, mask)
+    hook = functools.partial(_masked, mask, notify)
     requires_grad = weight.requires_grad
     weight.requires_grad_(True)  # without it torch refuses the hook, which stays when it is reset
+    if weight._backward_hooks is not None:  # torch.utils.swap_tensors has left them without effect
+        weight._backward_hooks = weight._backward_hooks
     handle: RemovableHandle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
     weight.requires_grad_(requires_grad)
     return handle
 
 
-def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+def _masked(mask: Tensor, notify: Callable[[], None] | None, gradient: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return gradient * mask
+    if notify is not None:
+        notify()
     counts = _counts(gradient)
     is_alone = counts is not None and counts == _counts_alone()
     return gradient.mul_(mask) if is_alone else gradient * mask

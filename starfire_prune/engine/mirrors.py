@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from starfire_prune.engine.plain_keys import add_plain_keys, remove_plain_keys
 from starfire_prune.engine.selection import PrunedLayer
 from starfire_prune.engine.state import Phase
 from starfire_prune.methods.base import find_hook, make_permanent
@@ -66,8 +67,10 @@ def sync_mirror(
         if phase == "fixed":
             if hook is not None:
                 make_permanent(module, "weight")
-            weight.mul_(mask.to(weight.device))
+                remove_plain_keys(module)
         elif hook is None:
             layer.method_at(0.0).register(module, "weight", mask.to(weight.device))
+            add_plain_keys(module)
         else:
             module.get_buffer("weight_mask").copy_(mask)
+        weight.mul_(mask.to(weight.device))

@@ -19,6 +19,7 @@ from starfire_prune.engine.distributed import (
 from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
+from starfire_prune.engine.plain_keys import add_plain_keys, remove_plain_keys
 from starfire_prune.engine.progress import Progress
 from starfire_prune.engine.selection import PrunedLayer, select_layers
 from starfire_prune.engine.settings import Pruning, parse_pruning
@@ -261,9 +262,7 @@ class Pruner:
         ).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `state_dict()`; then load the model's own state dict.
-
-        The hooks of the saved phase are added here, so that the model has the saved names.
+        """Restore the result of `state_dict()`, before or after the model's own state dict.
 
         Raises:
             ValueError: If the state is of other settings, another model or another version.
@@ -283,6 +282,7 @@ class Pruner:
         if self.phase == "era":
             for name, layer in self._items():
                 layer.method_at(0.0).register(layer.module, "weight", masks[name])
+                add_plain_keys(layer.module)
         else:
             frozen = {name: mask.bool().clone() for name, mask in masks.items()}
             self._fixed = FixedMasks(self._modules(), frozen, self._optimizer)
@@ -294,6 +294,9 @@ class Pruner:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
         self._progress.set(phase="era")
         changed = self._era.update_masks(progress)
+        with torch.no_grad():  # what a state dict holds is pruned as the forward pass is
+            weights: list[Tensor] = [layer_weight(module) for module in self._modules().values()]
+            torch._foreach_mul_(weights, [_mask(module) for module in self._modules().values()])
         self._sync_mirrors(self._mirrors, changed)
 
     def _freeze(self) -> None:
@@ -307,9 +310,7 @@ class Pruner:
         for name, mask in masks.items():
             if not bool(mask.any()):
                 raise PruningError(f"layer {name} has lost all its weights: lower its amount")
-        for modules in [self._modules(), *self._mirrors]:
-            for module in modules.values():
-                make_permanent(module, "weight")
+        self._make_permanent()
         self._progress.set(phase="fixed")
         self._fixed = FixedMasks(self._modules(), masks, self._optimizer)
 
@@ -318,10 +319,14 @@ class Pruner:
         if self._fixed is not None:
             self._fixed.remove()
             self._fixed = None
+        self._make_permanent()
+
+    def _make_permanent(self) -> None:
         for modules in [self._modules(), *self._mirrors]:
             for module in modules.values():
                 if find_hook(module, "weight")[1] is not None:
                     make_permanent(module, "weight")
+                    remove_plain_keys(module)
 
     # --- mirrors and ranks -----------------------------------------------------------------------
 

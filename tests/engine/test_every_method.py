@@ -148,7 +148,7 @@ class Forgetful(MaskMethod):
     def compute_mask(self, t: Tensor, default_mask: Tensor | None) -> Tensor:
         """The largest weights are kept at first, and then the smallest."""
         is_first = default_mask is None or bool(default_mask.all())
-        return masks.magnitude_mask(t if is_first else 1 / t, self.amount)
+        return masks.magnitude_mask(t if is_first else 1 / (1e-3 + t.abs()), self.amount)
 
 
 def test_a_method_that_gives_weights_back_never_revives_them():

@@ -86,10 +86,13 @@ def test_threshold_follows_the_schedule(schedule, shares):
 
 
 def test_era_runs_from_its_first_epochs_first_update_to_its_last_epochs_last():
-    pruner = Pruner(SmallNet(), CK, updates_per_epoch=2)
+    model = SmallNet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    pruner = Pruner(model, CK, updates_per_epoch=2)
     seen = []
     for epoch in range(4):
         for _ in range(2):
+            train_step(model, optimizer, epoch)
             pruner.step()
             seen.append((epoch, pruner.phase, round(pruner.target_sparsity, 9)))
         pruner.end_epoch(epoch)
