@@ -10,15 +10,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from starfire_prune.utils.console import log_to_console
+from starfire_prune.utils.errors import PruningError, RanksError
 
 __all__ = [
     "USAGE_ERROR",
     "Command",
     "Failed",
+    "Options",
+    "add_output",
     "add_overrides",
     "name_argument",
+    "options_given",
     "parse",
     "path_argument",
     "run_command",
@@ -27,6 +32,7 @@ __all__ = [
 USAGE_ERROR = 2  # as argparse has it
 INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows lacks
+Options: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
     try:
         command.run(arguments)
         sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
         text = f"interrupted; {command.interrupted.format(**vars(arguments))}"
         failure = Failed(text, INTERRUPTED)
@@ -85,8 +92,6 @@ def run_command(command: Command, words: Sequence[str], prog: str) -> int:
         if message is None:
             raise
         failure = Failed(message)
-    else:
-        return 0
     print(f"{prog}: {failure}", file=sys.stderr)
     return failure.status
 
@@ -116,15 +121,13 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         text = str(error)
         return text if "pip install" in text else f"{text}: pip install 'starfire-prune[train]'"
-    from starfire_prune.data.errors import DataError, error_sentence
+    from starfire_prune.data.errors import DataError, error_sentence  # which load torch
     from starfire_prune.runs.folder import RunError
-    from starfire_prune.utils.errors import PruningError, RanksError
 
     if isinstance(error, DataError):
         return error_sentence(error)
-    if isinstance(error, (ValueError, OSError, RunError, PruningError, RanksError)):
-        return str(error)
-    return None
+    known = (ValueError, OSError, RunError, PruningError, RanksError)
+    return str(error) if isinstance(error, known) else None
 
 
 # Options
@@ -134,7 +137,7 @@ def name_argument(text: str) -> str:
     """The type of an option that names a file, also one that comes with the package."""
     if not text:  # such as a variable that is not set
         raise argparse.ArgumentTypeError("is empty; name a folder or a file")
-    return text
+    return os.path.expanduser(text)  # shells leave the ~ of --output=~/run
 
 
 def path_argument(text: str) -> Path:
@@ -142,13 +145,25 @@ def path_argument(text: str) -> Path:
     return Path(name_argument(text))
 
 
-def add_overrides(parser: argparse.ArgumentParser | argparse._ArgumentGroup, text: str) -> None:
+def add_overrides(options: Options, text: str) -> None:
     """Add `--set KEY=VALUE`, whose values are `arguments.overrides`."""
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help=f"{text} (repeatable)",
+    help = f"{text} (repeatable)"
+    options.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help=help
     )
+
+
+def add_output(options: Options, metavar: str, text: str, default: Path | None = None) -> None:
+    """Add `--output`."""
+    options.add_argument(
+        "--output", type=path_argument, metavar=metavar, default=default, help=text
+    )
+
+
+def options_given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options that a command line has, as they are written there, by their names."""
+    return {
+        name: f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if value is not None and value is not False and value != []
+    }

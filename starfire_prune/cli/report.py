@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from starfire_prune.cli.common import Command, name_argument, path_argument
+from starfire_prune.cli.common import Command, add_output, name_argument, path_argument
 from starfire_prune.cli.shipped import find_table, tables
 
 if TYPE_CHECKING:
@@ -17,43 +17,27 @@ __all__ = ["COMMAND"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs", nargs="*", type=path_argument, metavar="RUN", help="folder of a run"
+    add = parser.add_argument
+    add("runs", nargs="*", type=path_argument, metavar="RUN", help="folder of a run")
+    text = (
+        "YAML file or shipped name of the table that the runs belong to, for the paper's numbers; "
+        "default: the shipped table T for runs in a folder T; without RUN, all runs of the table "
+        "that exist are reported"
     )
-    parser.add_argument(
-        "--table",
-        type=name_argument,
-        help="YAML file or shipped name of the table that the runs belong to, for the paper's "
-        "numbers; default: the shipped table T for runs in a folder T; without RUN, all runs of "
-        "the table that exist are reported",
-    )
-    parser.add_argument(
-        "--output",
-        type=path_argument,
-        default=Path("report"),
-        metavar="FOLDER",
-        help="folder for report.html, report.md, report.csv and the pictures; default: report",
-    )
-    parser.add_argument(
-        "--unfinished",
-        action="store_true",
-        help="also report unfinished runs",
-    )
-    parser.add_argument(
-        "--layer", metavar="NAME", help="convolution whose masks are shown; default: the middle one"
-    )
+    add("--table", type=name_argument, help=text)
+    text = "folder for report.html, report.md, report.csv and the pictures; default: report"
+    add_output(parser, "FOLDER", text, Path("report"))
+    add("--unfinished", action="store_true", help="also report unfinished runs")
+    text = "convolution whose masks are shown; default: the middle one"
+    add("--layer", metavar="NAME", help=text)
 
 
-def _table(name: str | None, runs: Sequence[Path]) -> Table | None:
+def _table_file(name: str | None, runs: Sequence[Path]) -> Path | None:
     """The table that is named, or the shipped one whose name the folder of all runs has."""
-    from starfire_prune.experiments.tables import load_table
-
-    if name is None:
-        parents = {run.resolve().parent.name for run in runs}
-        path = tables().get(parents.pop()) if len(parents) == 1 else None
-    else:
-        path = find_table(name)
-    return None if path is None else load_table(path, keep_unset=True)
+    if name is not None:
+        return find_table(name)
+    parents = {run.resolve().parent.name for run in runs}
+    return tables().get(parents.pop()) if len(parents) == 1 else None
 
 
 def _folders_of(table: Table | None) -> list[Path]:
@@ -76,11 +60,13 @@ def _distinct(folders: Sequence[Path]) -> list[Path]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from starfire_prune.experiments.tables import load_table
     from starfire_prune.reporting.report import build_report, write_report
     from starfire_prune.reporting.runs import read_run
 
     try:
-        table = _table(arguments.table, arguments.runs)
+        path = _table_file(arguments.table, arguments.runs)
+        table = None if path is None else load_table(path, keep_unset=True)
         folders = arguments.runs or _folders_of(table)
         runs = [read_run(folder, unfinished=arguments.unfinished) for folder in _distinct(folders)]
         page = write_report(build_report(runs, table, arguments.layer), arguments.output)

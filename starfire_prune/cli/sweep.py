@@ -3,277 +3,52 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
-import fnmatch
-import os
-import shlex
-import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from starfire_prune.cli.common import Command, Failed, add_overrides, name_argument, path_argument
-from starfire_prune.cli.shipped import find_table
-
-if TYPE_CHECKING:
-    from starfire_prune.experiments.tables import Run, Table
+from starfire_prune.cli.common import (
+    Command,
+    add_output,
+    add_overrides,
+    name_argument,
+)
 
 __all__ = ["COMMAND"]
 
-TRAIN = ("-m", "starfire_prune", "train")  # after a launcher, such as `accelerate launch`
-PATIENCE_S = 45.0  # from the signal to end to killing a run; torchrun gives its workers 30
-POLL_S = 0.05
-ENDING = [  # Windows has only some of them
-    signal.Signals[name]
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
-    if name in signal.Signals.__members__
-]
-
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "table",
-        type=name_argument,
-        metavar="TABLE",
-        help="YAML file, or the name of a shipped table such as table1 "
-        "(`starfire recipes` lists them)",
+    add = parser.add_argument
+    text = (
+        "YAML file, or the name of a shipped table such as table1 (`starfire recipes` lists them)"
     )
+    add("table", type=name_argument, metavar="TABLE", help=text)
     add_overrides(parser, "override a key in the recipes of all runs")
-    parser.add_argument(
-        "--output",
-        type=path_argument,
-        metavar="FOLDER",
-        help="folder of the runs' folders; default: runs/tables/<name of the table>, or the name "
-        "of the table whose runs it reads",
+    text = (
+        "folder of the runs' folders; default: runs/tables/<name of the table>, or the name of the"
     )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="only the runs whose name or folder matches, such as 'ck-*-60' (repeatable)",
+    add_output(parser, "FOLDER", f"{text} table whose runs it reads")
+    text = "only the runs whose name or folder matches, such as 'ck-*-60' (repeatable)"
+    add("--only", action="append", default=[], metavar="PATTERN", help=text)
+    text = "only the N-th of these runs, from 0 (for job arrays)"
+    add("--index", type=int, metavar="N", help=text)
+    launcher = "accelerate launch --quiet"
+    text = (
+        "command that starts `-m starfire_prune train`, such as 'torchrun --nproc_per_node 8'; "
+        f"batch sizes are per process; default: {launcher}"
     )
-    parser.add_argument(
-        "--index",
-        type=int,
-        metavar="N",
-        help="only the N-th of these runs, from 0 (for job arrays)",
-    )
-    parser.add_argument(
-        "--launcher",
-        default="accelerate launch --quiet",
-        metavar="COMMAND",
-        help="command that starts `-m starfire_prune train`, such as 'torchrun --nproc_per_node "
-        "8'; batch sizes are per process; default: accelerate launch --quiet",
-    )
+    add("--launcher", default=launcher, metavar="COMMAND", help=text)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--list", action="store_true", help="list the runs; train nothing")
-    instead.add_argument(
-        "--print-commands", action="store_true", help="print the runs' commands; train nothing"
-    )
-    instead.add_argument(
-        "--results", action="store_true", help="print the results so far; train nothing"
-    )
-
-
-# What to run
-
-
-def _chosen(table: Table, patterns: Sequence[str], index: int | None) -> list[Run]:
-    """The runs that fit a pattern, or all; of these the index-th with those of the same folder."""
-    for pattern in patterns:
-        if not any(_fits(run, pattern) for run in table.runs):
-            names = list(dict.fromkeys(run.name for run in table.runs))
-            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-            raise ValueError(
-                f"--only {pattern} fits no run of {table.name}; nearest: {', '.join(near)}"
-            )
-    runs = [
-        run
-        for run in table.runs
-        if not patterns or any(_fits(run, pattern) for pattern in patterns)
-    ]
-    if index is None:
-        return runs
-    folders = list(_by_folder(runs))
-    if not 0 <= index < len(folders):
-        raise ValueError(
-            f"--index {index} is out of range: there are {len(folders)} runs, 0 to "
-            f"{len(folders) - 1}"
-        )
-    return [run for run in runs if run.folder == folders[index]]
-
-
-def _fits(run: Run, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (run.name, run.folder))
-
-
-def _by_folder(runs: Iterable[Run]) -> dict[str, Run]:
-    """The first run of each folder: runs of the same recipe are trained once."""
-    by_folder: dict[str, Run] = {}
-    for run in runs:
-        by_folder.setdefault(run.folder, run)
-    return by_folder
-
-
-def _launcher(command: str, *, must_exist: bool) -> list[str]:
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise ValueError(f"--launcher {command!r} is not a command: {error}") from None
-    if not words:
-        raise ValueError("--launcher is empty; such as --launcher 'accelerate launch'")
-    if must_exist and shutil.which(words[0]) is None:
-        raise ValueError(f"--launcher: there is no command {words[0]}; install it, or give another")
-    return words
-
-
-def _command(run: Run, output: Path, launcher: Sequence[str]) -> list[str]:
-    settings = [word for override in run.overrides for word in ("--set", override)]
-    fork = ["--fork", str(output / run.fork)] if run.fork else []
-    folder = str(output / run.folder)
-    return [*launcher, *TRAIN, str(run.recipe_path), *settings, *fork, "--output", folder]
-
-
-# Running
-
-
-def _sweep(table: Table, runs: Sequence[Run], output: Path, launcher: Sequence[str]) -> None:
-    from starfire_prune.runs.folder import check_writable
-
-    check_writable(output)
-    by_folder = _by_folder(runs)
-    failed: dict[str, str] = {}
-    with _ending_signals() as received:
-        for number, (folder, run) in enumerate(by_folder.items(), start=1):
-            print(f"\nrun {number} of {len(by_folder)}: {folder}", flush=True)
-            reason = _train(run, output, launcher, received)
-            if received:
-                raise _interrupted(received[0])
-            if reason:
-                failed[folder] = reason
-    print()
-    _print_results(table, runs, output)
-    if failed:
-        listed = "; ".join(f"{folder} ({reason})" for folder, reason in failed.items())
-        raise Failed(f"{len(failed)} of {len(by_folder)} runs failed: {listed}", status=1)
-
-
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[list[int]]:
-    """Note the signals that ask to end, such as Ctrl-C's, instead of ending at once."""
-    received: list[int] = []
-    earlier = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in ENDING
-        if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _interrupted(number: int) -> Failed:
-    name = signal.Signals(number).name
-    text = f"interrupted by {name}; the same command goes on where this one stopped"
-    return Failed(text, status=128 + number)
-
-
-def _train(run: Run, output: Path, launcher: Sequence[str], received: Sequence[int]) -> str:
-    """Train a run if it isn't finished; why it failed, or nothing."""
-    from starfire_prune.experiments.results import read_result
-
-    result = read_result(run, output)
-    if result.error:
-        return result.error
-    if result.finished:
-        print("is finished", flush=True)
-        return ""
-    command = _command(run, output, launcher)
-    print(shlex.join(command), flush=True)
-    status = _status_of(command, received)
-    if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
-    return f"status {status}" if status else ""
-
-
-def _status_of(command: Sequence[str], received: Sequence[int]) -> int:
-    """The exit status of a launcher, which a signal that is received ends.
-
-    It leads a process group of its own: so signals reach all that it starts, once each.
-    """
-    process = subprocess.Popen(command, start_new_session=True)
-    while process.returncode is None and not received:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(POLL_S)
-    if received or process.returncode:
-        _end(process, received[0] if received else signal.SIGTERM)
-    return process.wait()
-
-
-def _end(launcher: subprocess.Popen[bytes], number: int) -> None:
-    """Pass a signal on to a launcher and what it has started; in the end none of them is left."""
-    deadline = time.monotonic() + PATIENCE_S
-    running = _signalled(launcher.pid, number)
-    while running and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-        launcher.poll()
-        running = _signalled(launcher.pid, 0)
-    _signalled(launcher.pid, signal.SIGKILL)
-
-
-def _signalled(group: int, number: int) -> bool:
-    """Send a signal to a process group, with 0 none; whether somebody is in it."""
-    try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):  # macOS refuses where all have ended
-        return False
-    return True
-
-
-# What is printed
-
-
-def _list(runs: Sequence[Run], output: Path) -> None:
-    from starfire_prune.experiments.results import read_result
-
-    for index, (folder, run) in enumerate(_by_folder(runs).items()):
-        names = ", ".join(dict.fromkeys(other.name for other in runs if other.folder == folder))
-        result = read_result(run, output)
-        state = f"{result.epochs} of {run.recipe.epochs} epochs"
-        state = result.error or ("finished" if result.finished else state)
-        print(f"{index}  {names}  {output / folder}  {state}")
-
-
-def _print_results(table: Table, runs: Iterable[Run], output: Path) -> None:
-    from starfire_prune.experiments.results import format_results, read_result
-
-    print(format_results(table, [read_result(run, output) for run in runs]), flush=True)
+    for option, text in (
+        ("--list", "list the runs"),
+        ("--print-commands", "print the runs' commands"),
+        ("--results", "print the results so far"),
+    ):
+        instead.add_argument(option, action="store_true", help=f"{text}; train nothing")
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from starfire_prune.experiments.tables import load_table
+    from starfire_prune.cli.run_sweep import run
 
-    shows = arguments.list or arguments.print_commands or arguments.results
-    table = load_table(find_table(arguments.table), arguments.overrides, keep_unset=shows)
-    runs = _chosen(table, arguments.only, arguments.index)
-    launcher = _launcher(arguments.launcher, must_exist=not shows)
-    output = arguments.output or Path("runs") / "tables" / table.trained_in
-    if arguments.list:
-        _list(runs, output)
-    elif arguments.print_commands:
-        for run in _by_folder(runs).values():
-            print(shlex.join(_command(run, output, launcher)))
-    elif arguments.results:
-        _print_results(table, runs, output)
-    else:
-        _sweep(table, runs, output, launcher)
+    run(arguments)
 
 
 COMMAND: Final = Command(

@@ -172,7 +172,7 @@ def fgsm(
     """
     _check_batch(images, labels, space)
     for epsilon in epsilons:
-        check_epsilon(epsilon, space)
+        check_epsilon(epsilon, space.name)
     if not any(epsilons):
         return [images.detach().clone() for _ in epsilons]
     clean = _working(images)
@@ -233,7 +233,7 @@ def pgd(
         True
     """
     _check_batch(images, labels, space)
-    check_epsilon(epsilon, space)
+    check_epsilon(epsilon, space.name)
     check_pgd(steps, step_size, restarts, seed)
     if epsilon == 0:
         return images.detach().clone()

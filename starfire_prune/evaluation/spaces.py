@@ -71,9 +71,9 @@ def pixel_space(mean: Sequence[float], std: Sequence[float]) -> Space:
     )
 
 
-def check_epsilon(epsilon: float, space: Space) -> None:
+def check_epsilon(epsilon: float, space: SpaceName) -> None:
     """Raise ValueError if an epsilon is out of the range of its space."""
-    if space.name == "pixel" and not 0 <= epsilon <= 1:
+    if space == "pixel" and not 0 <= epsilon <= 1:
         raise ValueError(
             f"`epsilon` (={epsilon:g}) must be in [0, 1] in pixel space: 8 of 255 levels are 8/255"
         )

@@ -182,8 +182,8 @@ def test_inspect_refuses_what_is_no_file_of_weights(name, tool, finished):
         ),
         (
             ["FILE", "--format", "dense", "--output", "X", "--model", "test_resnet"],
-            "--model has no effect with --format dense: {FILE} is written anew with what it tells "
-            "of its model",
+            "--model has no effect with --format dense: {FILE} is written with the metadata "
+            "of its model that it has",
         ),
         (
             ["RUN", "--format", "onnx", "--output", "X", "--model", "test_resnet"],

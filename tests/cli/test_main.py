@@ -1,9 +1,11 @@
 """`starfire`, `python -m starfire_prune` and the files in tools/: how a command is chosen."""
 
+import argparse
 import os
 import runpy
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,22 @@ def test_what_needs_no_torch_does_not_load_it(words):
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_path_of_a_command_may_begin_with_the_home(name, monkeypatch):
+    """Shells leave the ~ of `--output=~/run` to the command."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    parser = argparse.ArgumentParser()
+    COMMANDS[name].add_arguments(parser)
+    paths = {"FOLDER", "FILE", "PATH", "RUN", "RUN_OR_MODEL", "RUN_OR_FILE", "RECIPE", "TABLE"}
+    types: list[Any] = [
+        action.type
+        for action in parser._actions
+        if (action.metavar or action.dest.upper()) in paths
+    ]
+    assert types
+    assert {str(type("~/x")) for type in types} == {"/home/ada/x"}
 
 
 def test_the_module_is_the_command():

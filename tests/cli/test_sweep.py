@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from starfire_prune.cli import sweep as sweeping
+from starfire_prune.cli import run_sweep as sweeping
 from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import dump_recipe
 from tests.support.commands import MODULE, Ended, Tool
