@@ -1,20 +1,16 @@
 """ONNX files that keep a model's zeros and are checked against torch in ONNX Runtime.
 
-The graph is that of torch's exporter with constants folded. The exporter's own optimizer is not
-used, as it always folds batch norms. They are folded here, on request, by scaling kernels, so that
-zeros remain zeros.
+Batch norms are folded here, on request, by scaling kernels, so that zeros remain zeros.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-import textwrap
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from starfire_prune.export.onnx_graph import Array, Weights, fold_batch_norms, strip_debug_data
-from starfire_prune.structure.graph import dense_copy, without_autocast
+from starfire_prune.export.onnx_graph import (
+    Array,
+    Weights,
+    fold_batch_norms,
+    remove_false_biases,
+    spell_out_constants,
+    strip_debug_data,
+)
+from starfire_prune.export.onnx_model import INPUT, exported_model, name_outputs
+from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
 from starfire_prune.utils.modules import effective_weight, prunable_layers, weight_key
@@ -53,6 +57,7 @@ class OnnxReport:
         largest: Largest absolute output of torch.
         layers: Numbers of zeros and of weights of each convolution and linear layer in the file.
         unchecked: Layers whose weight is not one tensor of the file, for example shared ones.
+        outputs: Names of the outputs, in their order.
     """
 
     opset: int
@@ -63,6 +68,7 @@ class OnnxReport:
     largest: float
     layers: Mapping[str, tuple[int, int]]
     unchecked: tuple[str, ...]
+    outputs: tuple[str, ...]
 
     @property
     def sparsity(self) -> float:
@@ -73,8 +79,8 @@ class OnnxReport:
 
 def export_onnx(
     model: nn.Module,
-    path: Path,
-    input_size: tuple[int, int, int],
+    path: str | os.PathLike[str],
+    input_size: tuple[int, ...],
     *,
     fold_bn: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -82,15 +88,16 @@ def export_onnx(
 ) -> OnnxReport:
     """Write a model as an ONNX file with batches of any size.
 
-    The input `images` has the shape `(batch, *input_size)`, and the output is called `logits`. Two
-    checks are made before the file appears: each weight that is zero in the model is zero in the
-    file, and ONNX Runtime's outputs are those of torch.
+    The input `images` has the shape `(batch, *input_size)`. An output that is a tensor is called
+    `logits`; tensors in a dict or a dataclass are called by their keys, and those in a tuple are
+    `output_0`, `output_1`, …. Two checks are made before the file appears: each weight that is zero
+    in the model is zero in the file, and ONNX Runtime's outputs are those of torch.
 
     Args:
         model: A float32 model in any phase of pruning; it is not changed, and exported in eval
             mode.
         path: Path of the file.
-        input_size: Channels, height and width of the images.
+        input_size: Channels, height and width of the images; for videos there are more numbers.
         fold_bn: Whether batch norms are folded into the convolutions before them.
         metadata: Plain values for the file's metadata by name, each stored as JSON.
         external_from_bytes: With at least this many bytes of weights, they are written to a second
@@ -100,18 +107,24 @@ def export_onnx(
 
     Raises:
         ModuleNotFoundError: If onnx, onnxscript or onnxruntime is not installed.
-        ExportError: If torch can't export the model, or the exported model differs.
+        ExportError: If the model returns something other than tensors, if torch can't export it
+            (the message names a layer or a part that is possible, where it can), or if the exported
+            model differs.
         CheckpointError: If the file can't be written.
 
     Example:
-        >>> path, size = Path("model.onnx"), (3, 224, 224)
-        >>> export_onnx(model, path, size, fold_bn=True).deviation  # doctest: +SKIP
+        >>> size = (3, 224, 224)
+        >>> export_onnx(model, "model.onnx", size, fold_bn=True).deviation  # doctest: +SKIP
         1.4e-06
     """
     onnx, _, runtime = (import_optional(name, "onnx", "export to ONNX") for name in _PACKAGES)
+    path = Path(path)
     model = dense_copy(model).eval()
-    proto = _exported(model, input_size)
+    outputs = name_outputs(model, input_size)
+    proto = exported_model(model, input_size, outputs)
     weights = Weights(onnx, proto.graph)
+    remove_false_biases(proto.graph, weights)
+    spell_out_constants(onnx, proto)
     norms = _count_norms(proto.graph)
     folded = fold_batch_norms(proto.graph, weights) if fold_bn else 0
     strip_debug_data(proto)
@@ -120,7 +133,7 @@ def export_onnx(
     layers, unchecked = _checked_zeros(model, weights)
     data = _free_data_file(onnx, path) if weights.size_bytes >= external_from_bytes else None
     with checked_file(path, _saved(onnx, proto, path, data)) as file:
-        deviation, largest = _checked_outputs(runtime, model, file, input_size)
+        deviation, largest = _checked_outputs(runtime, model, file, input_size, outputs)
         parts = (file,) if data is None else (file, file.with_name(data.name))
         size_bytes = sum(part.stat().st_size for part in parts)
     return OnnxReport(
@@ -132,42 +145,8 @@ def export_onnx(
         largest=largest,
         layers=layers,
         unchecked=unchecked,
+        outputs=outputs,
     )
-
-
-def _exported(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
-    """The `ModelProto` of a model, for batches of any size."""
-    optimizer = import_optional("onnxscript.optimizer", "onnx", "export to ONNX")
-    try:
-        with warnings.catch_warnings(), without_autocast():
-            warnings.simplefilter("ignore")  # the exporter warns about its own code
-            program = torch.onnx.export(
-                model,
-                (torch.zeros(2, *input_size),),
-                input_names=["images"],
-                output_names=["logits"],
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                optimize=False,  # it would fold batch norms
-                verbose=False,
-            )
-            graph: Any = program
-            optimizer.inline(graph.model)
-            optimizer.fold_constants(graph.model)
-            optimizer.remove_unused_nodes(graph.model)
-            return graph.model_proto
-    except Exception as error:  # the model's code and the exporter raise errors of every kind
-        versions = " and ".join(f"{name} {version(name)}" for name in ("torch", "onnxscript"))
-        raise ExportError(
-            f"{versions} can't export this model to ONNX: {_first_cause(error)}"
-        ) from error
-
-
-def _first_cause(error: BaseException) -> str:
-    """The text of the first error: the exporter wraps it in advice of many lines."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def _count_norms(graph: Any) -> int:
@@ -215,7 +194,11 @@ def _array_of(name: str, weight: Array, weights: Weights) -> Array | None:
 
 @torch.no_grad()
 def _checked_outputs(
-    runtime: Any, model: nn.Module, file: Path, input_size: tuple[int, int, int]
+    runtime: Any,
+    model: nn.Module,
+    file: Path,
+    input_size: tuple[int, ...],
+    names: tuple[str, ...],
 ) -> tuple[float, float]:
     """The largest difference of ONNX Runtime's outputs from torch's, and torch's largest output.
 
@@ -224,16 +207,16 @@ def _checked_outputs(
     """
     session = _session(runtime, file)
     generator = torch.Generator().manual_seed(0)
-    expected: list[Tensor] = []
+    expected: list[Any] = []
     outputs: list[Tensor] = []
     for batch in _BATCHES:
         images = torch.randn(batch, *input_size, generator=generator)
         expected.append(model(images))
         try:
-            (output,) = session.run(["logits"], {"images": images.numpy()})
+            arrays = session.run(list(names), {INPUT: images.numpy()})
         except Exception as error:  # ONNX Runtime has many error classes
             raise ExportError(f"ONNX Runtime can't run the exported model: {error}") from error
-        outputs.append(torch.from_numpy(output))
+        outputs += map(torch.from_numpy, arrays)
     try:
         return compare_outputs(expected, outputs, _TOLERANCE)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Changes to an ONNX graph: batch norms are folded, and the exporter's debug data are removed."""
+"""Changes to an ONNX graph: batch norms are folded, and what the exporter gets wrong is mended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Weights", "fold_batch_norms", "strip_debug_data"]
+__all__ = [
+    "Array",
+    "Weights",
+    "fold_batch_norms",
+    "remove_false_biases",
+    "spell_out_constants",
+    "strip_debug_data",
+]
 
 
 Array = npt.NDArray[Any]
 _DEBUG_FIELDS = ("doc_string", "metadata_props")
+_PARTS = ("graph", "node", "functions", "attribute", "g", "graphs")  # fields that contain nodes
 
 
 class Weights:
@@ -81,6 +89,51 @@ def fold_batch_norms(graph: Any, weights: Weights) -> int:
         folded += 1
     weights.keep(set(_uses(graph)))
     return folded
+
+
+def remove_false_biases(graph: Any, weights: Weights) -> None:
+    """Remove biases of zeros that have a wrong shape, in place.
+
+    The exporter gives such a bias, `(out, 2)`, to convolutions in three dimensions without a bias.
+    """
+    removed = set()
+    for node in graph.node:
+        if node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 2:
+            name = node.input[2]
+            if name in weights and weights[name].ndim != 1 and not weights[name].any():
+                del node.input[2:]
+                removed.add(name)
+    weights.keep(set(weights) - removed.difference(_uses(graph)))
+
+
+def spell_out_constants(onnx: Any, part: Any) -> None:
+    """Store the numbers and texts of constants as tensors, in place.
+
+    Short forms such as `value_ints` are valid ONNX, but not all of ONNX Runtime's tools read them.
+
+    Args:
+        onnx: The module `onnx`.
+        part: A model or any part of one, with the graphs inside.
+    """
+    if getattr(part, "op_type", None) == "Constant":
+        for attribute in part.attribute:
+            if attribute.name.startswith("value_"):
+                tensor = _constant_tensor(onnx, attribute)
+                attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
+    for field, value in part.ListFields():
+        if field.message_type is not None and field.name in _PARTS:
+            for inner in (value,) if hasattr(value, "ListFields") else value:
+                spell_out_constants(onnx, inner)
+
+
+def _constant_tensor(onnx: Any, attribute: Any) -> Any:
+    """The tensor of an attribute `value_…`."""
+    kinds, value = onnx.TensorProto, onnx.helper.get_attribute_value(attribute)
+    types = {"int": kinds.INT64, "float": kinds.FLOAT, "string": kinds.STRING}
+    kind = types[attribute.name.removeprefix("value_").removesuffix("s")]
+    is_list = attribute.name.endswith("s")
+    values, dims = (list(value), [len(value)]) if is_list else ([value], [])
+    return onnx.helper.make_tensor("", kind, dims, values)
 
 
 def strip_debug_data(part: Any) -> None:

@@ -17,6 +17,7 @@ from starfire_prune.sparse.module import CompiledModel, Segment
 from starfire_prune.sparse.ops import load_kernels
 from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
+from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.graph import dense_copy, without_autocast
 
 __all__ = ["compile"]
@@ -44,8 +45,8 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
         A module for inference. Later changes to `model` don't affect it.
 
     Raises:
-        torch._dynamo.exc.UserError and other errors of `torch.export`: If the model can't be
-            exported.
+        TraceError: If `torch.export` can't trace the model; the message names a part of it that can
+            be compiled, if there is one.
 
     Example:
         >>> from starfire_prune import ck_structured, sparse
@@ -71,7 +72,7 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
 def _export(model: nn.Module, example: tuple[Any, ...]) -> Any:
     """The model's graph in eval mode, with its parameters as attributes."""
     with without_autocast(), torch.no_grad():
-        exported = torch.export.export(dense_copy(model).eval(), example, strict=False)
+        exported = exported_program(dense_copy(model).eval(), example)
         graph = exported.run_decompositions({}).module()
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":  # CompiledModel checks inputs

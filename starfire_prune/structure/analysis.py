@@ -34,7 +34,7 @@ class ChannelAnalysis:
         example_input: A small batch, or the tuple of the model's arguments.
 
     Raises:
-        torch._dynamo.exc.UserError and others of `torch.export`: If it can't export the model.
+        TraceError: If `torch.export` can't trace the model.
 
     Example:
         >>> conv = nn.Conv2d(1, 2, 3)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
 from starfire_prune.methods.base import make_permanent
+from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.ops import CONVOLUTIONS, CREATING, LINEAR
 from starfire_prune.structure.rules import is_pure
 from starfire_prune.utils.modules import unwrap
@@ -59,12 +60,11 @@ def exported_graph(model: nn.Module, example: tuple[Any, ...], training: bool) -
     """Export a copy of a model, with pruning made permanent, in training or eval mode.
 
     Raises:
-        torch._dynamo.exc.UserError and others of `torch.export`: If it can't export the model.
+        TraceError: If `torch.export` can't trace the model.
     """
     model = dense_copy(model).train(training)
     with without_autocast():
-        # strict=False: torch 2.6 would trace the code by default, with warnings of its own
-        exported = torch.export.export(model, example, strict=False).run_decompositions({})
+        exported = exported_program(model, example).run_decompositions({})
     signature = exported.graph_signature
     nodes = tuple(exported.graph.nodes)
     sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

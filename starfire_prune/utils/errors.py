@@ -12,6 +12,7 @@ __all__ = [
     "PretrainedError",
     "PruningError",
     "RanksError",
+    "TraceError",
 ]
 
 
@@ -49,3 +50,7 @@ class EvaluationError(ValueError):
 
 class ExportError(ValueError):
     """A model or its weights can't be exported."""
+
+
+class TraceError(RuntimeError):
+    """`torch.export` can't trace a model's forward pass."""

@@ -1,11 +1,13 @@
 """ONNX files: zeros, batches, metadata and the checks that keep a wrong file from being written."""
 
 import copy
+import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -13,15 +15,18 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from starfire_prune import ck_structured, measure_sparsity
 from starfire_prune.export import onnx as onnx_export
 from starfire_prune.export.onnx import OnnxReport, export_onnx
 from starfire_prune.export.onnx_graph import Weights
+from starfire_prune.export.onnx_model import exported_model
 from starfire_prune.models import create_model
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import CheckpointError, ExportError
-from tests.support.networks import SmallNet
+from tests.support.networks import Detector, SmallNet
 from tests.support.sparse_networks import FULL, NARROW, randomize, sparse_network
 
 NEEDS_EXPORTER = pytest.mark.skipif(
@@ -46,7 +51,7 @@ def model() -> nn.Module:
 @pytest.fixture(scope="module")
 def exported(model: nn.Module) -> Any:
     """What torch's exporter gives for it, a second's work."""
-    return onnx_export._exported(dense_copy(model), SIZE)
+    return exported_model(dense_copy(model), SIZE)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def export(model: nn.Module, exported: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """Exports the model, or another one with what torch has made of the model."""
 
     def export(path: Path, other: nn.Module | None = None, **options: Any) -> OnnxReport:
-        monkeypatch.setattr(onnx_export, "_exported", lambda *_: copy.deepcopy(exported))
+        monkeypatch.setattr(onnx_export, "exported_model", lambda *_: copy.deepcopy(exported))
         return export_onnx(other or model, path, SIZE, **options)
 
     return export
@@ -288,6 +293,156 @@ def test_a_file_that_can_not_be_written_is_refused(export, tmp_path):
     (tmp_path / "folder").write_text("a file")
     with pytest.raises(CheckpointError, match=r"folder/model.onnx can't be written"):
         export(tmp_path / "folder" / "model.onnx")
+
+
+# Outputs of other kinds
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    loss: Tensor | None = None
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+class Returning(nn.Module):
+    """A convolution, and what a function makes of its output and the input."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.make = make
+
+    def forward(self, images: Tensor) -> object:
+        return self.make(self.conv(images), images)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda x, _: {"out": x, "aux": x.relu()}, ("out", "aux")),
+        (lambda x, _: Result(x, (x.relu(), x > 0)), ("logits", "hidden_0", "hidden_1")),
+        (lambda x, _: (x, [x.relu(), x.sum()]), ("output_0", "output_1_0", "output_1_1")),
+        (lambda x, _: Pair(x, x.relu()), ("first", "second")),
+        (lambda x, images: {"images": images, "x": {"a": x, "b": x}}, ("images_", "x.a", "x.b")),
+    ],
+    ids=["dict", "dataclass", "tuple", "named tuple", "input and output twice"],
+)
+def test_outputs_of_other_kinds_are_named(make, names, tmp_path):
+    network = Returning(make).eval()
+    path = tmp_path / "model.onnx"
+    assert export_onnx(network, path, SIZE).outputs == names
+    images = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0))
+    session: Any = importlib.import_module("onnxruntime").InferenceSession(str(path))
+    assert tuple(output.name for output in session.get_outputs()) == names
+    arrays = session.run(None, {"images": images.numpy()})
+    expected: Any = network(images)
+    if isinstance(expected, Result):
+        expected = (expected.logits, expected.hidden)
+    for array, output in zip(arrays, tree_leaves(expected), strict=True):
+        torch.testing.assert_close(torch.from_numpy(array), output)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda x, _: {"out": x, "size": 3}, "dict with size: int"),
+        (lambda x, _: (x, {"kind": "cat"}), "tuple with output_1.kind: str"),
+        (lambda x, _: {}, "no tensors"),
+        (lambda x, _: None, "no tensors"),
+    ],
+)
+def test_outputs_that_are_not_tensors_are_refused_before_the_export(
+    make, found, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.onnx, "export", None)
+    message = (
+        f"an ONNX file returns tensors, and Returning returns {found}: wrap it in a module that "
+        f"returns a tensor, or tensors in a dict, dataclass, tuple or list"
+    )
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        export_onnx(Returning(make), tmp_path / "model.onnx", SIZE)
+
+
+def test_images_that_the_model_does_not_accept_are_refused_before_the_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)
+    message = r"^Returning does not accept images of shape \(2, 5, 8, 8\): .*3 channels"
+    with pytest.raises(ExportError, match=message):
+        export_onnx(Returning(lambda x, _: x), tmp_path / "model.onnx", (5, 8, 8))
+
+
+def test_a_path_may_be_text(export, tmp_path):
+    export(str(tmp_path / "model.onnx"))
+    assert (tmp_path / "model.onnx").is_file()
+
+
+# What ONNX Runtime's tools and convolutions need
+
+
+def test_onnx_runtime_prepares_the_file_for_quantization(model, tmp_path):
+    prepare: Any = importlib.import_module("onnxruntime.quantization.shape_inference")
+    network = nn.Sequential(model, nn.Unflatten(1, (2, 5)), nn.Flatten())
+    export_onnx(network, tmp_path / "model.onnx", SIZE)
+    nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
+    assert any(node.op_type == "Constant" for node in nodes)
+    prepare.quant_pre_process(str(tmp_path / "model.onnx"), str(tmp_path / "prepared.onnx"))
+    images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
+    expected = run(tmp_path / "model.onnx", images)
+    torch.testing.assert_close(run(tmp_path / "prepared.onnx", images), expected)
+
+
+@pytest.mark.parametrize("fold_bn", [False, True])
+def test_convolutions_in_three_dimensions_need_no_bias(fold_bn, tmp_path):
+    norm = nn.BatchNorm3d(4)
+    norm.running_mean = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    layers = nn.Conv3d(3, 4, 3, bias=False), norm, nn.ConvTranspose3d(4, 2, 3, bias=False)
+    network = nn.Sequential(*layers).eval()
+    report = export_onnx(network, tmp_path / "model.onnx", (3, 4, 8, 8), fold_bn=fold_bn)
+    assert report.batch_norms == (int(fold_bn), 1)
+    assert report.deviation < 1e-5 * report.largest
+
+
+# Models that can't be exported
+
+
+class Gated(nn.Module):
+    """A convolution for each image, as in CondConv: the groups are the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3, 3, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, channels, height, width = images.shape
+        weight = self.weight.repeat(batch, 1, 1, 1)
+        one = images.reshape(1, batch * channels, height, width)
+        return functional.conv2d(one, weight, groups=batch).reshape(batch, 4, height - 2, width - 2)
+
+
+def test_an_operation_that_can_not_be_translated_names_its_layer(tmp_path):
+    network = nn.Sequential(nn.Sequential(nn.ReLU(), Gated()))
+    with pytest.raises(ExportError) as caught:
+        export_onnx(network, tmp_path / "model.onnx", SIZE)
+    assert str(caught.value).partition(", because of ")[2] == (
+        "aten.conv2d.default in 0.1: one of its attributes, such as `groups`, depends on the "
+        "batch size, and is a constant in ONNX; replace that layer by one without such an attribute"
+    )
+
+
+def test_a_model_with_data_dependent_shapes_names_the_part_to_export(tmp_path, capfd):
+    with pytest.raises(ExportError, match="can't export this model to ONNX: ") as caught:
+        export_onnx(Detector(), tmp_path / "model.onnx", SIZE)
+    assert str(caught.value).endswith(
+        "; use its part `model.backbone` instead, which can be exported with an input of shape "
+        "(2, 3, 8, 8)"
+    )
+    assert len(capfd.readouterr().err.splitlines()) < 5
+    assert export_onnx(Detector().backbone, tmp_path / "model.onnx", SIZE).outputs == ("logits",)
 
 
 # Real networks

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from starfire_prune import ck_structured, intra_structured, sparse, window_structured
 from starfire_prune.masks import ck_mask
+from starfire_prune.utils.errors import TraceError
+from tests.support.networks import Detector
 from tests.support.sparse_networks import FULL, NARROW, SHORT, difference, named, sparse_network
 
 pytestmark = pytest.mark.usefixtures("native_kernels", "one_thread")
@@ -312,3 +314,20 @@ def test_timm_models_that_clamp_and_pool():
     compiled = sparse.compile(model, images(1))
     assert compiled.torch_operations == []
     assert difference(model, compiled, images(1)) < TOLERANCE
+
+
+def test_a_model_with_data_dependent_shapes_names_the_part_to_compile(capfd):
+    message = (
+        r"^torch.export can't trace Detector: Could not guard on data-dependent expression .*; use "
+        r"its part `model.backbone` instead, which can be exported with an input of shape "
+        r"\(2, 3, 8, 8\)$"
+    )
+    with pytest.raises(TraceError, match=message):
+        sparse.compile(Detector(), images(size=8))
+    assert len(capfd.readouterr().err.splitlines()) < 5
+    assert len(sparse.compile(Detector().backbone, images(size=8)).segments) == 1
+
+
+def test_a_models_own_error_is_raised_as_it_is():
+    with pytest.raises(RuntimeError, match="3 channels"):
+        sparse.compile(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.rand(2, 5, 8, 8))
