@@ -6,24 +6,25 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from starfire_prune.engine.calls import read_without_call
+from starfire_prune.engine.obstacles import (
+    Obstacle,
+    amount_obstacle,
+    sharing_modules,
+    weight_obstacle,
+)
 from starfire_prune.engine.settings import Override, Pruning
 from starfire_prune.methods.base import MaskMethod
 from starfire_prune.methods.registry import METHODS, method_class, method_name
 from starfire_prune.methods.schedules import Schedule
-from starfire_prune.utils.modules import (
-    clean_name,
-    is_depthwise,
-    layer_weight,
-    prunable_layers,
-    unwrap,
-)
+from starfire_prune.utils.modules import is_depthwise, layer_weight, prunable_layers
 
-__all__ = ["PrunedLayer", "select_layers"]
+__all__ = ["PrunedLayer", "Selection", "select_layers"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +67,20 @@ class PrunedLayer:
         method = dataclasses.replace(self.method, columns=columns)  # type: ignore[call-arg]
         return dataclasses.replace(self, method=method)
 
-    def check(self) -> None:
-        """Raise ValueError if the method doesn't fit the layer, or would prune all its weights."""
-        name = self.method_name
-        if not isinstance(self.module, self.method.applies_to) and not _stands_for_linear(self):
-            fitting = [
-                key for key, own in METHODS.items() if isinstance(self.module, own.applies_to)
-            ]
-            raise ValueError(
-                f"layer {self.name} ({type(self.module).__name__}) can't be pruned by "
-                f"{name}: give it one of {', '.join(fitting)}"
-            )
-        if isinstance(self.module, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"layer {self.name} is the output projection of nn.MultiheadAttention, which uses "
-                f"its weight without calling it, so that no hook can mask it: leave it out by "
-                f"`exclude`"
-            )
-        try:
-            counts = self.method_at(1.0).counts(self.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"layer {self.name} of shape {tuple(self.shape)} can't be pruned by {name}: "
-                f"{error}; or leave it out by `exclude`"
-            ) from None
-        if any(pruned == units for pruned, units in counts):
-            raise ValueError(
-                f"layer {self.name} of shape {tuple(self.shape)} would lose all its weights by "
-                f"{name} at amount {self.amount}: lower its amount by an override, or leave "
-                f"it out by `exclude`"
-            )
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What a recipe's settings come to in a model.
+
+    Attributes:
+        layers: The layers that are pruned, in the model's order.
+        left_out: The layers that only `*` selects and that can't be pruned, each with the reason.
+        calls_are_known: Whether a forward pass has shown which layers the model calls.
+    """
+
+    layers: tuple[PrunedLayer, ...]
+    left_out: Mapping[str, str]
+    calls_are_known: bool
 
 
 def _stands_for_linear(layer: PrunedLayer) -> bool:
@@ -104,8 +89,11 @@ def _stands_for_linear(layer: PrunedLayer) -> bool:
 
 
 def select_layers(
-    model: nn.Module, pruning: Pruning, connected: Collection[str] = ()
-) -> list[PrunedLayer]:
+    model: nn.Module,
+    pruning: Pruning,
+    connected: Collection[str] = (),
+    example_input: Tensor | tuple[Any, ...] | None = None,
+) -> Selection:
     """The layers of `model` that `pruning` selects, in the model's order.
 
     These are all convolutions and linear layers that match `include` and not `exclude`. Depthwise
@@ -113,31 +101,27 @@ def select_layers(
     kernels compete in the layer. An override applies to the selected layers that it matches; if
     several match, the last one applies.
 
+    A layer that can't be pruned as asked is an error if a pattern other than `*`, of `include` or
+    of an override, matches it. If only `*` selects it, it is left out, and so is a frozen layer.
+
     Args:
         model: The model, also wrapped by DDP or `torch.compile`.
         pruning: The settings.
         connected: Names of the convolutions that are pruned as linear layers.
+        example_input: A small batch, or the tuple of the model's arguments, to see which layers
+            the model calls.
 
     Raises:
         ValueError: For a pattern that matches no layer (transposed convolutions can't be pruned),
-            an override of layers that are not selected, a selected layer that its method can't
-            prune or would prune completely, one that shares its weight with another module or has
-            no weight of its own, and a selection of no layer at all.
+            an override of layers that are not selected or of another kind than its method, a
+            selection of no layer at all, and, in one error, all layers that patterns name and that
+            can't be pruned: their method would prune them completely or doesn't fit their shape,
+            or a mask would not hold in what the model computes.
     """
     candidates = prunable_layers(model)
     for key in ("include", "exclude"):
         _check_patterns(f"pruning.{key}", getattr(pruning, key), candidates)
-    named = [pattern for pattern in pruning.include if pattern != "*"]
-    selected = {
-        name: module
-        for name, module in candidates.items()
-        if _matches(name, pruning.include)
-        and not _matches(name, pruning.exclude)
-        and not (isinstance(module, nn.Linear) and pruning.fc == "none")
-        and (not is_depthwise(module) or _matches(name, named))
-    }
-    for name, module in selected.items():
-        _check_weight(name, module)
+    selected = _selected(candidates, pruning)
     for index, override in enumerate(pruning.overrides):
         key = f"pruning.overrides.{index}.layers"
         _check_patterns(key, override.layers, candidates)
@@ -148,15 +132,88 @@ def select_layers(
     )
     layers = [layer for layer in planned if layer is not None]
     _check_override_options(pruning, layers)
-    if not layers:
+    for layer in layers:
+        _check_kind(layer)
+    uncalled = _uncalled(model, layers, example_input)
+    obstacles = _obstacles(model, pruning, layers, uncalled or ())
+    chosen = tuple(layer for layer in layers if layer.name not in obstacles)
+    _check_obstacles(obstacles, pruning, is_empty=not chosen)
+    left_out = {name: obstacle.reason for name, obstacle in obstacles.items()}
+    return Selection(chosen, left_out, calls_are_known=uncalled is not None)
+
+
+def _selected(candidates: Mapping[str, nn.Module], pruning: Pruning) -> dict[str, nn.Module]:
+    """The layers that `include`, `exclude` and `fc` select."""
+    named = [pattern for pattern in pruning.include if pattern != "*"]
+    return {
+        name: module
+        for name, module in candidates.items()
+        if _matches(name, pruning.include)
+        and not _matches(name, pruning.exclude)
+        and not (isinstance(module, nn.Linear) and pruning.fc == "none")
+        and (not is_depthwise(module) or _matches(name, named))
+    }
+
+
+def _uncalled(
+    model: nn.Module,
+    layers: Iterable[PrunedLayer],
+    example_input: Tensor | tuple[Any, ...] | None,
+) -> Collection[str] | None:
+    """The layers whose weights are read without a call; None if no forward pass can show it."""
+    if example_input is None:
+        return None
+    return read_without_call(model, [layer.name for layer in layers], example_input)
+
+
+def _obstacles(
+    model: nn.Module, pruning: Pruning, layers: Iterable[PrunedLayer], uncalled: Collection[str]
+) -> dict[str, Obstacle]:
+    """What keeps layers from being pruned, by the layer's name."""
+    users = sharing_modules(model)
+    found = {}
+    for layer in layers:
+        named = _is_named(layer.name, pruning)
+        obstacle = weight_obstacle(layer, users, uncalled, named=named) or amount_obstacle(layer)
+        if obstacle is not None:
+            found[layer.name] = obstacle
+    return found
+
+
+def _check_obstacles(
+    obstacles: Mapping[str, Obstacle], pruning: Pruning, *, is_empty: bool
+) -> None:
+    """Raise ValueError for what patterns name, for all if no layer is left, and for no layer."""
+    errors = [
+        obstacle.error
+        for name, obstacle in obstacles.items()
+        if is_empty or _is_named(name, pruning)
+    ]
+    if errors:
+        raise ValueError("\n".join(errors))
+    if is_empty:
         raise ValueError(
             "pruning selects no layer: the model has no convolution or linear layer that "
             "`include` matches and that `exclude`, `pointwise` and `fc` don't leave dense"
         )
-    _check_unshared(model, layers)
-    for layer in layers:
-        layer.check()
-    return layers
+
+
+def _is_named(name: str, pruning: Pruning) -> bool:
+    """Whether a pattern other than `*`, of `include` or of an override, matches a layer."""
+    patterns = (pruning.include, *(override.layers for override in pruning.overrides))
+    return any(_matches(name, [pattern]) for own in patterns for pattern in own if pattern != "*")
+
+
+def _check_kind(layer: PrunedLayer) -> None:
+    """Raise ValueError if the method is not one for this kind of layer."""
+    module = layer.module
+    if isinstance(module, layer.method.applies_to) or _stands_for_linear(layer):
+        return
+    fitting = [key for key, own in METHODS.items() if isinstance(module, own.applies_to)]
+    raise ValueError(
+        f"layer {layer.name} ({type(module).__name__}) can't be pruned by "
+        f"{layer.method_name}: give it one of {', '.join(fitting)}"
+    )
 
 
 def _planned(
@@ -247,27 +304,3 @@ def _has(layer: PrunedLayer, option: str) -> bool:
     """Whether an option has an effect on a layer."""
     # `pointwise` has made window pruning of a 1x1 convolution ck already
     return option in vars(layer.method) or option == "pointwise"
-
-
-def _check_weight(name: str, module: nn.Module) -> None:
-    try:
-        weight = layer_weight(module)
-    except ValueError as error:  # it is computed, as by weight_norm
-        raise ValueError(f"layer {name}: {error}; leave it out by `exclude`") from None
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"layer {name} has no values yet: run a forward pass first")
-
-
-def _check_unshared(model: nn.Module, layers: Sequence[PrunedLayer]) -> None:
-    """A mask on one of two modules would not hold in the other."""
-    users: dict[int, list[str]] = {}
-    for name, module in unwrap(model).named_modules():
-        for parameter in module._parameters.values():
-            users.setdefault(id(parameter), []).append(clean_name(name))
-    for layer in layers:
-        others = [name for name in users[id(layer_weight(layer.module))] if name != layer.name]
-        if others:
-            raise ValueError(
-                f"layer {layer.name} shares its weight with {', '.join(others)}, where its mask "
-                f"would not hold: leave them out by `exclude`"
-            )

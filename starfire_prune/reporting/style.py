@@ -16,8 +16,6 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from starfire_prune.reporting.document import Images
-
 __all__ = [
     "DARK",
     "DENSE_LINE",
@@ -25,6 +23,7 @@ __all__ = [
     "LIGHT",
     "MOST_CURVES",
     "WIDTH_INCHES",
+    "Images",
     "Line",
     "Theme",
     "lines_of",
@@ -86,6 +85,21 @@ class Line:
 
 
 DENSE_LINE: Final = Line(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A picture as PNG files, for a light and for a dark page.
+
+    Attributes:
+        light, dark: The files' bytes.
+        width, height: Size of both, in pixels.
+    """
+
+    light: bytes
+    dark: bytes
+    width: int
+    height: int
 
 
 def lines_of(methods: list[str]) -> list[Line]:

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from starfire_prune.engine.progress import era_in_updates
+from starfire_prune.engine.pruner import Pruner
 from starfire_prune.engine.selection import PrunedLayer
 from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.runs.folder import existing_part
@@ -49,7 +50,7 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
         ),
     ]
     if run.pruner is not None:
-        lines += ["", _layer_table(run.pruner.layers.values())]
+        lines += ["", _layer_table(run.pruner)]
     return "\n".join(lines) + "\n"
 
 
@@ -155,9 +156,12 @@ def _disk_line(run: Run) -> str:
     )
 
 
-def _layer_table(layers: Iterable[PrunedLayer]) -> str:
+def _layer_table(pruner: Pruner) -> str:
+    """The layers that are pruned, and those that are left out although `*` selects them."""
     header = ("layer", "shape", "method", "target", "scopes", "of units")
-    return format_columns(header, [_layer_row(layer) for layer in layers], left=range(3))
+    rows = [_layer_row(layer) for layer in pruner.layers.values()]
+    rows += [(name, "", f"none: {reason}", "", "", "") for name, reason in pruner.left_out.items()]
+    return format_columns(header, rows, left=range(3))
 
 
 def _layer_row(layer: PrunedLayer) -> tuple[str, ...]:

@@ -51,7 +51,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 def layer_weight(module: nn.Module) -> nn.Parameter:
     """The parameter of a layer's weight, which is named `weight_orig` while it is pruned."""
     parameters = module._parameters
-    weight = parameters.get("weight_orig", parameters.get("weight"))
+    weight = parameters.get("weight")
+    if "weight_mask" in module._buffers:  # spectral_norm, too, has a `weight_orig`
+        weight = parameters.get("weight_orig", weight)
     if weight is None:
         raise ValueError(f"{type(module).__name__} has no parameter `weight` to prune")
     return weight

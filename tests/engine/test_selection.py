@@ -64,7 +64,7 @@ def settings(**own: object) -> Pruning:
 
 
 def select(model: nn.Module | None = None, **own: object) -> dict[str, PrunedLayer]:
-    layers = select_layers(network() if model is None else model, settings(**own))
+    layers = select_layers(network() if model is None else model, settings(**own)).layers
     return {layer.name: layer for layer in layers}
 
 
@@ -395,7 +395,8 @@ def test_a_layer_that_would_be_emptied_is_refused_with_its_name(shape, own):
         f"layer small of shape {shape} would lose all its weights by {own['method']} at amount "
         f"{own['amount']}: lower its amount by an override, or leave it out by `exclude`"
     ):
-        select(model, **own)
+        select(model, include=["*", "small"], **own)
+    assert list(select(model, fc={"amount": 0.5}, **own)) == ["fine"]
 
 
 @pytest.mark.parametrize(("method", "zeros"), [("fine", 28), ("block", 16)])
@@ -411,10 +412,10 @@ def test_a_convolution_of_one_output_channel_is_refused_with_the_way_out():
     with pytest.raises(
         ValueError, match=r"^layer 1 of shape \(1, 8, 3, 3\) can't .*by ck: "
     ) as info:
-        select(model)
+        select(model, include=["0", "1"])
     assert 'use scope="layer"' in str(info.value)
     assert str(info.value).endswith("; or leave it out by `exclude`")
-    assert list(select(model, exclude="1")) == ["0"]
+    assert list(select(model)) == ["0"]
     layer = select(model, overrides=[{"layers": "1", "scope": "layer"}])["1"]
     assert layer.method_at(1.0).counts(torch.Size([1, 8, 3, 3])) == ((4, 8),)
 
@@ -426,11 +427,11 @@ def test_shared_weights_are_refused():
         "layer {} shares its weight with {}, where its mask would not hold: leave them out by "
         "`exclude`"
     )
-    with refused(message.format(0, 2)):
-        select(model)
+    with refused(f"{message.format(0, 2)}\n{message.format(2, 0)}"):
+        select(model, include="?")
     with refused(message.format(2, 0)):
-        select(model, exclude="0")
-    assert list(select(model, exclude=["0", "2"])) == ["1"]
+        select(model, include=["*", "2"], exclude="0")
+    assert list(select(model)) == ["1"]
 
 
 def test_a_weight_shared_with_an_embedding_is_refused():
@@ -449,8 +450,8 @@ def test_the_projection_of_torchs_attention_is_refused():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     message = "^layer attention.out_proj is the output projection of nn.MultiheadAttention, which"
     with pytest.raises(ValueError, match=message):
-        select(model)
-    assert list(select(model, exclude="*.out_proj")) == ["head"]
+        select(model, include=["*", "*.out_proj"])
+    assert list(select(model)) == ["head"]
 
 
 def test_computed_and_missing_weights_are_refused_with_the_layer():
@@ -458,8 +459,8 @@ def test_computed_and_missing_weights_are_refused_with_the_layer():
     with refused(
         "layer 0: ParametrizedConv2d has no parameter `weight` to prune; leave it out by `exclude`"
     ):
-        select(model)
-    assert list(select(model, exclude="0")) == ["1"]
+        select(model, include=["0", "1"])
+    assert list(select(model)) == ["1"]
     with refused("layer 0 has no values yet: run a forward pass first"):
         select(nn.Sequential(nn.LazyConv2d(4, 3)))
 
@@ -499,7 +500,7 @@ def test_a_refusal_leaves_the_model_alone():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 1, 3))
     before = [dict(vars(module)) for module in model.modules()]
     with pytest.raises(ValueError, match="layer 1"):
-        Pruner(model, settings(), updates_per_epoch=1)
+        Pruner(model, settings(include="?"), updates_per_epoch=1)
     assert [dict(vars(module)) for module in model.modules()] == before
     assert math.isclose(sum(p.numel() for p in model.parameters()), 224 + 73)
 

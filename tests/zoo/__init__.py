@@ -1,1 +1,0 @@
-"""The package on every family of models, and on random networks."""
