@@ -14,20 +14,13 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
-from starfire_prune.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataError,
-    Datasets,
-    build_loader,
-    digits_normalisation,
-)
+from starfire_prune.data import DataError, Datasets, build_loader
 from starfire_prune.evaluation.attacks import Attack, Precision, fgsm, pgd
 from starfire_prune.evaluation.results import Evaluation, Result, file_sha256
 from starfire_prune.evaluation.spaces import NORMALISED, Space, SpaceName, pixel_space
 from starfire_prune.models import create_model
 from starfire_prune.recipe.sections import Recipe
-from starfire_prune.runs.data import recipe_datasets
+from starfire_prune.runs.data import normalisation, recipe_datasets
 from starfire_prune.runs.environment import environment
 from starfire_prune.runs.weights import WeightsWithRecipe, data_settings
 from starfire_prune.serialization.pretrained import load_weights
@@ -288,7 +281,7 @@ def _source(
     mine, other = source.recipe, trained.recipe
     pairs = {
         "model.num_classes": (mine.model.num_classes, other.model.num_classes),
-        "the normalisation": (_normalisation(mine), _normalisation(other)),
+        "the normalisation": (normalisation(mine.data), normalisation(other.data)),
     }
     for what, (its, ours) in pairs.items():
         if its != ours:
@@ -299,16 +292,7 @@ def _source(
     return _model(source, device)
 
 
-def _normalisation(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by which the channels of images are normalised."""
-    data = recipe.data
-    if data.name == "digits":
-        mean, std = digits_normalisation()
-        return (mean,), (std,)
-    return data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
-
-
 def _space(recipe: Recipe, name: SpaceName) -> Space:
     if name == "normalised":
         return NORMALISED
-    return pixel_space(*_normalisation(recipe))
+    return pixel_space(*normalisation(recipe.data))

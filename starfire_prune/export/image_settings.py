@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from starfire_prune.data import IMAGENET_MEAN, IMAGENET_STD, digits_normalisation
 from starfire_prune.data.folders import class_folders
 from starfire_prune.recipe.sections import Data
+from starfire_prune.runs.data import normalisation
 
 __all__ = ["ImageSettings", "class_names", "image_settings"]
 
@@ -49,11 +49,10 @@ def image_settings(data: Data) -> ImageSettings:
     The digits are normalized by their own mean and standard deviation and are not cropped; the
     recipe's settings for photographs have no effect on them.
     """
+    mean, std = normalisation(data)
     if data.name == "digits":
-        mean, std = digits_normalisation()
-        return ImageSettings(data.image_size, data.interpolation, 1.0, (mean,) * 3, (std,) * 3)
-    mean_of, std_of = data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
-    return ImageSettings(data.image_size, data.interpolation, data.crop_pct, mean_of, std_of)
+        return ImageSettings(data.image_size, data.interpolation, 1.0, mean * 3, std * 3)
+    return ImageSettings(data.image_size, data.interpolation, data.crop_pct, mean, std)
 
 
 def class_names(

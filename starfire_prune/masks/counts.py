@@ -68,13 +68,12 @@ def weight_units(shape: tuple[int, ...]) -> Units:
     return Units(math.prod(shape))
 
 
-def count(amount: float, units: int, *, name: str = "amount") -> int:
+def count(amount: float, units: int) -> int:
     """How many of `units` an amount stands for: `floor(amount * units + 0.5)`, or the int itself.
 
     Args:
         amount: Share of the units, a float in [0, 1], or their number, an int in [0, units].
         units: Number of units in a scope.
-        name: What the argument is called in errors.
 
     Raises:
         TypeError: If `amount` is not a real number; a bool is not one.
@@ -87,18 +86,18 @@ def count(amount: float, units: int, *, name: str = "amount") -> int:
     value: object = amount
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
-            f"`{name}` (={value!r}) must be a float in [0, 1], the share of each scope's units to "
+            f"`amount` (={value!r}) must be a float in [0, 1], the share of each scope's units to "
             f"prune, or an int, their number; received {type(value).__name__}"
         )
     if isinstance(value, numbers.Integral):
         if not 0 <= amount <= units:
             raise ValueError(
-                f"`{name}` (={amount}) is an int, so it is a number of units and must be in "
+                f"`amount` (={amount}) is an int, so it is a number of units and must be in "
                 f"[0, {units}], the units of a scope; a share is a float such as 0.6"
             )
         return int(amount)
     if not 0.0 <= amount <= 1.0:  # NaN fails this too
-        raise ValueError(f"`{name}` (={amount}) is a share and must be in [0, 1]")
+        raise ValueError(f"`amount` (={amount}) is a share and must be in [0, 1]")
     return math.floor(float(amount) * units + 0.5)
 
 
@@ -114,10 +113,10 @@ def check_positive(name: str, value: object) -> None:
     """Raise TypeError or ValueError unless the argument `name` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"`{name}` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
+            f"`amount` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
         )
     if value < 1:
-        raise ValueError(f"`{name}` (={value}) must be an int of at least 1")
+        raise ValueError(f"`amount` (={value}) must be an int of at least 1")
 
 
 def merge(kept: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starfire_prune.data import DataError, Datasets, load_datasets
-from starfire_prune.recipe.sections import Recipe
+from starfire_prune.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataError,
+    Datasets,
+    digits_normalisation,
+    load_datasets,
+)
+from starfire_prune.recipe.sections import Data, Recipe
 from starfire_prune.utils.text import listed
 
-__all__ = ["recipe_datasets"]
+__all__ = ["normalisation", "recipe_datasets"]
 
 
 def recipe_datasets(recipe: Recipe) -> Datasets:
@@ -27,6 +34,14 @@ def recipe_datasets(recipe: Recipe) -> Datasets:
             f"{len(datasets.classes)}{_named(datasets.classes)}: correct it, or give other data"
         )
     return datasets
+
+
+def normalisation(data: Data) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which images are normalised, per channel or one for all."""
+    if data.name == "digits":
+        mean, std = digits_normalisation()
+        return (mean,), (std,)
+    return data.mean or IMAGENET_MEAN, data.std or IMAGENET_STD
 
 
 def _named(classes: Sequence[str]) -> str:

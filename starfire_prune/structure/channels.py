@@ -49,11 +49,6 @@ class LayerChannels:
         """The input channels that are constant, zero or not, bool of shape `(C,)`."""
         return self.inputs.isfinite()
 
-    @property
-    def constant_outputs(self) -> Tensor:
-        """The output channels that are constant, bool of shape `(K,)`."""
-        return self.outputs.isfinite()
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConstantChannels:
