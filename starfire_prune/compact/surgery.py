@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,15 +43,19 @@ class Surgery:
         self._unfolded = unfolded
         self._layers = prunable_layers(model)
         self._names = {module: name for name, module in self._layers.items()}
-        self._graph = pruning.DependencyGraph().build_dependency(
-            model, example_inputs=example, output_transform=_traced, verbose=False
-        )
+        self._pruning = pruning
+        self._skipped: set[Any] = set()  # nodes of the dependency graph
+        with _skipping_errors(pruning, self._skipped):
+            self._graph = pruning.DependencyGraph().build_dependency(
+                model, example_inputs=example, output_transform=_traced, verbose=False
+            )
         self._reasons: dict[str, str] = {}
 
     def run(self) -> None:
         """Remove channels until none is left to remove: one removal can make others possible."""
-        while sum(self._shrink_group(root) for root in self._roots()):
-            pass
+        with _skipping_errors(self._pruning, self._skipped):
+            while sum(self._shrink_group(root) for root in self._roots()):
+                pass
 
     def dead_kept(self) -> dict[str, tuple[int, str | None]]:
         """The number of each layer's dead output channels, and why they were kept, if any."""
@@ -117,7 +124,9 @@ class Surgery:
             name = self._names.get(module)
             if name is not None and name in self._required and not self._reads(item):
                 return self._required[name]
-            if item.dep.target.type not in plain or isinstance(module, _ConvTransposeNd):
+            skipped = item.dep.target in self._skipped or item.dep.source in self._skipped
+            other = item.dep.target.type not in plain or isinstance(module, _ConvTransposeNd)
+            if skipped or other:
                 return f"its channels are coupled with {item.dep.target.name.partition('(')[0]}"
             if _has_one_output_a_group(module) and module.in_channels != module.groups:
                 return (
@@ -197,6 +206,35 @@ class Surgery:
         reasons = [self._unfolded[name] for name in names if name in self._unfolded]
         why = f" ({reasons[0]})" if reasons else ""
         return f"read by {first_few(names)}{why}"
+
+
+@contextmanager
+def _skipping_errors(pruning: Any, skipped: set[Any]) -> Iterator[None]:
+    """Collect the nodes through which Torch-Pruning fails to follow channels, within the block.
+
+    In some reshapes, for example, it divides by a number of channels that it takes for zero. An
+    error at such a node would make the complete model impossible to cut.
+    """
+    module = getattr(getattr(pruning, "dependency", None), "index_mapping", None)
+    functions = {
+        name: function
+        for name, function in (vars(module) if module is not None else {}).items()
+        if re.fullmatch("update_[a-z]+_index_mapping", name)
+    }
+
+    def guarded(function: Callable[[Any, Any], None], graph: Any, node: Any) -> None:
+        try:
+            function(graph, node)
+        except Exception:  # it raises errors of every kind
+            skipped.add(node)
+
+    try:
+        for name, function in functions.items():
+            setattr(module, name, functools.partial(guarded, function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(module, name, function)
 
 
 def _traced(output: Any) -> list[Tensor]:

@@ -25,7 +25,7 @@ from starfire_prune.methods.registry import METHODS, applies_to_any, method_clas
 from starfire_prune.utils.settings import Problem, Settings, got, plain
 from starfire_prune.utils.text import did_you_mean
 
-__all__ = ["MethodSection", "method_problems", "with_any_options", "with_options"]
+__all__ = ["MethodSection", "with_any_options", "with_options"]
 
 SectionT = TypeVar("SectionT", bound="MethodSection")
 
@@ -101,6 +101,19 @@ class MethodSection(Settings):
                 break
         return own.model_validate, (plain(self),)  # type: ignore[attr-defined]
 
+    @classmethod
+    def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
+        """A method that these layers don't have, and options without effect."""
+        method = section.get("method", cls.default_method)
+        own = cls.method_of(section)
+        if own is not None:
+            for option, reason in own.option_problems(section):
+                yield (option,), f"{reason} {got(section[option])}; remove it"
+        elif isinstance(method, str):
+            names = list(cls.methods())
+            suggestion = did_you_mean(method, names)
+            yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"
+
     @property
     def options(self) -> dict[str, Any]:
         """The method's options by name."""
@@ -143,15 +156,3 @@ def _schema_section(section: type[MethodSection], name: str) -> type[MethodSecti
     method: Any = (Literal[name], Field(default, description=field.description))
     base = with_options(section, (METHODS[name],))
     return create_model(f"{section.__name__}_{name}", __base__=base, method=method)
-
-
-def method_problems(cls: type[MethodSection], section: Mapping[str, Any]) -> Iterator[Problem]:
-    method = section.get("method", cls.default_method)
-    own = cls.method_of(section)
-    if own is not None:
-        for option, reason in own.option_problems(section):
-            yield (option,), f"{reason} {got(section[option])}; remove it"
-    elif isinstance(method, str):
-        names = list(cls.methods())
-        suggestion = did_you_mean(method, names)
-        yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"

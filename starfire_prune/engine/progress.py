@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from typing import Any, cast
@@ -66,6 +67,10 @@ class Progress:
         self.pruning, self.updates_per_epoch = pruning, updates_per_epoch
         self.state = PrunerState(pruning.model_dump(mode="json"), updates_per_epoch)
         self._is_detached = self._has_warned = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
+        memo[id(self)] = twin = copy.copy(self)  # the settings and the state can't change
+        return twin
 
     # --- counting --------------------------------------------------------------------------------
 

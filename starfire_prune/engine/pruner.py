@@ -22,21 +22,24 @@ from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
 from starfire_prune.engine.obstacles import log_left_out
+from starfire_prune.engine.parts import names_within
 from starfire_prune.engine.plain_keys import add_plain_keys, remove_plain_keys
 from starfire_prune.engine.progress import Progress
+from starfire_prune.engine.scheduled import Scheduled
 from starfire_prune.engine.selection import PrunedLayer, select_layers
 from starfire_prune.engine.settings import Pruning, parse_pruning
 from starfire_prune.engine.sparsity import Sparsity, measure_sparsity
-from starfire_prune.engine.state import Phase, PrunerState
+from starfire_prune.engine.state import PrunerState
 from starfire_prune.engine.zero_inputs import prunes_dead_inputs, zero_inputs_of
 from starfire_prune.methods.base import find_hook, make_permanent
 from starfire_prune.utils.errors import PruningError
+from starfire_prune.utils.marks import mark_layers, unmark
 from starfire_prune.utils.modules import layer_weight, unwrap, weight_key
 
 __all__ = ["Pruner"]
 
 
-class Pruner:
+class Pruner(Scheduled):
     """Prunes a model while it trains: Algorithm 2 of the paper, with fixed masks after the era.
 
     - `dense`, before the era: the model has no hooks after the first update, and `step()` only
@@ -117,32 +120,13 @@ class Pruner:
         self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
         self._calls = None if selection.calls_are_known else CallWatch(self._modules())
-
-    @property
-    def updates_per_epoch(self) -> int | None:
-        """Optimizer steps of an epoch; None if unknown."""
-        return self._progress.updates_per_epoch
+        self._mark_layers()
 
     def __repr__(self) -> str:
         return (
             f"Pruner({self.pruning.method}, {len(self.layers)} layers, phase={self.phase!r}, "
             f"target_sparsity={self.target_sparsity:.4f})"
         )
-
-    @property
-    def phase(self) -> Phase:
-        """`"dense"`, `"era"` or `"fixed"`."""
-        return self._progress.state.phase
-
-    @property
-    def epoch(self) -> int:
-        """The current epoch, 0-based."""
-        return self._progress.state.epoch
-
-    @property
-    def target_sparsity(self) -> float:
-        """The sparsity wanted at this update, in [0, 1]; overrides and `fc` have their own."""
-        return self._progress.target_sparsity
 
     def step(self, updated: bool = True) -> None:
         """Call after each `optimizer.step()`, before the next forward pass.
@@ -183,24 +167,12 @@ class Pruner:
             self._freeze()
         self._progress.set(epoch=epoch + 1, epoch_updates=0)
 
-    def skip_dense(self, epochs: int, updates: int | None = None) -> None:
-        """Start after `epochs` dense epochs, for example when continuing from dense weights.
-
-        Args:
-            epochs: Number of epochs to skip.
-            updates: Number of their updates; default: `epochs * updates_per_epoch`.
-
-        Raises:
-            ValueError: If the era begins before them.
-            RuntimeError: If an epoch has begun already.
-        """
-        self._progress.skip_dense(epochs, updates)
-
     def masks(self) -> dict[str, Tensor]:
         """The present bool masks by parameter name (`layer1.0.conv1.weight`), True = kept.
 
         Empty in the dense phase. The tensors are the live ones: clone them to keep them.
         """
+        self._progress.check_attached()
         if self._fixed is not None:
             return {weight_key(name): mask for name, mask in self._fixed.masks.items()}
         if self.phase == "dense":
@@ -211,13 +183,25 @@ class Pruner:
         """The zeros of each layer, over the pruned layers and over the whole network.
 
         Args:
-            model: A mirrored model that is measured instead of the pruned one.
+            model: A mirrored model that is measured instead of the pruned one, or a part of either
+                that holds all pruned layers.
         """
+        model = self._model if model is None else model
+        names, zeros = self.names_in(model), self._progress.state.dead_input_zeros
         return measure_sparsity(
-            self._model if model is None else model,
-            selected=self.layers,
-            dead_input_zeros=self._progress.state.dead_input_zeros,
+            model,
+            selected=names.values(),
+            dead_input_zeros={names[name]: count for name, count in zeros.items()},
         )
+
+    def names_in(self, model: nn.Module) -> dict[str, str]:
+        """The names of the pruned layers within a mirror or a part of the model, by their names.
+
+        Raises:
+            ValueError: If the model lacks a pruned layer, or has another shape there.
+        """
+        shapes = {name: layer.shape for name, layer in self._items()}
+        return names_within(model, [self._modules(), *self._mirrors], shapes)
 
     def kept_columns(self) -> dict[str, str]:
         """Why a layer under `dead_inputs` has no column that always reads zero, by its name.
@@ -245,6 +229,7 @@ class Pruner:
                 a mirror), or not in what the layer computes, or if a hook of the era is missing.
             RanksError: If the masks of ranks differ.
         """
+        self._progress.check_attached()
         if self.phase == "era":
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
@@ -269,11 +254,26 @@ class Pruner:
             ValueError: If it lacks a pruned layer or has another shape there, and if it is the
                 pruned model itself or mirrored already.
         """
+        self._progress.check_attached()
         known = [module for own in [self._modules(), *self._mirrors] for module in own.values()]
         mirror = mirror_of(model, self.layers, known)
         self._mirrors.append(mirror)
         self._sync_mirrors([mirror])
+        self._mark_layers()
         return model
+
+    def remove(self) -> None:
+        """Make permanent what is reached, in any phase, and detach from the model and its mirrors.
+
+        Afterwards they are plain models, as after `torch.nn.utils.prune.remove`: pruned weights are
+        zero, but no longer kept so in training, and the model counts as finished. The pruner can't
+        be used any more. Call it before functions that replace weights, such as `fuse()`, if
+        training ended within the era.
+        """
+        self._remove_hooks()
+        self._progress.detach()
+        for modules in [self._modules(), *self._mirrors]:
+            unmark(modules.values())
 
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the model, as plain numbers, strings and bool tensors."""
@@ -288,6 +288,7 @@ class Pruner:
         Raises:
             ValueError: If the state is of other settings, another model or another version.
         """
+        self._progress.check_attached()
         shapes = {weight_key(name): layer.shape for name, layer in self._items()}
         loaded = PrunerState.from_dict(state)
         loaded.check_fits(self.pruning, self._progress.updates_per_epoch, shapes)
@@ -295,6 +296,7 @@ class Pruner:
         self._era.applied = dict(loaded.applied)
         self._progress.load(loaded)
         if self.phase == "dense":
+            self._mark_layers()
             return
         masks = {
             name: loaded.masks[weight_key(name)].to(layer_weight(layer.module).device)
@@ -308,6 +310,11 @@ class Pruner:
             frozen = {name: mask.bool().clone() for name, mask in masks.items()}
             self._fixed = FixedMasks(self._modules(), frozen, self._optimizer)
         self._sync_mirrors(self._mirrors)
+        self._mark_layers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._mark_layers()  # pickles of layers have no marks
 
     # --- phases -----------------------------------------------------------------------------------
 
@@ -334,6 +341,13 @@ class Pruner:
         self._make_permanent()
         self._progress.set(phase="fixed")
         self._fixed = FixedMasks(self._modules(), masks, self._optimizer)
+        self._mark_layers()
+
+    def _mark_layers(self) -> None:
+        """Mark the layers as pruned, by which saves and exports ask whether they are finished."""
+        masks = {} if self._fixed is None else self._fixed.masks
+        for modules in [self._modules(), *self._mirrors]:
+            mark_layers(modules.items(), self._progress, masks)
 
     def _remove_hooks(self) -> None:
         """Go back to plain modules without hooks and masks; pruned weights are left zero."""

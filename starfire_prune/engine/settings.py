@@ -27,7 +27,6 @@ from torch import nn
 
 from starfire_prune.engine.method_section import (
     MethodSection,
-    method_problems,
     with_any_options,
     with_options,
 )
@@ -189,11 +188,6 @@ class Fc(MethodSection):
     method: str = Field("fine", description="method for linear layers")
     amount: Amount | None = Field(None, description=f"{_AMOUNT}; default: pruning.amount")
 
-    @classmethod
-    def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
-        """A method that linear layers don't have, and options without effect."""
-        return method_problems(cls, section)
-
 
 class Override(MethodSection):
     """Other settings for some layers; of several overrides that match a layer the last one holds.
@@ -224,7 +218,7 @@ class Override(MethodSection):
         if [key for key, value in section.items() if value is not None] == ["layers"]:
             yield (), "changes nothing; give it a method, an amount or an option"
         if section.get("method") is not None:
-            yield from method_problems(cls, section)
+            yield from super().problems(section)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -280,7 +274,7 @@ class Pruning(MethodSection):
     @classmethod
     def problems(cls, section: dict[str, Any]) -> Iterator[Problem]:
         """A method that convolutions don't have, options without effect, and not one era."""
-        yield from method_problems(cls, section)
+        yield from super().problems(section)
         given = [key for key in ("era", "era_updates") if section.get(key) is not None]
         if not given:
             yield ("era",), f"is required ({_ERA}), or era_updates, which counts updates"

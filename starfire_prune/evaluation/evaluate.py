@@ -26,6 +26,7 @@ from starfire_prune.runs.weights import WeightsWithRecipe, data_settings
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.utils.errors import EvaluationError, PretrainedError
 from starfire_prune.utils.limits import explained_limits
+from starfire_prune.utils.tally import Tally
 from starfire_prune.utils.text import first_line
 
 __all__ = ["chosen_device", "evaluate_weights"]
@@ -93,8 +94,7 @@ def evaluate_weights(
         images=total,
         environment=environment(device),
         results=tuple(
-            Result(attack=attack, **tally.shares())
-            for attack, tally in zip(settings, tallies, strict=True)
+            _result(attack, tally) for attack, tally in zip(settings, tallies, strict=True)
         ),
     )
 
@@ -128,33 +128,6 @@ class _Measured:
     precision: Precision
 
 
-@dataclasses.dataclass
-class _Tally:
-    """Sums over images."""
-
-    top1: int = 0
-    top5: int = 0
-    loss: float = 0.0
-    images: int = 0
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        self.top1 += int(best[:, 0].sum())
-        self.top5 += int(best.sum())
-        self.loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        self.images += len(labels)
-
-    def shares(self) -> dict[str, Any]:
-        loss = self.loss / self.images
-        return {
-            "images": self.images,
-            "top1": self.top1 / self.images,
-            "top5": self.top5 / self.images,
-            "loss": loss if math.isfinite(loss) else None,
-        }
-
-
 @torch.no_grad()
 def _measure(
     measured: _Measured,
@@ -163,9 +136,9 @@ def _measure(
     count: int,
     device: torch.device,
     name: str,
-) -> list[_Tally]:
+) -> list[Tally]:
     """The tallies of clean images and of each attack, over the first `count` images."""
-    clean, *attacked = [_Tally() for _ in range(1 + len(attacks))]
+    clean, *attacked = [Tally() for _ in range(1 + len(attacks))]
     for images, labels in tqdm(loader, desc=name, disable=None, leave=False):
         rest = count - clean.images
         if rest <= 0:  # shards yield more
@@ -174,11 +147,22 @@ def _measure(
         images, labels = images[:rest].to(device), labels[:rest].to(device)
         with _autocast(measured.precision, device):
             logits = measured.model(images)
-        clean.add(logits, labels)
+        _add(clean, logits, labels)
         found = _adversarial(measured, images, labels, attacks, first)
         for tally, adversarial in zip(attacked, found, strict=True):
-            tally.add(measured.model(adversarial), labels)
+            _add(tally, measured.model(adversarial), labels)
     return [clean, *attacked]
+
+
+def _add(tally: Tally, logits: Tensor, labels: Tensor) -> None:
+    logits = logits.float()
+    tally.add(logits, labels, functional.cross_entropy(logits, labels, reduction="sum"))
+
+
+def _result(attack: Attack, tally: Tally) -> Result:
+    top1, top5, loss = tally.means()
+    finite = loss if math.isfinite(loss) else None
+    return Result(attack=attack, images=tally.images, top1=top1, top5=top5, loss=finite)
 
 
 def _adversarial(

@@ -18,7 +18,7 @@ from starfire_prune.runs.folder import RunError, exported_file, read_metrics
 from starfire_prune.utils.settings import RecipeError
 from starfire_prune.utils.text import first_line, format_columns, mean_of, number_text, spread_text
 
-__all__ = ["RunResult", "format_results", "read_result"]
+__all__ = ["RunResult", "compared_cells", "format_results", "read_result"]
 
 
 Metrics = Mapping[int, Mapping[str, Any]]
@@ -179,16 +179,19 @@ def _column_cells(
 ) -> list[str]:
     cells = []
     for column in columns:
-        values = [value for result in results if (value := result.value(column)) is not None]
         digits = 0 if column.metric == "best_epoch" and len(results) == 1 else 2
-        cells.append(spread_text(values, len(results), digits))
-        if column.name in compared:
-            cells += _paper_cells(values, results[0].run.paper.get(column.name), digits)
+        of_column = compared_cells(results, column, digits)
+        cells += of_column if column.name in compared else of_column[:1]
     return cells
 
 
-def _paper_cells(values: Sequence[float], paper: float | None, digits: int) -> list[str]:
-    """The paper's number, and how far the mean is above it."""
-    mean = mean_of(values)
+def compared_cells(results: Sequence[RunResult], column: Column, digits: int) -> list[str]:
+    """The mean over the results of a run's seeds, the paper's number, and their difference."""
+    values = [result.value(column) for result in results]
+    mean, paper = mean_of(values), results[0].run.paper.get(column.name)
     above = None if mean is None or paper is None else mean - paper
-    return [number_text(paper, digits), number_text(above, digits, sign=True)]
+    return [
+        spread_text(values, len(results), digits),
+        number_text(paper, digits),
+        number_text(above, digits, sign=True),
+    ]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from starfire_prune.utils.text import ABSENT
 
-__all__ = ["Grid", "Picture", "Report", "Section", "csv_text", "markdown_text"]
+__all__ = ["Grid", "Images", "Picture", "Report", "Section", "csv_text", "markdown_text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,21 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Images:
+    """A picture as PNG files, for a light and for a dark page.
+
+    Attributes:
+        light, dark: The files' bytes.
+        width, height: Size of both, in pixels.
+    """
+
+    light: bytes
+    dark: bytes
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture with its title, caption and description.
 
@@ -41,18 +56,14 @@ class Picture:
         title: Title, in a few words.
         caption: What the picture shows, and of which runs.
         alt: Description for readers who don't see the picture.
-        light, dark: PNG files' bytes, for a light and for a dark page.
-        width, height: Size of both, in pixels.
+        images: The picture itself.
     """
 
     name: str
     title: str
     caption: str
     alt: str
-    light: bytes
-    dark: bytes
-    width: int
-    height: int
+    images: Images
 
 
 @dataclasses.dataclass(frozen=True)

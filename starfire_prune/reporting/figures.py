@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from starfire_prune.engine.sparsity import LayerSparsity
 from starfire_prune.reporting.curves import Curve, mean_curve
-from starfire_prune.reporting.style import WIDTH_INCHES, Images, Line, Theme, rendered
+from starfire_prune.reporting.document import Images
+from starfire_prune.reporting.style import WIDTH_INCHES, Line, Theme, rendered
 
 __all__ = ["Points", "Series", "bars", "curves", "points", "shortened"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from starfire_prune.experiments.results import RunResult, read_result
+from starfire_prune.experiments.results import RunResult, compared_cells, read_result
 from starfire_prune.experiments.run_numbers import LAST_EPOCHS, RunNumbers
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
@@ -197,7 +196,14 @@ def paper_grid(comparison: Comparison) -> Grid | None:
     for column in columns:
         header += [_column_name(column), "paper", "difference"]
     rows = [
-        (name, *(cell for column in columns for cell in _compared_cells(results, column)))
+        (
+            name,
+            *(
+                cell
+                for column in columns
+                for cell in compared_cells(results, column, _digits(column))
+            ),
+        )
         for name, results in by_name.items()
     ]
     caption = f"{comparison.table.title}: measured, the paper's number, and the difference."
@@ -284,16 +290,3 @@ def _paper_cells(
         paper = found[0].run.paper[column.name] if found else None
         cells += [number_text(measured, _digits(column)), number_text(paper, _digits(column))]
     return cells
-
-
-def _compared_cells(results: Sequence[RunResult], column: Column) -> list[str]:
-    """The measured number, the paper's, and the difference."""
-    digits = _digits(column)
-    values = [value for result in results if (value := result.value(column)) is not None]
-    paper = results[0].run.paper.get(column.name)
-    above = statistics.mean(values) - paper if values and paper is not None else None
-    return [
-        spread_text(values, len(results), digits),
-        number_text(paper, digits),
-        number_text(above, digits, sign=True),
-    ]

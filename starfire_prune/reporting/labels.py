@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.reporting.document import Picture
 from starfire_prune.reporting.runs import Variant, folder_of_data
-from starfire_prune.reporting.style import Images
 
-__all__ = ["data_text", "enumerated", "file_name", "numbered", "settings_text", "titled_picture"]
+__all__ = ["data_text", "enumerated", "file_name", "numbered", "settings_text"]
 
 
 def settings_text(variants: Iterable[Variant]) -> str:
@@ -44,12 +43,6 @@ def enumerated(items: Iterable[object]) -> str:
     """
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def titled_picture(name: str, title: str, caption: str, alt: str, images: Images) -> Picture:
-    """A picture with its title, caption and description; see `Picture`."""
-    fields = (images.light, images.dark, images.width, images.height)
-    return Picture(name, title, caption, alt, *fields)
 
 
 def numbered(pictures: Sequence[Picture]) -> Iterator[Picture]:

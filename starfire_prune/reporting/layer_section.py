@@ -8,9 +8,10 @@ from starfire_prune.engine.sparsity import LayerSparsity, Sparsity
 from starfire_prune.reporting.document import Picture, Section
 from starfire_prune.reporting.figures import bars
 from starfire_prune.reporting.grids import era_text
-from starfire_prune.reporting.labels import file_name, numbered, settings_text, titled_picture
+from starfire_prune.reporting.labels import file_name, numbered, settings_text
 from starfire_prune.reporting.mask_figures import masks_picture
-from starfire_prune.reporting.runs import ReportedRun, Variant
+from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant
+from starfire_prune.utils.text import first_few
 
 __all__ = ["chosen_layer", "layers_section"]
 
@@ -24,13 +25,16 @@ def layers_section(variants: Sequence[Variant], layer: str | None = None) -> Sec
 
     Returns:
         The section; None if no variant is left.
+
+    Raises:
+        ReportError: If a run that would be shown does not prune the convolution `layer`.
     """
     pictures: list[Picture] = []
     for variant in variants:
         run = next((run for run in variant.runs if run.sparsity is not None), None)
         if not variant.is_dense and run is not None and run.sparsity is not None:
-            pictures.append(_layers(variant, run, run.sparsity))
-            pictures.append(_masks(variant, run, run.sparsity, layer))
+            masks = _masks(variant, run, run.sparsity, chosen_layer(run, layer))
+            pictures += [_layers(variant, run, run.sparsity), masks]
     if not pictures:
         return None
     text = (
@@ -41,18 +45,22 @@ def layers_section(variants: Sequence[Variant], layer: str | None = None) -> Sec
     return Section("Layers and masks", text, pictures=tuple(numbered(pictures)))
 
 
-def chosen_layer(sparsity: Sparsity, name: str | None = None) -> LayerSparsity | None:
+def chosen_layer(run: ReportedRun, name: str | None = None) -> LayerSparsity | None:
     """The convolution whose masks are shown: by default the middle pruned one larger than 1×1.
 
     Raises:
-        KeyError: If no pruned convolution has this name.
+        ReportError: If no convolution that the run prunes has this name.
     """
-    convs = [layer for layer in sparsity.layers if layer.selected and layer.kind == "conv"]
+    layers = run.sparsity.layers if run.sparsity is not None else ()
+    convs = [layer for layer in layers if layer.selected and layer.kind == "conv"]
+    by_name = {layer.name: layer for layer in convs}
+    if name in by_name:
+        return by_name[name]
     if name is not None:
-        for layer in convs:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        raise ReportError(
+            f"--layer (={name}) is not a convolution that {run.folder} prunes; it prunes "
+            f"{first_few([*by_name], 8)}"
+        )
     larger = [layer for layer in convs if any(side > 1 for side in layer.shape[2:])] or convs
     return larger[len(larger) // 2] if larger else None
 
@@ -67,7 +75,7 @@ def _layers(variant: Variant, run: ReportedRun, sparsity: Sparsity) -> Picture:
     )
     dense = len(sparsity.layers) - len(layers)
     rest = f"; {dense} more are not pruned" if dense else ""
-    return titled_picture(
+    return Picture(
         f"layers-{file_name(variant.name)}",
         f"{variant.name}: sparsity of the layers",
         f"As in the paper's Figure 5: {text}{rest}. Settings: {_run_text(run)}.",
@@ -76,8 +84,9 @@ def _layers(variant: Variant, run: ReportedRun, sparsity: Sparsity) -> Picture:
     )
 
 
-def _masks(variant: Variant, run: ReportedRun, sparsity: Sparsity, name: str | None) -> Picture:
-    conv = chosen_layer(sparsity, name)
+def _masks(
+    variant: Variant, run: ReportedRun, sparsity: Sparsity, conv: LayerSparsity | None
+) -> Picture:
     linears = [layer for layer in sparsity.layers if layer.selected and layer.kind == "linear"]
     linear = linears[-1] if linears else None
     parts = []
@@ -89,7 +98,7 @@ def _masks(variant: Variant, run: ReportedRun, sparsity: Sparsity, name: str | N
     if linear is not None:
         parts.append(f"{linear.name} has {linear.sparsity:.1%} zeros")
     text = "; ".join(parts)
-    return titled_picture(
+    return Picture(
         f"masks-{file_name(variant.name)}",
         f"{variant.name}: masks",
         f"As in the paper's Figure 2; blue weights are kept. On the right each pixel is a kernel: "

@@ -10,7 +10,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from starfire_prune.reporting.style import Images, Theme, rendered
+from starfire_prune.reporting.document import Images
+from starfire_prune.reporting.style import Theme, rendered
 from starfire_prune.training.plots import tiled_kernels
 
 __all__ = ["LINEAR_COLUMNS", "LINEAR_ROWS", "TILES", "kernel_matrix", "masks_picture"]

@@ -21,8 +21,8 @@ from starfire_prune.reporting.grids import (
 )
 from starfire_prune.reporting.html import html_text
 from starfire_prune.reporting.labels import data_text, settings_text
-from starfire_prune.reporting.layer_section import chosen_layer, layers_section
-from starfire_prune.reporting.runs import ReportedRun, ReportError, Variant, variants_of
+from starfire_prune.reporting.layer_section import layers_section
+from starfire_prune.reporting.runs import ReportedRun, Variant, variants_of
 from starfire_prune.reporting.sections import accuracy_section, robustness_section, sparsity_section
 from starfire_prune.reporting.style import lines_of
 from starfire_prune.utils.files import replaced_folder, write_text
@@ -51,7 +51,6 @@ def build_report(
     """
     comparison = None if table is None else compared(table, runs)
     variants = _ordered(variants_of(runs), comparison)
-    _check_layer(variants, layer)
     lines = dict(
         zip(
             (variant.name for variant in variants),
@@ -60,13 +59,14 @@ def build_report(
         )
     )
     grid = runs_grid(variants, comparison)
+    layers = layers_section(variants, layer)  # first, as it checks the layer's name
     sections = [
         Section("Results", grids=(variants_grid(variants, lines),)),
         _paper_section(comparison),
         accuracy_section(variants, lines),
         sparsity_section(variants, lines),
         robustness_section(variants, lines),
-        layers_section(variants, layer),
+        layers,
         Section("Each run", grids=(grid,), collapsed=True),
     ]
     return Report(
@@ -91,7 +91,7 @@ def write_report(report: Report, folder: Path) -> Path:
     """
     with replaced_folder(folder / PICTURES) as pictures:
         for picture in report.pictures:
-            (pictures / f"{picture.name}.png").write_bytes(picture.light)
+            (pictures / f"{picture.name}.png").write_bytes(picture.images.light)
     write_text(folder / "report.csv", csv_text(report.runs))
     write_text(folder / "report.md", markdown_text(report, PICTURES))
     page = folder / "report.html"
@@ -108,26 +108,6 @@ def _ordered(variants: Iterable[Variant], comparison: Comparison | None) -> list
         return min(indices), not variant.is_dense
 
     return sorted(variants, key=place)
-
-
-def _check_layer(variants: Sequence[Variant], layer: str | None) -> None:
-    """Raise ReportError if a run whose masks are shown does not prune the layer asked for."""
-    for variant in variants:
-        for run in variant.runs:
-            if layer is None or run.sparsity is None or variant.is_dense:
-                continue
-            try:
-                chosen_layer(run.sparsity, layer)
-            except KeyError as error:
-                convs = [
-                    layer.name
-                    for layer in run.sparsity.layers
-                    if layer.selected and layer.kind == "conv"
-                ]
-                raise ReportError(
-                    f"--layer (={layer}) is not a convolution that {run.folder} prunes; it prunes "
-                    f"{first_few(convs, 8)}"
-                ) from error
 
 
 def _paper_section(comparison: Comparison | None) -> Section | None:

@@ -141,6 +141,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
     Raises:
         ReportError: If there is no such folder, it isn't a run's, the run isn't finished, or a
             file is damaged or belongs to another run.
+        OSError: If a file can't be read.
 
     Example:
         >>> read_run(Path("runs/quickstart")).numbers.best_top1  # doctest: +SKIP
@@ -149,12 +150,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
     recipe = _recipe(folder)
     try:
         metrics = read_metrics(folder)
-    except UnicodeDecodeError as error:
-        raise ReportError(
-            f"{folder / 'metrics.jsonl'} is damaged: it is not text: restore it"
-        ) from error
-    except (RunError, OSError) as error:
-        raise ReportError(_sentence(error)) from error
+    except RunError as error:
+        raise ReportError(str(error)) from error
     _check_metrics(folder, recipe, metrics)
     is_exported = exported_file(folder).is_file()
     if not (is_exported and len(metrics) == recipe.epochs):
@@ -228,8 +225,10 @@ def _recipe(folder: Path) -> Recipe:
         raise ReportError(f"{folder} is not a run's folder: it holds no {file.name}{hint}")
     try:
         return load_recipe(file, keep_unset=True)
-    except (RecipeError, OSError) as error:
-        raise ReportError(f"{_sentence(error)}; restore that file, or leave the run out") from error
+    except RecipeError as error:
+        first, *more = str(error).splitlines()
+        rest = f" (and {len(more)} more)" if more else ""
+        raise ReportError(f"{first}{rest}; restore that file, or leave the run out") from error
 
 
 def _check_metrics(folder: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -276,7 +275,7 @@ def _sparsity(folder: Path, recipe: Recipe, last: Mapping[str, Any]) -> Sparsity
         model = _model(recipe.model)
         fresh = load_weights(model, file)
     except (CheckpointError, PretrainedError) as error:
-        raise ReportError(f"{_sentence(error)}; restore it, or leave the run out") from error
+        raise ReportError(f"{error}; restore it, or leave the run out") from error
     except ModelError as error:
         raise ReportError(f"{folder}: {error}; leave the run out") from error
     if fresh:
@@ -311,7 +310,7 @@ def _evaluation(folder: Path) -> Evaluation | None:
     try:
         evaluation = read_evaluation(folder)
     except EvaluationError as error:
-        raise ReportError(_sentence(error)) from error
+        raise ReportError(str(error)) from error
     file = exported_file(folder)
     if evaluation is not None and evaluation.weights_sha256 != file_sha256(file):
         raise ReportError(
@@ -329,11 +328,3 @@ def _model(settings: Model) -> nn.Module:
 @functools.lru_cache(maxsize=1)
 def _cached_model(name: str, num_classes: int, options: str) -> nn.Module:
     return create_model(name, num_classes, **json.loads(options))
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of an error, and the number of further lines."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename} can't be read: {error.strerror}"
-    first, *more = str(error).splitlines() or [type(error).__name__]
-    return f"{first} (and {len(more)} more)" if more else first

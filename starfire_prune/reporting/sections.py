@@ -11,12 +11,12 @@ from starfire_prune.evaluation.attacks import Attack
 from starfire_prune.evaluation.spaces import epsilon_text, is_level
 from starfire_prune.reporting.attacks import SPACES, attack_curve, attacks_of, results_under
 from starfire_prune.reporting.curves import Curve, curve, mean_curve
-from starfire_prune.reporting.document import Picture, Section
+from starfire_prune.reporting.document import Images, Picture, Section
 from starfire_prune.reporting.figures import Points, Series, curves, points
 from starfire_prune.reporting.grids import mean_top1, robustness_grid
-from starfire_prune.reporting.labels import enumerated, numbered, settings_text, titled_picture
+from starfire_prune.reporting.labels import enumerated, numbered, settings_text
 from starfire_prune.reporting.runs import Variant
-from starfire_prune.reporting.style import MOST_CURVES, Images, Line
+from starfire_prune.reporting.style import MOST_CURVES, Line
 from starfire_prune.utils.text import mean_of, number_text
 
 __all__ = ["accuracy_section", "robustness_section", "sparsity_section"]
@@ -40,7 +40,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
         )
         axes = ("epoch", "top-1 on held-out images [%]")
         pictures.append(
-            titled_picture(
+            Picture(
                 f"accuracy{suffix}",
                 f"Top-1 accuracy over the epochs{part_name}",
                 f"As in the paper's Figures 4 and 6 to 10. {settings}{dotted}",
@@ -54,7 +54,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                 series, axes, x_from=float(last // 2), verticals=[d for d in drops if d > last // 2]
             )
             pictures.append(
-                titled_picture(
+                Picture(
                     f"accuracy-closer{suffix}",
                     f"The same from epoch {last // 2} on{part_name}",
                     f"The y axis shows the range of these epochs only. {settings}{dotted}",
@@ -64,7 +64,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
             )
         if any("top5" in row for variant in part for run in variant.runs for row in run.metrics):
             pictures.append(
-                titled_picture(
+                Picture(
                     f"top5{suffix}",
                     f"Top-5 accuracy over the epochs{part_name}",
                     f"As in the paper's Figure 10. {settings}",
@@ -79,7 +79,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
 def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
     """Sparsity over the epochs, and the sparsity asked for and reached."""
     pictures = [
-        titled_picture(
+        Picture(
             f"sparsity{suffix}",
             f"Sparsity over the epochs{part_name}",
             f"Share of zeros among all convolution and linear weights, as in the paper's Figures "
@@ -133,7 +133,7 @@ def _last_and_best(variants: Sequence[Variant], lines: Lines) -> Picture:
         )
         for variant in variants
     ]
-    return titled_picture(
+    return Picture(
         "last-and-best",
         "Last and best epoch",
         "A dot is the top-1 of a run after its last epoch, a ring that of its best epoch, which is "
@@ -159,7 +159,7 @@ def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
         f"{number_text(_reached(variant), 1)} %"
         for variant in pruned
     )
-    return titled_picture(
+    return Picture(
         "asked-and-reached",
         "Sparsity asked for and reached",
         "A stroke is the sparsity asked for, a dot the one that a run has reached over all "
@@ -243,7 +243,7 @@ def _attacked(variants: Sequence[Variant], lines: Lines, attack: Attack) -> Pict
             for result in results_under(run.evaluation, attack)
         }
     )
-    return titled_picture(
+    return Picture(
         f"robustness-{attack.name}",
         f"Top-1 under {attack.label}",
         f"ε is the most by which {SPACES[attack.space]} change{clean}. "

@@ -16,6 +16,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
+from starfire_prune.reporting.document import Images
+
 __all__ = [
     "DARK",
     "DENSE_LINE",
@@ -23,7 +25,6 @@ __all__ = [
     "LIGHT",
     "MOST_CURVES",
     "WIDTH_INCHES",
-    "Images",
     "Line",
     "Theme",
     "lines_of",
@@ -85,21 +86,6 @@ class Line:
 
 
 DENSE_LINE: Final = Line(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """A picture as PNG files, for a light and for a dark page.
-
-    Attributes:
-        light, dark: The files' bytes.
-        width, height: Size of both, in pixels.
-    """
-
-    light: bytes
-    dark: bytes
-    width: int
-    height: int
 
 
 def lines_of(methods: list[str]) -> list[Line]:

@@ -149,8 +149,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = metrics_file(folder)
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         return sorted(rows, key=lambda row: int(row["epoch"]))
     except (LookupError, TypeError, ValueError) as error:

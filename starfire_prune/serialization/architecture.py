@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from starfire_prune.serialization.state import describe_mismatch
 from starfire_prune.utils.errors import DamageError, ModelError
@@ -145,7 +147,7 @@ def _found_in(model: nn.Module) -> dict[str, Any] | None:
             sketch = _create_on_meta(claimed)
     except (DamageError, ModuleNotFoundError):
         return None
-    return claimed if _structure(sketch) == _structure(model) else None
+    return claimed if _same_structure(sketch, model) else None
 
 
 def _claimed_by(model: nn.Module) -> dict[str, Any] | None:
@@ -163,20 +165,42 @@ def _claimed_by(model: nn.Module) -> dict[str, Any] | None:
     return claimed if channels == 3 else {**claimed, "in_chans": channels}
 
 
-def _structure(model: nn.Module) -> list[tuple[object, ...]]:
-    """What defines a model apart from its tensors: its modules' types and plain attributes."""
-    return [
-        (name, type(module), module.extra_repr(), _settings(module))
-        for name, module in model.named_modules(remove_duplicate=False)
-    ]
+def _same_structure(sketch: nn.Module, model: nn.Module) -> bool:
+    """Whether models are equal apart from their tensors: in modules, settings and printed text.
+
+    What a forward pass caches makes no difference: tensors where a new model has nothing.
+    """
+    pairs = zip_longest(*(each.named_modules(remove_duplicate=False) for each in (sketch, model)))
+    for one, other in pairs:
+        if one is None or other is None or one[0] != other[0]:
+            return False
+        (_, new), (_, module) = one, other
+        if type(new) is not type(module) or new.extra_repr() != module.extra_repr():
+            return False
+        if _settings(new, module) != _settings(module, new):
+            return False
+    return True
 
 
-def _settings(module: nn.Module) -> dict[str, object]:
+def _settings(module: nn.Module, other: nn.Module) -> dict[str, object]:
+    """The plain attributes of a module, without those that are caches in it or in the other one."""
     return {
         key: value
         for key, value in vars(module).items()
-        if not key.startswith("_") and key not in _WITHOUT_EFFECT and _is_plain(value)
+        if not key.startswith("_")
+        and key not in _WITHOUT_EFFECT
+        and _is_plain(value)
+        and not _is_cache(value, getattr(other, key, None))
+        and not _is_cache(getattr(other, key, None), value)
     }
+
+
+def _is_cache(empty: object, filled: object) -> bool:
+    """Whether a value contains only tensors, and the other one nothing."""
+    if not isinstance(empty, dict | list | tuple | None) or empty:
+        return False
+    leaves = tree_leaves(filled)
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _problem(architecture: Mapping[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ __all__ = [
     "MODEL_KEY",
     "RECIPE_KEY",
     "check_version",
+    "is_finished_pruning",
     "metadata_text",
     "pruning_metadata",
     "recipe_metadata",
@@ -75,6 +76,8 @@ def pruning_metadata(
     masks: Mapping[str, Tensor],
     pruner: Pruner | None,
     average_decay: float | None,
+    *,
+    finished: bool = True,
 ) -> dict[str, Any]:
     """The metadata of the pruning: the settings of a run, and the zeros of each pruned weight.
 
@@ -84,20 +87,21 @@ def pruning_metadata(
         masks: Masks of all pruned weights by parameter name.
         pruner: The model's pruner, if any.
         average_decay: Decay of the moving average, if the model is one.
+        finished: Whether the pruning is finished.
     """
     sparsity = None if pruner is None else pruner.sparsity(model)
-    layers = {} if pruner is None else {weight_key(name): name for name in pruner.layers}
+    names = {} if pruner is None else pruner.names_in(model)
+    layers = {weight_key(within): (name, within) for name, within in names.items()}
 
     def weight(name: str) -> dict[str, Any]:
-        layer = pruner.layers[layers[name]] if pruner is not None and name in layers else None
+        own, within = layers.get(name, ("", ""))
+        layer = pruner.layers[own] if pruner is not None and name in layers else None
         return {
             "method": None if layer is None else layer.method_name,
             "amount": None if layer is None else layer.amount,
             "zeros": int((state[name] == 0).sum()),
             "total": state[name].numel(),
-            "free": 0
-            if layer is None or sparsity is None
-            else sparsity[layer.name].dead_input_zeros,
+            "free": 0 if layer is None or sparsity is None else sparsity[within].dead_input_zeros,
         }
 
     run: dict[str, Any] = {"method": None}
@@ -106,9 +110,16 @@ def pruning_metadata(
         era = "era" if pruning.era is not None else "era_updates"
         run = {"method": pruning.method, "amount": pruning.amount}
         run |= {era: list(getattr(pruning, era)), "phase": pruner.phase}
+    if not finished:
+        run["finished"] = False
     average = {} if average_decay is None else {"average_decay": average_decay}
     weights = {name: weight(name) for name in masks}
     return {"format_version": FORMAT_VERSION, **run, **average, "weights": weights}
+
+
+def is_finished_pruning(pruning: Mapping[str, Any]) -> bool:
+    """Whether the metadata of a pruning are those of a finished one, or of none by a pruner."""
+    return bool(pruning.get("finished", True))
 
 
 def recipe_metadata(recipe: Recipe | Mapping[str, Any] | None) -> dict[str, Any] | None:

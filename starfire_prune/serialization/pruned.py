@@ -54,6 +54,7 @@ from starfire_prune.serialization.state import (
 from starfire_prune.serialization.store import store_tensors
 from starfire_prune.utils.errors import CheckpointError, CodecError, DamageError
 from starfire_prune.utils.files import reason, replaced_file, writing
+from starfire_prune.utils.marks import check_finished, is_finished
 from starfire_prune.utils.modules import clean_name, unwrap
 
 if TYPE_CHECKING:
@@ -89,15 +90,15 @@ def save_pruned(
     recipe: Recipe | Mapping[str, Any] | None = None,
     architecture: Mapping[str, Any] | None = None,
     average_decay: float | None = None,
+    unfinished: bool = False,
 ) -> None:
     """Write a pruned model to a safetensors file with plain keys.
 
-    The write is atomic. The metadata give the method, amount and era, the zeros of each pruned
-    weight, the model and the recipe. Call it on every rank: the ranks' masks are compared, and
-    rank 0 writes.
+    The write is atomic. The metadata give method, amount and era, the zeros of each pruned weight,
+    the model and the recipe. Call it on every rank: masks are compared, and rank 0 writes.
 
     Args:
-        model: The model that the pruner prunes, or mirrors, in any phase; wrappers are removed.
+        model: The model that the pruner prunes, or mirrors, or a part with all its pruned layers.
         path: Path of the file.
         format: `"dense"`, with all zeros, which a new timm model loads strictly; `"compressed"`,
             with each tensor in the encoding that takes the fewest bytes, for this module's
@@ -111,9 +112,11 @@ def save_pruned(
             `timm.create_model`. By default they are the recipe's, or name and classes of a timm
             model that has not been changed or built with other arguments.
         average_decay: Decay of the moving average, if the model is one.
+        unfinished: Whether the pruning may be unfinished, which the metadata then say.
 
     Raises:
-        PruningError, RanksError: From `pruner.check()`; nothing is written then.
+        PruningError, RanksError: From `pruner.check()`, or if a pruner of the model, passed or not,
+            has not finished (`Pruner.check_finished`); nothing is written then.
         CheckpointError: If the disk is full, or a tensor's name, dtype or more than 16 dimensions
             can't be stored; an existing file at `path` is unchanged.
         ValueError: If `format` is unknown, `deflate` is used with a dense file, or `recipe` or
@@ -126,14 +129,15 @@ def save_pruned(
     path = Path(path)
     if pruner is not None:
         pruner.check()
+    check_finished(model, pruner, unfinished=unfinished)
     if not is_writer():
         return
-    masks = known_masks(model, pruner)
+    masks, finished = known_masks(model, pruner), is_finished(model, pruner)
     state = plain_state_dict(model, masks)
     if pruner is None:
         masks = {**masks_of_zeros(model, state), **masks}
     recipe_settings = recipe_metadata(recipe)
-    pruning = pruning_metadata(model, state, masks, pruner, average_decay)
+    pruning = pruning_metadata(model, state, masks, pruner, average_decay, finished=finished)
     metadata = {METADATA_KEY: metadata_text(pruning, "average_decay")}
     if recipe_settings:
         metadata[RECIPE_KEY] = metadata_text(recipe_settings, "recipe")

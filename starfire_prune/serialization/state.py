@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from starfire_prune.serialization.codec import bits_of
 from starfire_prune.utils.modules import (
     clean_name,
-    layer_weight,
     named_modules_with_duplicates,
     prunable_layers,
     unwrap,
@@ -57,16 +56,15 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
     """The masks of a model's hooks and of its pruner, bool on the CPU, by parameter name.
 
     Args:
-        model: The model that the pruner prunes, or mirrors.
+        model: The model that the pruner prunes, or mirrors, or a part of it with all its layers.
         pruner: The pruner; all its layers get masks, which are all True in the dense phase.
     """
     masks = _hooked_masks(unwrap(model))
     if pruner is not None:
-        own, layers = pruner.masks(), prunable_layers(model)
-        for name in pruner.layers:
-            key = weight_key(name)
-            ones = torch.ones(layer_weight(layers[name]).shape, dtype=torch.bool)
-            masks[key] = own.get(key, ones).bool().cpu()
+        own = pruner.masks()
+        for name, within in pruner.names_in(model).items():
+            ones = torch.ones(pruner.layers[name].shape, dtype=torch.bool)
+            masks[weight_key(within)] = own.get(weight_key(name), ones).bool().cpu()
     return masks
 
 

@@ -42,21 +42,25 @@ def built_library() -> Path:
             can't be written or is not safe.
     """
     command = [*_compiler(), *_options()]
-    folder = _cache()
-    path = folder / f"{_key(command)}.so"
+    name = f"{_key(command)}.so"
     try:
+        folder = _cache()
         for parent in (*reversed(folder.parents), folder):
             parent.mkdir(mode=0o700, exist_ok=True)
         _check_cache(folder)
-        if not path.exists():
+        if not (folder / name).exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                _build(command, Path(temporary)).replace(path)  # atomic: others may build it too
-    except OSError as error:
+                # atomic: others may build it too
+                _build(command, Path(temporary)).replace(folder / name)
+    except BuildError:
+        raise
+    except (OSError, RuntimeError) as error:  # of a user without a home
         raise BuildError(
-            f"the native kernels can't be built in {folder}: {error}; "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
+            f"the native kernels can't be cached, {CACHE_VARIABLE} "
+            f"(={os.environ.get(CACHE_VARIABLE, '')!r}): {error}; set {CACHE_VARIABLE} to a folder "
+            f"that can be written"
         ) from error
-    return path
+    return folder / name
 
 
 def _words(variable: str) -> list[str]:
@@ -98,29 +102,23 @@ def _key(command: Sequence[str]) -> str:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run the compiler, whatever its exit status."""
-    options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        return subprocess.run(command, check=False, errors="replace", **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(
+            command, check=False, text=True, errors="replace", stdin=null, stdout=pipe, stderr=pipe
+        )
     except OSError as error:
-        raise BuildError(
-            f"{command[0]} can't be run: {error}; set CXX to another C++ compiler"
-        ) from error
+        text = f"{command[0]} can't be run: {error}; set CXX to another C++ compiler"
+        raise BuildError(text) from error
 
 
 def _cache() -> Path:
     """The absolute path of the folder for built libraries."""
-    value = os.environ.get(CACHE_VARIABLE, "")
-    try:
-        if value:
-            return Path(value).expanduser().absolute()
-        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored if relative, by its standard
-        home = shared if shared.is_absolute() else Path.home() / ".cache"
-        return (home / "starfire_prune").absolute()
-    except (OSError, RuntimeError) as error:
-        raise BuildError(
-            f"{CACHE_VARIABLE} (={value!r}) does not lead to a folder: {error}; "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
-        ) from error
+    if value := os.environ.get(CACHE_VARIABLE):
+        return Path(value).expanduser().absolute()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored if relative, by its standard
+    home = shared if shared.is_absolute() else Path.home() / ".cache"
+    return (home / "starfire_prune").absolute()
 
 
 def _check_cache(folder: Path) -> None:
@@ -136,19 +134,14 @@ def _check_cache(folder: Path) -> None:
 
 def _build(command: Sequence[str], folder: Path) -> Path:
     """Compile the sources in parallel and link them; returns the library."""
-    objects = {source: folder / f"{source.stem}.o" for source in SOURCES.glob("*.cpp")}
+    sources, library = [*SOURCES.glob("*.cpp")], folder / "library.so"
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor() as threads:
+        arguments = [["-c", str(source)] for source in sources]
+        list(threads.map(_compile, [command] * len(sources), arguments, objects))
     # torch's own OpenMP, if it brings one: with another there would be two sets of threads
     openmp = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*"))
-    libraries = ["-lc10", "-ltorch_cpu", *map(str, openmp)]
-    library = folder / "library.so"
-    with ThreadPoolExecutor() as threads:
-        compiling = [
-            threads.submit(_compile, command, ["-c", str(source)], output)
-            for source, output in objects.items()
-        ]
-    for each in compiling:
-        each.result()
-    _compile(command, [*map(str, objects.values()), *libraries], library)
+    _compile(command, [*map(str, objects), "-lc10", "-ltorch_cpu", *map(str, openmp)], library)
     library.chmod(0o755)  # whatever the umask
     return library
 

@@ -16,6 +16,7 @@ from starfire_prune.methods.base import make_permanent
 from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.ops import CONVOLUTIONS, CREATING, LINEAR
 from starfire_prune.structure.rules import is_pure
+from starfire_prune.utils.marks import unmark
 from starfire_prune.utils.modules import unwrap
 
 __all__ = [
@@ -117,6 +118,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:  # a stale, masked weight
                 memo[id(value)] = value.detach().clone()
     twin = copy.deepcopy(model, memo)
+    unmark(twin.modules(), only_finished=True)  # its weights may be changed
     for module in twin.modules():
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):

@@ -22,6 +22,7 @@ from starfire_prune.runs.folder import read_metrics
 from starfire_prune.training.learning_rate import learning_rate_factor
 from starfire_prune.training.setup import Batch, Run
 from starfire_prune.utils.modules import unwrap
+from starfire_prune.utils.tally import Tally
 
 __all__ = ["evaluate", "run_epoch"]
 
@@ -169,23 +170,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader."""
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
+    tally = Tally()
     for images, labels in loader:
         with accelerator.autocast():
             logits = model(images).float()
         logits, labels = accelerator.gather_for_metrics((logits, labels))
         counted = labels != PADDING_LABEL
         logits, labels = logits[counted], labels[counted]
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        total_loss = loss(logits, labels) * len(labels) if len(labels) else 0.0
-        batch = [best[:, 0].sum(), best.sum(), total_loss, len(labels)]
-        sums += torch.tensor([float(value) for value in batch], dtype=torch.float64)
-    top1, top5, total_loss, images_seen = sums.tolist()
-    return {
-        "top1": top1 / images_seen,
-        "top5": top5 / images_seen,
-        "val_loss": total_loss / images_seen,
-    }
+        tally.add(logits, labels, loss(logits, labels) * len(labels) if len(labels) else 0.0)
+    return dict(zip(("top1", "top5", "val_loss"), tally.means(), strict=True))
 
 
 def _evaluate_average(run: Run) -> dict[str, float]:

@@ -162,7 +162,7 @@ def test_a_browser_shows_every_picture_and_nothing_is_wider_than_a_phone(scheme,
 def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     from starfire_prune.reporting import figures as pictures
     from starfire_prune.reporting import mask_figures as mask_pictures
-    from starfire_prune.reporting.style import Images
+    from starfire_prune.reporting.document import Images
 
     for module in (pictures, mask_pictures):
         monkeypatch.setattr(module, "rendered", lambda *_: Images(b"light", b"dark", 960, 720))

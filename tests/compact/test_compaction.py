@@ -1,6 +1,7 @@
 """Compaction: smaller tensors, the same outputs, and a report of both."""
 
 import functools
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -387,6 +388,62 @@ def test_weights_that_the_forward_pass_standardises_are_refused():
             half_dead(module)
     with pytest.raises(RuntimeError, match="use fold_constants"):
         compact(model, images(size=64))
+
+
+class Attention(nn.Module):
+    """Attention over pixels for some channels, which Torch-Pruning can't follow, and two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 8, 1)
+        self.qkv = nn.Conv2d(4, 12, 1)
+        self.project = nn.Conv2d(8, 8, 1)
+        self.inner = nn.Conv2d(8, 16, 1)
+        self.after = nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.before(x)
+        attended, other = features.split(4, 1)
+        q, k, v = self.qkv(attended).flatten(2).split(4, 1)
+        weights = (q.transpose(1, 2) @ k).softmax(-1)
+        mixed = (v @ weights.transpose(1, 2)).reshape(attended.shape)
+        features = features + self.project(torch.cat([mixed, other], 1).relu())
+        output: Tensor = features + self.after(self.inner(features).relu())
+        return output
+
+
+def test_what_torch_pruning_can_not_follow_is_kept_and_the_rest_is_cut():
+    model = Attention().eval()
+    for module in (model.before, model.qkv, model.project, model.inner):
+        half_dead(module)
+    smaller, report = compact(model, images(size=4))
+    assert {layer.name: layer.outputs for layer in report.layers} == {
+        "before": (8, 8),
+        "qkv": (12, 12),
+        "project": (8, 8),
+        "inner": (16, 14),
+        "after": (8, 8),
+    }
+    assert_same_outputs(model, smaller)
+
+
+def test_any_error_while_following_channels_keeps_them(monkeypatch):
+    def fail(graph: object, node: object) -> None:
+        raise ZeroDivisionError
+
+    pruning: Any = importlib.import_module("torch_pruning.dependency.index_mapping")
+    monkeypatch.setattr(pruning, "update_reshape_index_mapping", fail)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 64, 10)
+    ).eval()
+    for index in (0, 2):
+        half_dead(model[index])
+    smaller, report = compact(model, images(size=8))
+    assert [layer.outputs for layer in report.layers] == [(8, 6), (8, 8), (10, 10)]
+    assert report["2"].dead_kept == 2
+    assert report["2"].reason == "its channels are coupled with _Reshape_0"
+    assert_same_outputs(model, smaller)
+    assert pruning.update_reshape_index_mapping is fail
 
 
 def test_any_error_of_the_surgery_names_the_way_out(monkeypatch):

@@ -107,7 +107,8 @@ def test_an_exported_file_holds_the_weights_that_the_model_computes_with(
     settings, n_updates, tmp_path: Path
 ):
     run = Run(**settings).train_until(n_updates)
-    save_pruned(run.model, tmp_path / "model.safetensors", pruner=run.pruner)
+    path, unfinished = tmp_path / "model.safetensors", not run.pruner.finished
+    save_pruned(run.model, path, pruner=run.pruner, unfinished=unfinished)
     fresh = SmallNet(seed=1)
     fresh.load_state_dict(load_pruned(tmp_path / "model.safetensors"))
     images = torch.rand(2, 3, 8, 8)

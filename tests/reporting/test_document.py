@@ -11,6 +11,7 @@ from markupsafe import escape
 
 from starfire_prune.reporting.document import (
     Grid,
+    Images,
     Picture,
     Report,
     Section,
@@ -27,7 +28,7 @@ GRID = Grid(
     (("ck", "75.00"), (EVIL, "-")),
     swatches=(("#0072b2", ()), (None, (5, 2))),
 )
-PICTURE = Picture("masks", EVIL, EVIL, EVIL, b"light", b"dark", 960, 720)
+PICTURE = Picture("masks", EVIL, EVIL, EVIL, Images(b"light", b"dark", 960, 720))
 REPORT = Report(
     EVIL,
     (EVIL, "Two runs."),

@@ -11,12 +11,11 @@ from starfire_prune.experiments.tables import load_table
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.reporting import figures as pictures
 from starfire_prune.reporting import mask_figures as mask_pictures
-from starfire_prune.reporting.document import Report
+from starfire_prune.reporting.document import Images, Report
 from starfire_prune.reporting.labels import file_name, numbered
 from starfire_prune.reporting.layer_section import chosen_layer
 from starfire_prune.reporting.report import PICTURES, build_report, write_report
 from starfire_prune.reporting.runs import ReportedRun, ReportError, read_run
-from starfire_prune.reporting.style import Images
 from tests.support.reported import TOP1, leave_dense, leave_evaluation, leave_run
 
 Left = Callable[..., ReportedRun]
@@ -219,8 +218,7 @@ def test_a_layer_that_is_not_pruned_raises(left):
 
 def test_a_model_with_only_pointwise_convolutions_shows_one_of_them(left):
     run = left("ck", "pruning.include=[layer2.0.downsample.0]")
-    assert run.sparsity is not None
-    layer = chosen_layer(run.sparsity)
+    layer = chosen_layer(run)
     assert layer is not None
     assert layer.name == "layer2.0.downsample.0"
 

@@ -346,7 +346,9 @@ def test_a_model_whose_pruning_does_not_hold_is_not_saved(tmp_path):
         training.model.body.weight.fill_(1.0)
     for write in (
         lambda: training.save(tmp_path, 2),
-        lambda: save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner),
+        lambda: save_pruned(
+            training.model, tmp_path / "model.safetensors", pruner=training.pruner, unfinished=True
+        ),
     ):
         with pytest.raises(RuntimeError, match=r"layer body: \d+ pruned weights are not zero"):
             write()
@@ -453,7 +455,9 @@ def test_of_several_ranks_the_first_writes(rank, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_rank", lambda: rank)
     training.save(tmp_path, 1)
-    save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner)
+    save_pruned(
+        training.model, tmp_path / "model.safetensors", pruner=training.pruner, unfinished=True
+    )
     assert len(os.listdir(tmp_path)) == (2 if rank == 0 else 0)
 
 
@@ -466,5 +470,7 @@ def test_every_rank_takes_part_in_the_comparison_of_masks(write, tmp_path, monke
     if write == "checkpoint":
         training.save(tmp_path)
     else:
-        save_pruned(training.model, tmp_path / "model.safetensors", pruner=training.pruner)
+        save_pruned(
+            training.model, tmp_path / "model.safetensors", pruner=training.pruner, unfinished=True
+        )
     assert checked == [True]

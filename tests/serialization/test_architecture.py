@@ -67,6 +67,23 @@ def test_a_model_that_its_name_does_not_build_is_not_named(kind, tmp_path):
         load_pruned_model(path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientvit_m0",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("levit_128s", "efficientformer_l1")),
+    ],
+)
+def test_a_model_that_has_cached_tensors_is_named(name, tmp_path):
+    import timm
+
+    model: Any = timm.create_model(name, num_classes=5).eval()
+    with torch.no_grad():
+        expected = model(torch.ones(1, 3, 224, 224))
+        loaded = load_pruned_model(saved(tmp_path, "dense", model)).eval()
+        torch.testing.assert_close(loaded(torch.ones(1, 3, 224, 224)), expected)
+
+
 def test_finding_a_models_name_draws_no_random_numbers(tmp_path):
     import timm
 

@@ -61,7 +61,10 @@ def saved(folder: Path, form: str, model: nn.Module | None = None, **options: An
     """The file of a model, by default of a pruned one."""
     if model is None:
         model, options["pruner"] = pruned()
-    save_pruned(model, folder / "model.safetensors", **FORMS[form], **options)
+    pruner = options.get("pruner")
+    unfinished = pruner is not None and not pruner.finished
+    path = folder / "model.safetensors"
+    save_pruned(model, path, **FORMS[form], unfinished=unfinished, **options)
     return folder / "model.safetensors"
 
 

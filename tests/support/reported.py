@@ -74,6 +74,7 @@ def _exported(recipe: Recipe, folder: Path) -> Sparsity:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = Pruner(model, recipe.pruning, updates_per_epoch=1, optimizer=optimizer)
     for epoch in range(recipe.epochs):
+        torch.autograd.backward([weight.sum() for weight in model.parameters()])
         pruner.step()
         pruner.end_epoch(epoch)
     save_pruned(model, exported_file(folder), pruner=pruner)

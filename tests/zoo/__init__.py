@@ -1,0 +1,1 @@
+"""The package on every family of models, and on random networks."""

@@ -1,0 +1,59 @@
+"""Random networks: an error before the first update, or reported zeros that are true zeros."""
+
+import pytest
+from hypothesis import given, settings
+
+from tests.zoo.networks import BLOCKS, Case, cases
+from tests.zoo.training import check_case
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KNOWN = {
+    "caching": "reads a weight without calling its layer",
+    "frozen": "a frozen layer is pruned",
+    "mixed": "computes its weight",
+    "reading and calling": "reads a weight without calling its layer",
+    "reading": "reads a weight without calling its layer",
+    "sliced": "reads a weight without calling its layer",
+    "spectral norm": "the era raises an error",
+    "standardised": "computes its weight",
+}
+"""Blocks that are not refused before the first update, as they should be."""
+
+sound_blocks = sorted(set(BLOCKS) - set(KNOWN))
+every_block = [
+    pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], strict=True))
+    if name in KNOWN
+    else name
+    for name in BLOCKS
+]
+
+
+@pytest.mark.parametrize("block", every_block)
+def test_a_block_is_refused_at_once_or_its_reported_zeros_are_true(block):
+    pruning = {"method": "ck", "amount": 0.6, "era": [1, 2], "fc": {"method": "fine"}}
+    check_case(
+        Case(
+            blocks=(block, "spatial"),
+            seed=0,
+            residual=True,
+            first_forward=True,
+            pruning=pruning,
+            updates_per_epoch=3,
+            optimizer="sgd",
+            resumed_at=4,
+        )
+    )
+
+
+@settings(max_examples=40)
+@given(cases(sound_blocks))
+def test_a_random_network_is_refused_at_once_or_its_reported_zeros_are_true(case):
+    check_case(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=600)
+@given(cases(sound_blocks))
+def test_many_random_networks_are_refused_at_once_or_their_zeros_are_true(case):
+    check_case(case)
