@@ -29,6 +29,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace an existing --output")
     text = "print the tensors of a safetensors file instead: sparsity, encoding and bytes"
     add("--inspect", type=path_argument, metavar="FILE", help=text)
+    add("--unfinished", action="store_true", help="also export weights of an unfinished pruning")
     models = parser.add_argument_group("the model of a safetensors file that doesn't name its own")
     models.add_argument("--recipe", type=name_argument, metavar="FILE", help="recipe of the run")
     models.add_argument("--model", metavar="NAME", help="name of a timm model")

@@ -27,7 +27,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--table", type=name_argument, help=text)
     text = "folder for report.html, report.md, report.csv and the pictures; default: report"
     add_output(parser, "FOLDER", text, Path("report"))
-    add("--unfinished", action="store_true", help="also report unfinished runs")
+    add(
+        "--unfinished",
+        action="store_true",
+        help="also report unfinished runs, and those whose pruning is unfinished",
+    )
     text = "convolution whose masks are shown; default: the middle one"
     add("--layer", metavar="NAME", help=text)
 

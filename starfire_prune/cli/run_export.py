@@ -54,7 +54,7 @@ def _inspected(file: Path) -> Iterator[str]:
 
 def _exported(arguments: argparse.Namespace) -> Iterator[str]:
     recipe = None if arguments.recipe is None else find_recipe(arguments.recipe)
-    given = find_input(arguments.source, recipe, arguments.model)
+    given = find_input(arguments.source, recipe, arguments.model, unfinished=arguments.unfinished)
     _check_output(arguments, given)
     if arguments.format in ("dense", "compressed"):
         return _weights(arguments, given)
@@ -140,7 +140,7 @@ def _timm(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -
 def _onnx(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -> Iterator[str]:
     size = given.input_size(model)
     if arguments.compact:
-        model = compact(model, _example(size))[0]
+        model = compact(model, _example(size), unfinished=arguments.unfinished)[0]
     known = {
         "starfire_prune.model": given.architecture,
         "starfire_prune.images": given.images and given.images.as_timm(),
@@ -148,7 +148,12 @@ def _onnx(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -
     }
     metadata = {key: value for key, value in known.items() if value is not None}
     report = export_onnx(
-        model, arguments.output, size, fold_bn=arguments.fold_bn, metadata=metadata
+        model,
+        arguments.output,
+        size,
+        fold_bn=arguments.fold_bn,
+        metadata=metadata,
+        unfinished=arguments.unfinished,
     )
     beside = "" if report.external is None else f", its weights in {report.external.name} beside it"
     folded, norms = report.batch_norms
@@ -166,7 +171,8 @@ def _onnx(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -
 def _compact(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -> Iterator[str]:
     dense_bytes = sum(value.nbytes for value in model.state_dict().values())
     example, architecture = _example(given.input_size(model)), given.architecture or {}
-    report = save_compact(model, arguments.output, example, architecture, deflate=arguments.deflate)
+    options = {"deflate": arguments.deflate, "unfinished": arguments.unfinished}
+    report = save_compact(model, arguments.output, example, architecture, **options)
     yield format_compaction(report)
     yield _size_line(arguments.output, dense_bytes)
 

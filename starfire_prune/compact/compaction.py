@@ -20,6 +20,7 @@ from starfire_prune.compact.folding import FoldReport, fold_in_place
 from starfire_prune.compact.surgery import Surgery
 from starfire_prune.structure.analysis import ChannelAnalysis
 from starfire_prune.structure.graph import dense_copy
+from starfire_prune.utils.marks import check_finished
 from starfire_prune.utils.modules import prunable_layers
 from starfire_prune.utils.optional import import_optional
 from starfire_prune.utils.outputs import compare_outputs, output_tensors
@@ -88,7 +89,7 @@ class CompactReport:
 
 
 def compact(
-    model: nn.Module, example_input: Tensor | tuple[Any, ...]
+    model: nn.Module, example_input: Tensor | tuple[Any, ...], *, unfinished: bool = False
 ) -> tuple[nn.Module, CompactReport]:
     """A smaller dense model that has the outputs of a sparse one in eval mode.
 
@@ -105,11 +106,13 @@ def compact(
     Args:
         model: A model in any phase of pruning; it is not changed.
         example_input: A small batch, or the tuple of the model's arguments.
+        unfinished: Whether the pruning may be unfinished.
 
     Returns:
         The smaller model, in eval mode, and what was done.
 
     Raises:
+        PruningError: If a pruner of the model has not finished (`Pruner.check_finished`).
         ModuleNotFoundError: If Torch-Pruning is not installed.
         RuntimeError: If Torch-Pruning can't cut the model, or the smaller model does not run or
             has other outputs, for example because its forward pass contains numbers of channels.
@@ -123,6 +126,7 @@ def compact(
         >>> smaller[0].out_channels, smaller[3].in_features
         (2, 18)
     """
+    check_finished(model, unfinished=unfinished)
     pruning = import_optional("torch_pruning", "compact", "compact()")
     example = example_input if isinstance(example_input, tuple) else (example_input,)
     trials = [example, *(_random_like(example, seed) for seed in _SEEDS)]

@@ -39,6 +39,7 @@ def save_compact(
     architecture: Mapping[str, Any],
     *,
     deflate: bool = False,
+    unfinished: bool = False,
 ) -> CompactReport:
     """Compact a model and write the smaller model to a file.
 
@@ -52,12 +53,13 @@ def save_compact(
         example_input: A small batch of images.
         architecture: The arguments of `timm.create_model` that build the model.
         deflate: Whether parts are deflated, as in `save_pruned`.
+        unfinished: Whether the pruning may be unfinished, as in `save_pruned`.
 
     Returns:
         What compaction did.
 
     Raises:
-        ModuleNotFoundError, RuntimeError: As `compact`.
+        ModuleNotFoundError, PruningError, RuntimeError: As `compact`.
         ExportError: If the model in the file has other outputs.
         CheckpointError: If the file can't be written.
 
@@ -65,12 +67,17 @@ def save_compact(
         >>> architecture = {"name": "resnet18", "num_classes": 10}
         >>> save_compact(model, "small.safetensors", images, architecture)  # doctest: +SKIP
     """
-    smaller, report = compact(model, example_input)
+    smaller, report = compact(model, example_input, unfinished=unfinished)
     path = Path(path)
     with checked_file(path, replaced_file(path)) as temporary:
         try:
             save_pruned(
-                smaller, temporary, "compressed", deflate=deflate, architecture=dict(architecture)
+                smaller,
+                temporary,
+                "compressed",
+                deflate=deflate,
+                architecture=dict(architecture),
+                unfinished=unfinished,
             )
         except CheckpointError as error:  # for example because the disk is full
             raise CheckpointError(str(error).replace(str(temporary), str(path))) from error

@@ -14,11 +14,13 @@ from torch import nn
 from starfire_prune.export.image_settings import ImageSettings, class_names, image_settings
 from starfire_prune.recipe.sections import Data
 from starfire_prune.runs.weights import find_weights
+from starfire_prune.serialization.metadata import is_finished_pruning
 from starfire_prune.serialization.pruned import (
     FileFormat,
     convert_pruned,
     is_pruned_file,
     load_pruned_model,
+    read_metadata,
     read_pruned_file,
     save_pruned,
 )
@@ -28,6 +30,8 @@ from starfire_prune.utils.errors import (
     ModelError,
     PretrainedError,
 )
+from starfire_prune.utils.marks import mark_layers
+from starfire_prune.utils.modules import prunable_layers
 
 __all__ = ["ExportInput", "find_input", "load_input", "write_weights"]
 
@@ -77,6 +81,11 @@ class ExportInput:
         return channels, height, width
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the file says nothing of an unfinished pruning."""
+        return not self.is_checked or is_finished_pruning(read_metadata(self.weights))
+
+    @property
     def images(self) -> ImageSettings | None:
         """How the images are prepared; None if unknown."""
         return None if self.data is None else image_settings(self.data)
@@ -89,16 +98,24 @@ class ExportInput:
         return class_names(self.data, classes, reads_folders=self.may_read_folders)
 
 
-def find_input(path: Path, recipe: Path | None = None, model: str | None = None) -> ExportInput:
+def find_input(
+    path: Path,
+    recipe: Path | None = None,
+    model: str | None = None,
+    *,
+    unfinished: bool = False,
+) -> ExportInput:
     """Find the weights in a run's folder, or a file of weights, and what is known of their model.
 
     Args:
         path: Folder of a finished run, or a safetensors file.
         recipe: Recipe of a safetensors file; a run has its own.
         model: Name of a timm model, instead of a recipe.
+        unfinished: Whether the weights may be those of an unfinished pruning.
 
     Raises:
-        ExportError: If `recipe` or `model` would have no effect.
+        ExportError: If `recipe` or `model` would have no effect, or if the weights were saved
+            before their pruning was finished.
         EvaluationError: If there is nothing at `path`, or the run is unfinished.
         RecipeError, CheckpointError, RunError: If a file is damaged or of another kind.
     """
@@ -109,8 +126,43 @@ def find_input(path: Path, recipe: Path | None = None, model: str | None = None)
     if path.is_dir() and (recipe is not None or model is not None):
         option = "--model" if recipe is None else "--recipe"
         raise ExportError(f"{option} has no effect: {path} is a run, which has its own recipe")
-    if recipe is None and path.is_file():
-        return _find_file(path, model)
+    given = _find_file(path, model) if recipe is None and path.is_file() else _find(path, recipe)
+    if not unfinished and not given.is_finished:
+        raise ExportError(
+            f"{given.weights} was saved before its pruning was finished: train on and save it "
+            f"again, or give --unfinished (`unfinished=True`) to export it as it is"
+        )
+    return given
+
+
+def load_input(given: ExportInput) -> nn.Module:
+    """Build the model with its weights, dense and in eval mode.
+
+    Raises:
+        ExportError: If the model is unknown, or the file has other tensors.
+        ModelError: If timm can't build the model.
+        CheckpointError: If the file is damaged.
+    """
+    model = _loaded(given)
+    if not given.is_finished:
+        mark_layers(prunable_layers(model).items(), _UnfinishedFile(given.weights), {})
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnfinishedFile:
+    """Marks the layers of a file's model whose pruning is not finished."""
+
+    path: Path
+
+    def unfinished_text(self) -> str:
+        return (
+            f"{self.path} was saved before its pruning was finished: pass `unfinished=True` to "
+            f"export it as it is"
+        )
+
+
+def _find(path: Path, recipe: Path | None) -> ExportInput:
     found = find_weights(path, recipe, needs_data=False)
     settings = found.recipe.model
     return ExportInput(
@@ -128,14 +180,7 @@ def find_input(path: Path, recipe: Path | None = None, model: str | None = None)
     )
 
 
-def load_input(given: ExportInput) -> nn.Module:
-    """Build the model with its weights, dense and in eval mode.
-
-    Raises:
-        ExportError: If the model is unknown, or the file has other tensors.
-        ModelError: If timm can't build the model.
-        CheckpointError: If the file is damaged.
-    """
+def _loaded(given: ExportInput) -> nn.Module:
     from starfire_prune.models import create_model  # it imports timm
 
     architecture = _known_architecture(given)

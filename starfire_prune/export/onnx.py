@@ -30,6 +30,7 @@ from starfire_prune.export.onnx_model import INPUT, exported_model, name_outputs
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
+from starfire_prune.utils.marks import check_finished, is_finished
 from starfire_prune.utils.modules import effective_weight, prunable_layers, weight_key
 from starfire_prune.utils.optional import import_optional
 from starfire_prune.utils.outputs import compare_outputs
@@ -85,6 +86,7 @@ def export_onnx(
     fold_bn: bool = False,
     metadata: Mapping[str, Any] | None = None,
     external_from_bytes: int = EXTERNAL_FROM_BYTES,
+    unfinished: bool = False,
 ) -> OnnxReport:
     """Write a model as an ONNX file with batches of any size.
 
@@ -104,8 +106,10 @@ def export_onnx(
             file, since an ONNX file holds at most 2 GiB. It is `PATH.data`, and must remain beside
             `PATH`. If `path` is replaced and has a `PATH.data`, it is `PATH.data2`, and the old one
             is removed at the end.
+        unfinished: Whether the pruning may be unfinished, which the metadata then say.
 
     Raises:
+        PruningError: If a pruner of the model has not finished (`Pruner.check_finished`).
         ModuleNotFoundError: If onnx, onnxscript or onnxruntime is not installed.
         ExportError: If the model returns something other than tensors, if torch can't export it
             (the message names a layer or a part that is possible, where it can), or if the exported
@@ -118,6 +122,9 @@ def export_onnx(
         1.4e-06
     """
     onnx, _, runtime = (import_optional(name, "onnx", "export to ONNX") for name in _PACKAGES)
+    check_finished(model, unfinished=unfinished)
+    if not is_finished(model):
+        metadata = {**(metadata or {}), "starfire_prune.pruning": {"finished": False}}
     path = Path(path)
     model = dense_copy(model).eval()
     outputs = name_outputs(model, input_size)

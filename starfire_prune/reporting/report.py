@@ -201,6 +201,12 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
             f"Not finished: {first_few(behind, 8)}. They count in means only if no run of their "
             f"variant is finished, with the epochs that are done."
         )
+    unpruned = [run.name for variant in variants for run in variant.runs if not run.is_pruned]
+    if unpruned:
+        yield (
+            f"The pruning is not finished: {first_few(unpruned, 8)}. Their weights have not "
+            f"reached the sparsity asked for."
+        )
     averaged = [
         run.name
         for variant in variants

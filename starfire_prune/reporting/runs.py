@@ -25,6 +25,7 @@ from starfire_prune.models import create_model
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Model, Recipe
 from starfire_prune.runs.folder import RunError, exported_file, read_metrics
+from starfire_prune.serialization.metadata import is_finished_pruning
 from starfire_prune.serialization.pretrained import load_weights
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.utils.errors import (
@@ -67,6 +68,7 @@ class ReportedRun:
         metrics: The objects of its `metrics.jsonl`.
         sparsity: Sparsity of the exported weights; None if the run isn't finished.
         evaluation: Contents of its `evaluation.json`; None if it was not evaluated.
+        is_pruned: Whether its pruning, if any, was finished when the weights were exported.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class ReportedRun:
     metrics: Sequence[Mapping[str, Any]] = ()
     sparsity: Sparsity | None = None
     evaluation: Evaluation | None = None
+    is_pruned: bool = True
 
     @property
     def name(self) -> str:
@@ -136,7 +139,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
 
     Args:
         folder: Path of the run's folder.
-        unfinished: Accept a run that isn't finished.
+        unfinished: Accept a run that isn't finished, or whose pruning isn't.
 
     Raises:
         ReportError: If there is no such folder, it isn't a run's, the run isn't finished, or a
@@ -159,7 +162,13 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
     if not is_exported:
         return ReportedRun(folder, recipe, metrics)
     sparsity = _sparsity(folder, recipe, metrics[-1])
-    return ReportedRun(folder, recipe, metrics, sparsity, _evaluation(folder))
+    is_pruned = is_finished_pruning(read_metadata(exported_file(folder)))
+    if not (is_pruned or unfinished):
+        raise ReportError(
+            f"{folder} has exported its weights before its pruning was finished: leave it out, or "
+            f"add --unfinished to report it as it is"
+        )
+    return ReportedRun(folder, recipe, metrics, sparsity, _evaluation(folder), is_pruned)
 
 
 def variants_of(runs: Iterable[ReportedRun]) -> tuple[Variant, ...]:

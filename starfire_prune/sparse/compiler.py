@@ -19,11 +19,14 @@ from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.graph import dense_copy, without_autocast
+from starfire_prune.utils.marks import check_finished
 
 __all__ = ["compile"]
 
 
-def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> CompiledModel:
+def compile(
+    model: nn.Module, example_input: Tensor | tuple[Any, ...], *, unfinished: bool = False
+) -> CompiledModel:
     """A copy of a sparse model for inference on the CPU, whose kernels skip zero weights.
 
     Supported are convolutions and linear layers with the batch norms, ReLU and other bounds,
@@ -40,11 +43,13 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
         model: The model, in any phase of pruning and in single precision. It is not changed.
         example_input: A batch, or the tuple of the model's arguments. The compiled model accepts
             inputs of these shapes; if it is completely native, with any batch size.
+        unfinished: Whether the pruning may be unfinished.
 
     Returns:
         A module for inference. Later changes to `model` don't affect it.
 
     Raises:
+        PruningError: If a pruner of the model has not finished (`Pruner.check_finished`).
         TraceError: If `torch.export` can't trace the model; the message names a part of it that can
             be compiled, if there is one.
 
@@ -59,6 +64,7 @@ def compile(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Compil
         >>> len(compiled.segments), compiled.torch_operations
         (1, [])
     """
+    check_finished(model, unfinished=unfinished)
     example = example_input if isinstance(example_input, tuple) else (example_input,)
     graph = _export(model, example)
     try:

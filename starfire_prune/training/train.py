@@ -238,8 +238,16 @@ def _finish(run: Run) -> None:
         _log(accelerator, line)
     settings = run.recipe.model
     architecture = {"name": settings.name, "num_classes": settings.num_classes, **settings.options}
+    unfinished = None if pruner is None else pruner.unfinished_text()
+    if unfinished is not None:  # a gradient scaler has skipped steps of an era in updates
+        _log(accelerator, f"the weights are exported as they are, but {unfinished}")
     save_pruned(  # last, because it marks the run as finished
-        model, exported, pruner=pruner, architecture=architecture, average_decay=decay
+        model,
+        exported,
+        pruner=pruner,
+        architecture=architecture,
+        average_decay=decay,
+        unfinished=unfinished is not None,
     )
     average = " (the average)" if decay else ""
     _log(accelerator, f"weights{average}: {exported}\npicture: {picture}")

@@ -1,10 +1,12 @@
 """`starfire export`: what it writes and prints, and what it refuses."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -12,16 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from starfire_prune import measure_sparsity
+from starfire_prune import Pruner, load_recipe, measure_sparsity
 from starfire_prune.compact.files import load_compact
 from starfire_prune.export.input import find_input, load_input
 from starfire_prune.models import create_model
-from starfire_prune.serialization.pruned import load_pruned, read_pruned_file, save_pruned
+from starfire_prune.runs.folder import exported_file
+from starfire_prune.serialization.pruned import (
+    load_pruned,
+    read_metadata,
+    read_pruned_file,
+    save_pruned,
+)
 from tests.export.test_onnx import NEEDS_EXPORTER
 from tests.support.commands import MODULE, Ended
 from tests.support.networks import equal_states
 from tests.support.processes import exported
-from tests.support.runs import files_of
+from tests.support.runs import files_of, fresh_model
 from tests.support.sparse_networks import difference, images
 
 COMMAND = "export"
@@ -217,6 +225,54 @@ def test_an_unfinished_run_is_refused(tool, run, tmp_path):
     shutil.rmtree(run / "export")
     ended = tool(run, "--format", "timm", "--output", tmp_path / "timm")
     assert "is unfinished, 4 of 4 epochs are done: continue with starfire train " in refused(ended)
+
+
+@pytest.fixture
+def unfinished(run: Path) -> Path:
+    """A run's folder whose weights were exported before the end of the era."""
+    recipe = load_recipe(run / "recipe.yaml")
+    model = fresh_model(recipe)
+    pruner = Pruner(model, recipe.pruning, updates_per_epoch=4)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"name": recipe.model.name, **recipe.model.options}
+    architecture = {**options, "num_classes": recipe.model.num_classes}
+    save_pruned(
+        model, exported_file(run), pruner=pruner, architecture=architecture, unfinished=True
+    )
+    return run
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed", "timm", "onnx", "compact"])
+def test_weights_of_an_unfinished_pruning_are_refused(format, tool, unfinished, tmp_path):
+    ended = tool(unfinished, "--format", format, "--output", tmp_path / "new")
+    assert refused(ended) == (
+        f"{exported_file(unfinished)} was saved before its pruning was finished: train on and save "
+        f"it again, or give --unfinished (`unfinished=True`) to export it as it is"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("format", "name"), [("compressed", ""), ("timm", "model.safetensors")])
+def test_unfinished_gives_weights_that_say_so(format, name, tool, unfinished, tmp_path):
+    output = tmp_path / "new"
+    ended = tool(unfinished, "--format", format, "--unfinished", "--output", output)
+    assert ended.status == 0, ended.stderr
+    assert read_metadata(output / name if name else output)["finished"] is False
+
+
+def test_unfinished_gives_a_compact_file_that_says_so(tool, unfinished, tmp_path):
+    output = tmp_path / "new.safetensors"
+    ended = tool(unfinished, "--format", "compact", "--unfinished", "--output", output)
+    assert ended.status == 0, ended.stderr
+    assert read_metadata(output)["finished"] is False
+
+
+@NEEDS_EXPORTER
+def test_unfinished_gives_an_onnx_file_that_says_so(tool, unfinished, tmp_path):
+    output = tmp_path / "new.onnx"
+    ended = tool(unfinished, "--format", "onnx", "--unfinished", "--output", output)
+    assert ended.status == 0, ended.stderr
+    held = {entry.key: entry.value for entry in onnx.load(str(output)).metadata_props}
+    assert json.loads(held["starfire_prune.pruning"]) == {"finished": False}
 
 
 @pytest.mark.parametrize("name", ["new.safetensors", "new.onnx"])

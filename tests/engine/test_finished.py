@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from starfire_prune import Pruner, ck_structured, load_pruned, save_pruned
+from starfire_prune import Pruner, ck_structured, load_pruned, save_pruned, sparse
+from starfire_prune.compact import compact, save_compact
+from starfire_prune.export import export_onnx
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.marks import check_finished, is_finished
@@ -170,6 +172,42 @@ def test_part_of_an_unfinished_model_and_what_holds_it_are_unfinished():
             check_finished(model)
     check_finished(outer.loss)
     assert not pruner.finished
+
+
+# Other ways of passing a model on
+
+
+def test_an_unfinished_model_is_neither_compiled_nor_compacted_nor_exported(tmp_path):
+    run, images = Run().train_until(6), torch.zeros(2, 3, 8, 8)
+    calls = (
+        lambda: sparse.compile(run.model, images),
+        lambda: compact(run.model, images),
+        lambda: save_compact(run.model, tmp_path / "small", images, {"name": "x"}),
+        lambda: export_onnx(run.model, tmp_path / "model.onnx", (3, 8, 8)),
+    )
+    for call in calls:
+        with pytest.raises(PruningError, match=r"^the pruning is not finished: "):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_model_is_compiled_and_compacted_on_request(tmp_path):
+    run, images = Run().train_until(6), torch.rand(2, 3, 8, 8)
+    run.model.eval()
+    expected = run.model(images)
+    for model in (
+        sparse.compile(run.model, images, unfinished=True),
+        compact(run.model, images, unfinished=True)[0],
+    ):
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_a_finished_model_is_compacted_into_one_that_is_saved(tmp_path):
+    run = Run(method="filter").train_until(13)
+    smaller, _ = compact(run.model, torch.zeros(2, 3, 8, 8))
+    save_pruned(smaller, tmp_path / "small.safetensors")
+    unfinished, _ = compact(Run().model, torch.zeros(2, 3, 8, 8), unfinished=True)
+    assert not is_finished(unfinished)
 
 
 # Copies and averages

@@ -138,6 +138,13 @@ def test_different_numbers_of_epochs_are_a_caveat(left):
     )
 
 
+def test_runs_whose_pruning_is_unfinished_are_a_caveat(left):
+    report = build_report([left("ck", finishes=False), left("other", "seed=1")])
+    assert report.caveats[0] == (
+        "The pruning is not finished: ck. Their weights have not reached the sparsity asked for."
+    )
+
+
 def test_unfinished_runs_are_a_caveat_and_have_no_masks(left):
     report = build_report([left("ck", top1=TOP1[:2], exports=False)])
     assert report.caveats[0].startswith("Not finished: ck (2 of 4 epochs). They count in means")

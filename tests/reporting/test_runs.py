@@ -137,6 +137,16 @@ def test_metrics_that_end_before_the_exported_weights_raise(folder):
     )
 
 
+def test_a_run_whose_pruning_is_unfinished_raises_unless_it_is_asked_for(tmp_path):
+    folder = leave_run(tmp_path / "run", finishes=False)
+    assert error_of(folder) == (
+        "run has exported its weights before its pruning was finished: leave it out, or add "
+        "--unfinished to report it as it is"
+    )
+    assert not read_run(folder, unfinished=True).is_pruned
+    assert read_run(leave_run(tmp_path / "other")).is_pruned
+
+
 def test_an_unfinished_run_raises_unless_it_is_asked_for(tmp_path):
     folder = leave_run(tmp_path / "ck", top1=TOP1[:3], exports=False)
     assert error_of(folder) == (

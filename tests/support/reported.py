@@ -25,14 +25,23 @@ def leave_run(
     *overrides: str,
     top1: Sequence[float | None] = TOP1,
     exports: bool = True,
+    finishes: bool = True,
 ) -> Path:
-    """Leave the folder of a run of the small recipe, pruned at once and not trained."""
+    """Leave the folder of a run of the small recipe, pruned at once and not trained.
+
+    Args:
+        folder: The folder.
+        overrides: Settings of the recipe.
+        top1: Top-1 of each epoch.
+        exports: Whether it has exported its weights.
+        finishes: Whether its pruning is finished.
+    """
     folder.mkdir(parents=True)
     source = folder.parent / "small.yaml"
     source.write_text(RECIPE, encoding="utf-8")
     recipe = load_recipe(source, overrides)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    sparsity = _exported(recipe, folder)
+    sparsity = _exported(recipe, folder, finishes)
     if not exports:
         exported_file(folder).unlink()
     write_metrics(folder, [_row(epoch, value, sparsity) for epoch, value in enumerate(top1)])
@@ -65,7 +74,7 @@ def leave_evaluation(folder: Path, *results: dict[str, Any]) -> None:
     (folder / "evaluation.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _exported(recipe: Recipe, folder: Path) -> Sparsity:
+def _exported(recipe: Recipe, folder: Path, finishes: bool) -> Sparsity:
     torch.manual_seed(recipe.seed)
     model = create_model(recipe.model.name, recipe.model.num_classes, **recipe.model.options)
     if recipe.pruning == "none":
@@ -73,11 +82,11 @@ def _exported(recipe: Recipe, folder: Path) -> Sparsity:
         return measure_sparsity(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = Pruner(model, recipe.pruning, updates_per_epoch=1, optimizer=optimizer)
-    for epoch in range(recipe.epochs):
+    for epoch in range(recipe.epochs if finishes else recipe.pruning.era[1] - 1):  # type: ignore[index]
         torch.autograd.backward([weight.sum() for weight in model.parameters()])
         pruner.step()
         pruner.end_epoch(epoch)
-    save_pruned(model, exported_file(folder), pruner=pruner)
+    save_pruned(model, exported_file(folder), pruner=pruner, unfinished=not finishes)
     return pruner.sparsity()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from starfire_prune.engine.pruner import Pruner
 from starfire_prune.models import create_model
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.runs.folder import RunError
@@ -159,6 +160,21 @@ def test_the_metrics_of_an_era_in_updates_follow_the_phases(runs, tmp_path):
     metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
     assert "era" not in metadata
     assert (metadata["era_updates"], metadata["phase"]) == ([5, 9], "fixed")
+
+
+def test_a_run_whose_scaler_skips_updates_of_the_era_says_that_it_is_unfinished(
+    runs, tmp_path, capsys, monkeypatch
+):
+    step = Pruner.step
+    monkeypatch.setattr(Pruner, "step", lambda own, updated: step(own, own.epoch > 0))
+    recipe = small_recipe(tmp_path, "pruning.era=null", "pruning.era_updates=[6, 16]")
+    train(recipe, tmp_path / "run")
+    assert (
+        "the weights are exported as they are, but the pruning is not finished: it is in the phase "
+        "era, after 12 updates; of era_updates [6, 16], 6 of its 10 updates are done"
+    ) in capsys.readouterr().out
+    metadata = read_metadata(tmp_path / "run" / "export" / "model.safetensors")
+    assert (metadata["phase"], metadata["finished"]) == ("era", False)
 
 
 def test_the_metrics_are_those_of_the_exported_model(finished):
