@@ -6,7 +6,6 @@ other cells are tried without them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 import warnings
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from starfire_prune import Pruner, load_pruned_model, save_pruned
 from starfire_prune.utils.outputs import compare_outputs, output_tensors
-from tests.zoo.impulses import UnmeasurableError, foreign_readers, reported_zeros, response
+from tests.zoo.impulses import UnmeasurableError, copy_of, foreign_readers, reported_zeros, response
 from tests.zoo.models import ZooModel, loss_of
 from tests.zoo.outcomes import Outcome, WrongError, attempt, named_in
 
@@ -99,7 +98,8 @@ class Trial:
             "fc": {"method": "fine", "amount": 0.5},
             "exclude": self.excluded,
         }
-        return Pruner(self.model, settings, updates_per_epoch=UPDATES)
+        example = self.zoo.arguments(9)
+        return Pruner(self.model, settings, updates_per_epoch=UPDATES, example_input=example)
 
     def training(self) -> None:
         """Two updates in each phase; in each the keys and the zeros are looked at."""
@@ -188,7 +188,7 @@ class Trial:
         """A smaller model that has the same outputs."""
         from starfire_prune.compact import compact
 
-        model = copy.deepcopy(self.model)
+        model = copy_of(self.model)
         with torch.no_grad():
             for name in self._pruner_().layers:  # a quarter of the channels is dead
                 layer: Any = model.get_submodule(name)
@@ -229,7 +229,7 @@ class Trial:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        return output_tensors(copy.deepcopy(model).eval()(*self.zoo.arguments(7)))
+        return output_tensors(copy_of(model).eval()(*self.zoo.arguments(7)))
 
     def _compare(self, outputs: list[Tensor], model: nn.Module | None = None) -> None:
         try:
@@ -254,11 +254,10 @@ def measure(zoo: ZooModel, limits: dict[str, float] | None = None) -> dict[str, 
         outcomes = {"plan": attempt(trial.plan, trial.names, limits["plan"])}
         if trial.pruner is None:
             trial.plan_without()
-        if trial.pruner is None:
-            return outcomes | {name: Outcome("open") for name in CELLS if name not in outcomes}
-        outcomes["training"] = attempt(trial.training, trial.names, limits["training"])
-        if outcomes["training"].status != "right":
-            return outcomes | {name: Outcome("open") for name in CELLS if name not in outcomes}
+        if trial.pruner is not None:
+            outcomes["training"] = attempt(trial.training, trial.names, limits["training"])
+        if "training" not in outcomes or outcomes["training"].status != "right":
+            return {name: outcomes.get(name, Outcome("open")) for name in CELLS}
         actions: dict[str, Callable[[], str | None]] = {
             "zeros": trial.zeros,
             "keys": trial.same_keys,

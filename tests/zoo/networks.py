@@ -271,6 +271,7 @@ class Case:
         updates_per_epoch: Updates of an epoch.
         optimizer: `sgd` or `adamw`.
         resumed_at: The update before which the state is loaded into a new model, if any.
+        with_example: Whether the pruner gets an example input.
     """
 
     blocks: tuple[str, ...]
@@ -281,6 +282,7 @@ class Case:
     updates_per_epoch: int
     optimizer: str
     resumed_at: int | None
+    with_example: bool
 
     def network(self) -> Network:
         """The network, with the same weights each time."""
@@ -356,4 +358,5 @@ def cases(draw: st.DrawFn, names: Sequence[str] = tuple(BLOCKS)) -> Case:
         updates_per_epoch=draw(st.integers(1, 3)),
         optimizer=draw(st.sampled_from(["sgd", "adamw"])),
         resumed_at=draw(st.one_of(st.none(), st.integers(1, 6))),
+        with_example=draw(st.booleans()),
     )

@@ -78,7 +78,10 @@ def attempt(action: Callable[[], str | None], names: Collection[str], limit: flo
 
 
 def sentence_fault(error: BaseException, names: Collection[str]) -> str | None:
-    """Why an error is not a sentence of the package that names a layer or an argument, or None."""
+    """Why an error is not a sentence of the package that names a layer or an argument, or None.
+
+    Several sentences are one a line.
+    """
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line = linecache.getline(frame.filename, frame.lineno or 0).strip()
     text = str(error)
@@ -86,10 +89,11 @@ def sentence_fault(error: BaseException, names: Collection[str]) -> str | None:
         return f"not an error of the package ({Path(frame.filename).name}:{frame.lineno})"
     if not (type(error).__module__.startswith("starfire_prune.") or type(error) in _BUILTIN):
         return "not a type of the package"
-    if len(text) > _LONGEST or "\n" in text:
-        return "not a sentence"
-    if not named_in(text, names) and not _ARGUMENT.search(text):
-        return "names neither a layer nor an argument"
+    for sentence in text.split("\n"):
+        if len(sentence) > _LONGEST:
+            return "not a sentence"
+        if not named_in(sentence, names) and not _ARGUMENT.search(sentence):
+            return "names neither a layer nor an argument"
     return None
 
 

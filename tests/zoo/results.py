@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import json
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from tests.support.paths import ROOT
 from tests.zoo.cells import measure
 from tests.zoo.models import ZOO
 from tests.zoo.outcomes import Outcome
@@ -22,6 +25,8 @@ __all__ = ["RESULTS", "measure_all", "read_results"]
 
 RESULTS = Path(__file__).with_name("results.json")
 _PACKAGES = ("torch", "timm", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime")
+_BATCH = 6  # models that a process measures
+_LOCK = Lock()
 
 
 def read_results() -> dict[str, Any]:
@@ -40,33 +45,50 @@ def measure_all(names: Iterable[str], processes: int, report: Callable[[str], No
         processes: Number of processes, each with one thread.
         report: Gets a line for each model.
     """
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=8) as pool:
-        futures = {pool.submit(_measured, name): name for name in names}
-        for future in as_completed(futures):
-            name = futures[future]
-            try:
-                outcomes = future.result()
-            except BrokenProcessPool:
-                outcomes = {"plan": Outcome("unclear", "the process died")}
-            report(f"{name}: {', '.join(_short(*each) for each in outcomes.items())}")
-            _keep(name, outcomes)
+    names = list(names)
+    batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(lambda batch: _measure_batch(batch, report), batches))
 
 
-def _measured(name: str) -> dict[str, Outcome]:
-    return measure(ZOO[name])
+def _measure_batch(names: list[str], report: Callable[[str], None]) -> None:
+    """Measure models in a process of their own, and in another one what a crash leaves."""
+    waiting = list(names)
+    while waiting:
+        command = [sys.executable, "-W", "ignore", "-m", "tests.zoo.results", *waiting]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                _keep(waiting.pop(0), json.loads(line), report)
+        if process.wait() and waiting:
+            died = dataclasses.asdict(Outcome("unclear", f"exit status {process.returncode}"))
+            _keep(waiting.pop(0), {"plan": died}, report)
 
 
-def _short(cell: str, outcome: Outcome) -> str:
-    return f"{cell} {outcome.status} {outcome.seconds:.0f} s"
+def _keep(name: str, outcomes: dict[str, Any], report: Callable[[str], None]) -> None:
+    with _LOCK:
+        results = read_results()
+        results["date"] = datetime.date.today().isoformat()
+        results["versions"] = {each: version(each).partition("+")[0] for each in _PACKAGES}
+        results["versions"]["Python"] = platform.python_version()
+        found = {**results["models"], name: outcomes}
+        results["models"] = {each: found[each] for each in ZOO if each in found}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        cells = [f"{cell} {each['status']}" for cell, each in outcomes.items()]
+        report(f"{name}: {', '.join(cells)}; {_seconds(outcomes):.0f} s")
 
 
-def _keep(name: str, outcomes: dict[str, Outcome]) -> None:
-    results = read_results()
-    results["date"] = datetime.date.today().isoformat()
-    results["versions"] = {each: version(each) for each in _PACKAGES}
-    results["versions"]["Python"] = platform.python_version()
-    found = results["models"]
-    found[name] = {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()}
-    results["models"] = {each: found[each] for each in ZOO if each in found}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def _seconds(outcomes: dict[str, Any]) -> float:
+    return float(sum(each["seconds"] for each in outcomes.values()))
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:]:
+        measured = measure(ZOO[wanted])
+        plain = {cell: dataclasses.asdict(each) for cell, each in measured.items()}
+        sys.stdout.write(json.dumps(plain) + "\n")
+        sys.stdout.flush()
+        gc.collect()  # models have cycles

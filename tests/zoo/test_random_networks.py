@@ -8,15 +8,8 @@ from tests.zoo.training import check_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KNOWN = {
-    "caching": "reads a weight without calling its layer",
-    "frozen": "a frozen layer is pruned",
-    "mixed": "computes its weight",
-    "reading and calling": "reads a weight without calling its layer",
-    "reading": "reads a weight without calling its layer",
-    "sliced": "reads a weight without calling its layer",
-    "spectral norm": "the era raises an error",
-    "standardised": "computes its weight",
+KNOWN: dict[str, str] = {
+    "reading and calling": "a weight that is read by a call and without one is not noticed",
 }
 """Blocks that are not refused before the first update, as they should be."""
 
@@ -29,8 +22,9 @@ every_block = [
 ]
 
 
+@pytest.mark.parametrize("with_example", [False, True])
 @pytest.mark.parametrize("block", every_block)
-def test_a_block_is_refused_at_once_or_its_reported_zeros_are_true(block):
+def test_a_block_is_refused_at_once_or_its_reported_zeros_are_true(block, with_example):
     pruning = {"method": "ck", "amount": 0.6, "era": [1, 2], "fc": {"method": "fine"}}
     check_case(
         Case(
@@ -42,6 +36,7 @@ def test_a_block_is_refused_at_once_or_its_reported_zeros_are_true(block):
             updates_per_epoch=3,
             optimizer="sgd",
             resumed_at=4,
+            with_example=with_example,
         )
     )
 

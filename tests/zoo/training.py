@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from starfire_prune import Pruner, load_pruned_model, save_pruned
+from starfire_prune.utils.errors import PruningError
 from tests.zoo.impulses import UnmeasurableError, foreign_readers, reported_zeros, response
 from tests.zoo.networks import Case, Network
 from tests.zoo.outcomes import WrongError, sentence_fault
@@ -22,7 +23,8 @@ def check_case(case: Case) -> str:
     """Train a network across its era, and compare the reported zeros with impulses.
 
     Returns:
-        `right`, or the sentence that refuses the case before the first update.
+        `right`, or the sentence that refuses the case when the pruner is built, or at the first
+        update.
 
     Raises:
         WrongError: If something else happens.
@@ -32,7 +34,7 @@ def check_case(case: Case) -> str:
         network = case.network()
         names = [name for name, _ in network.named_modules() if name]
         try:
-            pruner = Pruner(network, case.pruning, updates_per_epoch=case.updates_per_epoch)
+            pruner = _pruner(case, network)
         except Exception as error:  # any error is judged
             fault = sentence_fault(error, names)
             if fault is not None:
@@ -40,6 +42,8 @@ def check_case(case: Case) -> str:
             return str(error)
         try:
             network, pruner = _trained(case, network, pruner)
+        except _RefusedError as error:
+            return str(error)
         except Exception as error:
             if _trains_densely(case):
                 raise WrongError(f"training: {type(error).__name__}: {error}") from error
@@ -48,6 +52,32 @@ def check_case(case: Case) -> str:
         _check_frozen(case, network)
         _check_file(case, network, pruner)
     return "right"
+
+
+class _RefusedError(Exception):
+    """A sentence of the package at the first update."""
+
+
+def _pruner(case: Case, network: Network, optimizer: torch.optim.Optimizer | None = None) -> Pruner:
+    return Pruner(
+        network,
+        case.pruning,
+        updates_per_epoch=case.updates_per_epoch,
+        optimizer=optimizer,
+        example_input=case.images(97) if case.with_example else None,
+    )
+
+
+def _step(pruner: Pruner, network: Network, is_first: bool) -> None:
+    try:
+        pruner.step()
+    except PruningError as error:
+        if (
+            is_first
+            and sentence_fault(error, [name for name, _ in network.named_modules()]) is None
+        ):
+            raise _RefusedError(str(error)) from error
+        raise
 
 
 def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
@@ -71,7 +101,7 @@ def _trained(case: Case, network: Network, pruner: Pruner) -> tuple[Network, Pru
             if update == case.resumed_at:
                 network, optimizer, pruner = _resumed(case, network, optimizer, pruner)
             _update(case, network, optimizer, update)
-            pruner.step()
+            _step(pruner, network, is_first=update == 0)
             update += 1
         pruner.end_epoch(epoch)
     pruner.check()
@@ -87,9 +117,7 @@ def _resumed(
     state = pruner.state_dict(), network.state_dict(), optimizer.state_dict()
     network = case.network()
     optimizer = _optimizer(case, network)
-    pruner = Pruner(
-        network, case.pruning, updates_per_epoch=case.updates_per_epoch, optimizer=optimizer
-    )
+    pruner = _pruner(case, network, optimizer)
     pruner.load_state_dict(state[0])
     network.load_state_dict(state[1])
     optimizer.load_state_dict(state[2])
@@ -140,11 +168,12 @@ def _check_frozen(case: Case, network: Network) -> None:
 
 
 def _check_file(case: Case, network: Network, pruner: Pruner) -> None:
+    network.eval()  # in training, reading a spectrally normed weight changes it
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_pruned(network, path, pruner=pruner)
         loaded = load_pruned_model(path, case.network()).eval()
     with torch.no_grad():
         images = case.images(98)
-        if not torch.equal(network.eval()(images), loaded(images)):
+        if not torch.equal(network(images), loaded(images)):
             raise WrongError("the network that was saved and loaded has other outputs")
