@@ -81,9 +81,10 @@ def _exported(recipe: Recipe, folder: Path, finishes: bool) -> Sparsity:
         save_pruned(model, exported_file(folder))
         return measure_sparsity(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.zeros(2, 3, recipe.data.image_size, recipe.data.image_size)
     pruner = Pruner(model, recipe.pruning, updates_per_epoch=1, optimizer=optimizer)
     for epoch in range(recipe.epochs if finishes else recipe.pruning.era[1] - 1):  # type: ignore[index]
-        torch.autograd.backward([weight.sum() for weight in model.parameters()])
+        model(images).sum().backward()
         pruner.step()
         pruner.end_epoch(epoch)
     save_pruned(model, exported_file(folder), pruner=pruner, unfinished=not finishes)
