@@ -11,12 +11,21 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from starfire_prune.utils.modules import effective_weight, prunable_layers
+from starfire_prune.utils.modules import counted_weights, effective_weight, other_weights
 from starfire_prune.utils.text import format_columns
 
-__all__ = ["LayerSparsity", "Sparsity", "format_table", "measure_sparsity"]
+__all__ = [
+    "LayerSparsity",
+    "LeftOut",
+    "Sparsity",
+    "format_table",
+    "left_out_text",
+    "measure_sparsity",
+    "weights_left_out",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +33,11 @@ class LayerSparsity:
     """The zeros of a layer's weight.
 
     Attributes:
-        name: Name of the module.
+        name: Name of the module, or of the parameter for an input projection of
+            `nn.MultiheadAttention`.
         kind: `"conv"` or `"linear"`.
-        shape: Shape `(K, C / groups, *kernel)` or `(out_features, in_features)`.
+        shape: Shape `(K, C / groups, *kernel)`, also of a transposed convolution, or
+            `(out_features, in_features)`.
         zeros: Number of weights that are zero.
         total: Number of weights.
         pruned_kernels: Number of kernels with only zeros; 0 for a linear layer.
@@ -53,10 +64,32 @@ class LayerSparsity:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A weight matrix that the sparsity doesn't count, such as an embedding.
+
+    Attributes:
+        name: Name of the parameter.
+        module: Class name of the module that holds it.
+        total: Number of weights.
+    """
+
+    name: str
+    module: str
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """The sparsity of a model, a `LayerSparsity` a layer."""
+    """The sparsity of a model.
+
+    Attributes:
+        layers: All convolutions, also transposed ones, and all linear layers, with the input
+            projections of `nn.MultiheadAttention`.
+        left_out: The other parameters with two dimensions or more, which no share counts.
+    """
 
     layers: tuple[LayerSparsity, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def selected(self) -> float:
@@ -65,7 +98,7 @@ class Sparsity:
 
     @property
     def network(self) -> float:
-        """Share of zeros over all convolutions and linear layers, in [0, 1]."""
+        """Share of zeros over all convolutions and linear layers, in [0, 1], not of `left_out`."""
         return _share(self.layers)
 
     @property
@@ -100,15 +133,42 @@ def measure_sparsity(
         0.0
     """
     names = None if selected is None else set(selected)
-    layers = prunable_layers(model).items()
-    return Sparsity(
-        tuple(
-            _measured(
-                name, module, names is None or name in names, (dead_input_zeros or {}).get(name, 0)
-            )
-            for name, module in layers
+    layers = tuple(
+        _measured(
+            name,
+            _effective(module, key),
+            names is None or name in names,
+            (dead_input_zeros or {}).get(name, 0),
         )
+        for name, module, key in counted_weights(model)
     )
+    return Sparsity(layers, weights_left_out(model))
+
+
+def weights_left_out(model: nn.Module) -> tuple[LeftOut, ...]:
+    """The weight matrices of a model that are neither convolutions nor linear layers."""
+    return tuple(
+        LeftOut(name, type(module).__name__, total) for name, module, total in other_weights(model)
+    )
+
+
+def left_out_text(left_out: Iterable[LeftOut]) -> str:
+    """The numbers of weights that are left out, by class of the module that holds them.
+
+    Example:
+        >>> left_out_text([LeftOut("a.weight", "CondConv2d", 1200), LeftOut("pos", "Vit", 40)])
+        '1,200 weights of CondConv2d and 40 of Vit (pos)'
+    """
+    groups: dict[str, list[LeftOut]] = {}
+    for weight in left_out:
+        groups.setdefault(weight.module, []).append(weight)
+    totals = {kind: sum(weight.total for weight in own) for kind, own in groups.items()}
+    parts: list[str] = []
+    for kind in sorted(groups, key=lambda kind: -totals[kind]):
+        (first, *others) = groups[kind]
+        of = kind if others or first.name.endswith(".weight") else f"{kind} ({first.name})"
+        parts.append(f"{totals[kind]:,}{'' if parts else ' weights'} of {of}")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 @torch.no_grad()
@@ -133,6 +193,7 @@ def format_table(sparsity: Sparsity) -> str:
     lines.append(
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"
+        + (f", without {left_out_text(sparsity.left_out)}" if sparsity.left_out else "")
     )
     if sparsity.dead_input_zeros:
         zeros = sum(layer.zeros for layer in sparsity.layers)
@@ -143,8 +204,18 @@ def format_table(sparsity: Sparsity) -> str:
     return "\n".join(lines)
 
 
-def _measured(name: str, module: nn.Module, selected: bool, dead_input_zeros: int) -> LayerSparsity:
-    kept = effective_weight(module) != 0
+def _effective(module: nn.Module, key: str) -> Tensor:
+    """A weight of shape `(K, C / groups, …)`, whose order transposed convolutions change."""
+    weight = effective_weight(module, key)
+    if not isinstance(module, _ConvTransposeNd):
+        return weight
+    groups = module.groups
+    grouped = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)  # from (groups, C / groups, K / groups, …)
+
+
+def _measured(name: str, weight: Tensor, selected: bool, dead_input_zeros: int) -> LayerSparsity:
+    kept = weight != 0
     is_conv = kept.ndim > 2
     kernels = kept.flatten(2).any(2) if is_conv else kept
     return LayerSparsity(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
+from starfire_prune.engine.sparsity import left_out_text
 from starfire_prune.evaluation.attacks import Attack
 from starfire_prune.evaluation.spaces import epsilon_text, is_level
 from starfire_prune.reporting.attacks import SPACES, attack_curve, attacks_of, results_under
@@ -84,7 +85,7 @@ def sparsity_section(variants: Sequence[Variant], lines: Lines) -> Section:
             f"Sparsity over the epochs{part_name}",
             f"Share of zeros among all convolution and linear weights, as in the paper's Figures "
             f"4, 7 to 9 and 11: it rises in the pruning era and is constant after it. "
-            f"{_band(part)}Settings: {settings_text(part)}.",
+            f"{_left_out(part)}{_band(part)}Settings: {settings_text(part)}.",
             f"Curves of sparsity over the epochs. After the last: {_ends_text(part, _reached)}.",
             curves(
                 _series(part, lines, "sparsity_network"), ("epoch", "zero weights [%]"), to_100=True
@@ -163,10 +164,17 @@ def _asked_and_reached(pruned: Sequence[Variant], lines: Lines) -> Picture:
         "asked-and-reached",
         "Sparsity asked for and reached",
         "A stroke is the sparsity asked for, a dot the one that a run has reached over all "
-        f"convolution and linear weights. Settings: {settings_text(pruned)}.",
+        f"convolution and linear weights. {_left_out(pruned)}Settings: {settings_text(pruned)}.",
         f"Sparsity asked for and reached: {texts}.",
         points(marks, "zero weights [%]", ("reached", "asked for"), strokes=True),
     )
+
+
+def _left_out(variants: Sequence[Variant]) -> str:
+    """The sentence about weights that the sparsity doesn't count, or nothing."""
+    measured = [run.sparsity for variant in variants for run in variant.runs if run.sparsity]
+    texts = dict.fromkeys(left_out_text(own.left_out) for own in measured if own.left_out)
+    return f"Not counted: {'; '.join(texts)}. " if texts else ""
 
 
 def _reached(variant: Variant) -> float | None:

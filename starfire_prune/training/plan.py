@@ -11,6 +11,7 @@ from pathlib import Path
 from starfire_prune.engine.progress import era_in_updates
 from starfire_prune.engine.pruner import Pruner
 from starfire_prune.engine.selection import PrunedLayer
+from starfire_prune.engine.sparsity import left_out_text, weights_left_out
 from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.runs.folder import existing_part
 from starfire_prune.training.disk_space import checkpoint_bytes, gigabytes, mask_bytes, state_bytes
@@ -43,6 +44,7 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
                 ("optimizer", _optimizer_line(run)),
                 ("start", _start_line(run, checkpoint)),
                 ("pruning", _pruning_line(run)),
+                *_uncounted_rows(run),
                 ("memory", _memory_line(run)),
                 *_gradient_rows(run),
                 ("disk", _disk_line(run)),
@@ -114,6 +116,15 @@ def _pruning_line(run: Run) -> str:
     if pruning.era is not None:
         return f"{what}, era {list(pruning.era)}: {span}"
     return f"{what}, {span}: epochs {first // updates} to {(end - 1) // updates}"
+
+
+def _uncounted_rows(run: Run) -> list[tuple[str, str]]:
+    """What the sparsity of the network doesn't count, if there is anything."""
+    left_out = weights_left_out(run.model) if run.pruner is not None else ()
+    if not left_out:
+        return []
+    text = left_out_text(left_out)
+    return [("sparsity", f"of all convolution and linear weights, without {text}")]
 
 
 def _memory_line(run: Run) -> str:

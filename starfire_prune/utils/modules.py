@@ -7,19 +7,24 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
 
 __all__ = [
     "classifier_keys",
     "clean_name",
+    "counted_weights",
     "effective_weight",
     "is_depthwise",
     "layer_weight",
     "model_bytes",
     "named_modules_with_duplicates",
+    "other_weights",
     "prunable_layers",
     "unwrap",
     "weight_key",
 ]
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -34,6 +39,58 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in unwrap(model).named_modules()
         if isinstance(module, (_ConvNd, nn.Linear)) and not isinstance(module, _ConvTransposeNd)
     }
+
+
+def counted_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The weights of all convolutions, also transposed ones, and of all linear maps.
+
+    The projections of the input of `nn.MultiheadAttention` are linear maps, too.
+
+    Yields:
+        The weight's clean name (for a layer's `weight` that of the layer), the module that holds
+        it, and its name there.
+    """
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            yield clean_name(name), module, "weight"
+        elif isinstance(module, nn.MultiheadAttention):
+            for key in _PROJECTIONS:
+                if isinstance(getattr(module, key, None), Tensor):
+                    yield weight_key(clean_name(name), key), module, key
+
+
+def other_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """The weight matrices that `counted_weights` doesn't have, such as embeddings.
+
+    Yields:
+        The clean name of each parameter with two dimensions or more that are larger than 1, the
+        module that holds it, and its number of weights.
+    """
+    seen = {
+        id(parameter)
+        for _, module, key in counted_weights(model)
+        for parameter in _parameters_of(module, key)
+    }
+    for prefix, module in unwrap(model).named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, UninitializedParameter):
+                continue
+            if id(parameter) in seen or sum(size > 1 for size in parameter.shape) < 2:
+                continue
+            seen.add(id(parameter))
+            plain = key.removesuffix("_orig")
+            name = plain if f"{plain}_mask" in module._buffers else key
+            yield weight_key(clean_name(prefix), name), module, parameter.numel()
+
+
+def _parameters_of(module: nn.Module, key: str) -> Iterator[nn.Parameter | None]:
+    """The parameters from which a module has the weight `key`, also if it is computed."""
+    for name, parameter in module._parameters.items():
+        if name == key or name.startswith(f"{key}_"):  # weight_orig, weight_g, weight_v
+            yield parameter
+    parametrizations = getattr(module, "parametrizations", None)
+    if isinstance(parametrizations, nn.ModuleDict) and key in parametrizations:
+        yield from parametrizations[key].parameters()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ def network() -> nn.Sequential:
 
 def test_a_dense_network_has_no_zeros():
     sparsity = measure_sparsity(network())
-    assert [layer.zeros for layer in sparsity.layers] == [0, 0, 0]
+    assert [layer.zeros for layer in sparsity.layers] == [0, 0, 0, 0]
     assert (sparsity.network, sparsity.selected) == (0.0, 0.0)
 
 
@@ -109,16 +109,16 @@ def test_network_counts_all_layers_and_selected_those_that_are_pruned():
     model = network()
     ck_structured(model[0], amount=0.6)
     sparsity = measure_sparsity(model, selected=["0"])
-    assert [layer.selected for layer in sparsity.layers] == [True, False, False]
+    assert [layer.selected for layer in sparsity.layers] == [True, False, False, False]
     assert sparsity.selected == 162 / 270
-    assert sparsity.network == 162 / (270 + 40 + 20)
+    assert sparsity.network == 162 / (270 + 400 + 40 + 20)
     assert measure_sparsity(model).selected == sparsity.network
 
 
 def test_compiled_models_have_plain_names():
     model = torch.compile(network())
     found = measure_sparsity(model)  # type: ignore[arg-type]
-    assert [layer.name for layer in found.layers] == ["0", "3", "5"]
+    assert [layer.name for layer in found.layers] == ["0", "2", "3", "5"]
 
 
 def test_a_layer_is_found_by_its_name():
@@ -152,8 +152,89 @@ def test_the_table_ends_with_both_totals():
     model = network()
     ck_structured(model[0], amount=0.6)
     lines = format_table(measure_sparsity(model, selected=["0"])).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert lines[-1] == (
         "sparsity: 60.00% of the pruned layers' weights, "
-        "49.09% of all convolution and linear weights"
+        "22.19% of all convolution and linear weights"
     )
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_are_counted_by_their_outputs(groups):
+    conv = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    with torch.no_grad():
+        conv.weight[:, 1] = 0  # an output channel of each group
+        conv.weight[0] = 0  # what reads an input channel
+    found = measure_sparsity(nn.Sequential(conv))["0"]
+    outputs = 6 // groups
+    assert (found.kind, found.shape) == ("conv", (6, 4 // groups, 3, 3))
+    assert found.dead_outputs == groups
+    assert found.pruned_kernels == 4 + outputs - 1
+    assert found.zeros == 9 * found.pruned_kernels
+
+
+@pytest.mark.parametrize("own", [{}, {"kdim": 6, "vdim": 4}])
+def test_the_projections_of_attention_are_counted(own):
+    attention = nn.MultiheadAttention(8, 2, bias=False, **own)
+    sparsity = measure_sparsity(nn.ModuleDict({"attention": attention}))
+    total = sum(weight.numel() for weight in attention.parameters())
+    assert sum(layer.total for layer in sparsity.layers) == total
+    assert {layer.kind for layer in sparsity.layers} == {"linear"}
+    assert sparsity["attention.out_proj"].shape == (8, 8)
+    assert not sparsity.left_out
+
+
+class Experts(nn.Module):
+    """A convolution of its own kind, as timm's CondConv2d is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 216))
+        self.gain = nn.Parameter(torch.ones(8, 1, 1, 1))
+
+
+def test_every_weight_is_counted_or_left_out_once():
+    model = nn.ModuleDict(
+        {
+            "norm": parametrizations.weight_norm(nn.Conv2d(3, 4, 3, bias=False)),
+            "spectral": nn.utils.spectral_norm(nn.Linear(4, 4, bias=False)),
+            "experts": Experts(),
+            "more": Experts(),
+            "lstm": nn.LSTM(4, 5, bias=False),
+            "embed": nn.Embedding(10, 8),
+            "tied": nn.Embedding(10, 8),
+            "head": nn.Linear(8, 10, bias=False),
+            "bilinear": nn.Bilinear(3, 4, 5, bias=False),
+        }
+    )
+    head: Any = model["head"]
+    head.weight = model["tied"].weight
+    prune.l1_unstructured(model["embed"], "weight", 7)  # type: ignore[no-untyped-call]
+    sparsity = measure_sparsity(model)
+    assert [layer.name for layer in sparsity.layers] == ["norm", "spectral", "head"]
+    assert {weight.name: weight.total for weight in sparsity.left_out} == {
+        "experts.weight": 864,
+        "more.weight": 864,
+        "lstm.weight_ih_l0": 80,
+        "lstm.weight_hh_l0": 100,
+        "embed.weight": 80,
+        "bilinear.weight": 60,
+    }
+    assert format_table(sparsity).endswith(
+        "of all convolution and linear weights, without 1,728 weights of Experts, 180 of LSTM, "
+        "80 of Embedding and 60 of Bilinear"
+    )
+
+
+@pytest.mark.slow
+def test_timms_conditional_convolutions_are_left_out():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("tf_efficientnet_cc_b0_4e", num_classes=10)
+    sparsity = measure_sparsity(model)
+    counted = sum(layer.total for layer in sparsity.layers)
+    left_out = sum(weight.total for weight in sparsity.left_out)
+    assert {weight.module for weight in sparsity.left_out} == {"CondConv2d"}
+    assert counted + left_out == sum(w.numel() for w in model.parameters() if w.ndim > 1)

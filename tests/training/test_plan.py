@@ -219,6 +219,22 @@ def test_an_average_has_masks_of_its_own(runs, tmp_path):
     assert lines_of(averaged)["memory"] == "0.4 MB of masks per process"
 
 
+def test_the_plan_shows_what_is_left_out_and_not_counted(runs, tmp_path):
+    options = "{img_size: 16, embed_dim: 12, depth: 1, num_heads: 3, patch_size: 8}"
+    model = f"{{name: vit_tiny_patch16_224, num_classes: 10, options: {options}}}"
+    run = prepared(
+        small_recipe(tmp_path, f"model={model}", "pruning.overrides=[]"), tmp_path / "run"
+    )
+    assert run.pruner is not None
+    run.pruner.left_out["blocks.0.attn.qkv"] = "its weight is frozen"
+    text = plan_text(run)
+    assert lines_of(run)["sparsity"] == (
+        "of all convolution and linear weights, without 60 weights of VisionTransformer (pos_embed)"
+    )
+    assert text.splitlines()[-1].split("  ")[0] == "blocks.0.attn.qkv"
+    assert text.endswith("  none: its weight is frozen\n")
+
+
 # The size of checkpoints
 
 
