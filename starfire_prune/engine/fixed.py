@@ -46,11 +46,25 @@ class FixedMasks:
         self._seen: dict[str, tuple[int, int]] = {}  # the parameters whose gradients are masked
         self._has_gradient = False  # whether one has reached a layer since the last step
         for name, module in modules.items():
-            if optimizer is not None:
-                _mask_optimizer_state(optimizer, layer_weight(module), masks[name])
             self._hold(name)
             self._load_hooks.append(notify_of_loads(module, self._after_load, name))
         self._versions = self._present_versions()  # torch's counts of changes, after a step
+        self.set_optimizer(optimizer)
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Zero the state of pruned weights in an optimizer, and in each state that it loads."""
+        self._optimizer = optimizer
+        self._masked_state: object = None  # the state whose pruned weights are zeroed
+        self._mask_new_state()
+
+    def _mask_new_state(self) -> None:
+        """Zero the optimizer's state of pruned weights unless it is the one that was zeroed."""
+        optimizer = self._optimizer
+        if optimizer is None or optimizer.state is self._masked_state:
+            return
+        for name, module in self._modules.items():
+            _mask_optimizer_state(optimizer, layer_weight(module), self.masks[name])
+        self._masked_state = optimizer.state  # load_state_dict replaces it
 
     @torch.no_grad()
     def _hold(self, name: str) -> None:
@@ -97,6 +111,7 @@ class FixedMasks:
         torch._foreach_mul_(weights, [self.masks[name] for name in self._modules])
         self._versions = self._present_versions()
         self._has_gradient = False
+        self._mask_new_state()
 
     def _present_versions(self) -> list[int]:
         return [layer_weight(module)._version for module in self._modules.values()]

@@ -22,6 +22,7 @@ from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
 from starfire_prune.engine.obstacles import log_left_out
+from starfire_prune.engine.optimizers import WithOptimizer
 from starfire_prune.engine.parts import names_within
 from starfire_prune.engine.plain_keys import add_plain_keys, remove_plain_keys
 from starfire_prune.engine.progress import Progress
@@ -39,7 +40,7 @@ from starfire_prune.utils.modules import layer_weight, unwrap, weight_key
 __all__ = ["Pruner"]
 
 
-class Pruner(Scheduled):
+class Pruner(Scheduled, WithOptimizer):
     """Prunes a model while it trains: Algorithm 2 of the paper, with fixed masks after the era.
 
     - `dense`, before the era: the model has no hooks after the first update, and `step()` only
@@ -64,7 +65,8 @@ class Pruner(Scheduled):
         updates_per_epoch: Optimizer steps of an epoch, `ceil(batches / gradient accumulation)`;
             unnecessary with `era_updates`. An epoch may have fewer or more: the schedule then waits
             for the next epoch, or rises to the target at the end of the last one.
-        optimizer: The optimizer whose state of pruned weights is zeroed at the end of the era.
+        optimizer: The optimizer whose state of pruned weights is zeroed at the end of the era. It
+            can be set later, or exchanged: `pruner.optimizer = optimizer`.
             Without it, old momentum of pruned weights is still part of norms (LAMB, clipping by
             state).
         example_input: A small batch such as `torch.zeros(2, 3, 224, 224)`, or the tuple of the
@@ -114,9 +116,9 @@ class Pruner(Scheduled):
         self.left_out = dict(selection.left_out)
         log_left_out(self.left_out)
         self._model = unwrap(model)
-        self._optimizer = optimizer
-        self._mirrors: list[dict[str, nn.Module]] = []
         self._fixed: FixedMasks | None = None
+        self.optimizer = optimizer
+        self._mirrors: list[dict[str, nn.Module]] = []
         self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
         self._calls = None if selection.calls_are_known else CallWatch(self._modules())
@@ -314,6 +316,8 @@ class Pruner(Scheduled):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if self._fixed is not None:
+            self._fixed.set_optimizer(self._optimizer)  # copies of frozen masks have none
         self._mark_layers()  # pickles of layers have no marks
 
     # --- phases -----------------------------------------------------------------------------------
