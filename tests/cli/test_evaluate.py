@@ -157,7 +157,8 @@ def test_a_run_has_the_accuracy_that_it_ended_with(tool, run):
     ],
 )
 def test_a_run_is_measured_as_it_was_trained(setting, key, tool, runs, tmp_path):
-    train_on(small_recipe(tmp_path, setting), tmp_path / "run")
+    # torch's bf16 gradients of channels-last kernels on 1x1 images can be uninitialized
+    train_on(small_recipe(tmp_path, setting, "data.image_size=64"), tmp_path / "run")
     ended = tool(tmp_path / "run")
     assert results_of(tmp_path / "run")[0].top1 == metrics_of(tmp_path / "run")[-1][key]
     assert "the run itself ended" not in ended.stdout

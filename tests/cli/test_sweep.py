@@ -532,7 +532,8 @@ def test_a_run_that_is_refused_prints_its_sentence_and_no_traceback(table):
     command = (*MODULE, COMMAND, table, "--output", table.parent / "runs", *options)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # holds accelerate
     printed = output_of(start(*command, PATH=path), 1)
-    assert "\nstarfire train: resnet18 can't be built with the options {'nonsense': 1}: " in printed
+    assert "\nstarfire train: resnet18 can't be built with the options " in printed
+    assert "argument 'nonsense'\n" in printed
     assert "Traceback" not in printed
 
 

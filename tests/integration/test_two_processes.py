@@ -321,7 +321,7 @@ def test_ranks_that_do_not_share_the_folder_are_refused_on_resuming(tmp_path):
     ]
     for process in two_agents(tmp_path, *own):
         assert (
-            "the checkpoints to go on from of rank(s) 1 differ from those of rank 0: --output must"
+            "the checkpoints to continue from of rank(s) 1 differ from those of rank 0: --output "
         ) in output_of(process, status=1)
 
 

@@ -138,7 +138,7 @@ def test_every_run_of_the_shipped_tables_can_be_trained(tmp_path, capsys):
             pruning = run.recipe.pruning
             kind: str = "dense" if pruning == "none" else pruning.method
             kinds.setdefault((run.recipe_path.stem, kind), run.recipe)
-    assert len(kinds) == 15
+    assert len(kinds) == 21
     for (_, kind), recipe in kinds.items():
         plan = plan_of(recipe, tmp_path / "run", capsys)
         start = "none: dense" if kind == "dense" else f"{kind} to "
