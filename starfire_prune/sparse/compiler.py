@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from typing import Any
@@ -20,6 +21,7 @@ from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.graph import dense_copy, without_autocast
 from starfire_prune.utils.marks import check_finished
+from starfire_prune.utils.modules import unwrap
 
 __all__ = ["compile"]
 
@@ -42,7 +44,8 @@ def compile(
     Args:
         model: The model, in any phase of pruning and in single precision. It is not changed.
         example_input: A batch, or the tuple of the model's arguments. The compiled model accepts
-            inputs of these shapes; if it is completely native, with any batch size.
+            inputs of these shapes, also as keywords; if it is completely native, with any batch
+            size.
         unfinished: Whether the pruning may be unfinished.
 
     Returns:
@@ -66,13 +69,20 @@ def compile(
     """
     check_finished(model, unfinished=unfinished)
     example = example_input if isinstance(example_input, tuple) else (example_input,)
-    graph = _export(model, example)
+    graph, names = _export(model, example), _argument_names(model)
     try:
         load_kernels()
     except BuildError as error:
         warnings.warn(f"the model runs on torch, as dense: {error}", RuntimeWarning, stacklevel=2)
-        return CompiledModel(graph, example, str(error))
-    return CompiledModel(_with_segments(graph), example)
+        return CompiledModel(graph, example, str(error), names)
+    return CompiledModel(_with_segments(graph), example, names=names)
+
+
+def _argument_names(model: nn.Module) -> list[str]:
+    """The names of the arguments of a model's forward pass that may be given by position."""
+    parameters = inspect.signature(unwrap(model).forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _export(model: nn.Module, example: tuple[Any, ...]) -> Any:

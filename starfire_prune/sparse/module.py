@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,14 +78,20 @@ class CompiledModel(nn.Module):
     Attributes:
         network: The rewritten graph: segments run natively, other operations on torch.
         reason: Why no part of it is native, and what to do about it; None if some part is.
+        names: Names of the model's arguments, by which inputs may be given as keywords.
     """
 
     def __init__(
-        self, network: fx.GraphModule, example: Sequence[Any], reason: str | None = None
+        self,
+        network: fx.GraphModule,
+        example: Sequence[Any],
+        reason: str | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
         self.reason = reason or (None if self.segments else NOTHING_SUPPORTED)
+        self.names = tuple(names[: len(example)])
         leaves, self._structure = tree_flatten(tuple(example))
         self._expected = [_expected(value) for value in leaves]
         self._any_batch = not self.torch_operations and bool(self.segments)
@@ -105,13 +111,16 @@ class CompiledModel(nn.Module):
             if node.op in ("call_function", "call_method") and node.target is not operator.getitem
         ]
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """The model's outputs.
 
         Raises:
-            TypeError: If the number, type or device of the inputs differs from the example's.
+            TypeError: If the number, names, types or device of the inputs differ from the
+                example's.
             ValueError: If a shape, or the value of an input that isn't a tensor, differs.
         """
+        if keywords:
+            inputs = self._in_order(inputs, keywords)
         self._check(inputs)
         if _is_traced():
             return self.network(*inputs)
@@ -127,6 +136,21 @@ class CompiledModel(nn.Module):
         if mode:
             raise ValueError("mode (=True) is not possible: a compiled model can't be trained")
         return self
+
+    def _in_order(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
+        """All inputs in the order of the example."""
+        left = self.names[len(inputs) :]
+        for name in keywords:
+            if name not in left:
+                again = "given twice" if name in self.names else "not an input of the example"
+                raise TypeError(
+                    f"`{name}` is {again}; the inputs are {', '.join(self.names) or 'nameless'}: "
+                    f"to add others, compile the model with them in `example_input`"
+                )
+        missing = [name for name in left if name not in keywords]
+        if missing:
+            raise TypeError(f"the input {missing[0]} is missing, which the example has")
+        return (*inputs, *(keywords[name] for name in left))
 
     def _check(self, inputs: Sequence[Any]) -> None:
         leaves, structure = tree_flatten(tuple(inputs))

@@ -331,3 +331,36 @@ def test_a_model_with_data_dependent_shapes_names_the_part_to_compile(capfd):
 def test_a_models_own_error_is_raised_as_it_is():
     with pytest.raises(RuntimeError, match="3 channels"):
         sparse.compile(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.rand(2, 5, 8, 8))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pixels: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
+        output: Tensor = self.conv(pixels) * scale
+        return output if mask is None else output * mask
+
+
+def test_inputs_may_be_keywords():
+    model, scale = Scaled().eval(), torch.tensor([2.0])
+    compiled = sparse.compile(model, (images(size=8), scale))
+    expected = model(images(size=8), scale)
+    close(compiled(images(size=8), scale=scale), expected)
+    close(compiled(scale=scale, pixels=images(size=8)), expected)
+    with pytest.raises(TypeError, match=r"^the input scale is missing, which the example has$"):
+        compiled(pixels=images(size=8))
+    with pytest.raises(TypeError, match=r"^`pixels` is given twice; the inputs are pixels, scale: "):
+        compiled(images(size=8), scale, pixels=images(size=8))
+    for name in ("mask", "size"):
+        with pytest.raises(
+            TypeError, match=f"^`{name}` is not an input of the example; the inputs"
+        ):
+            compiled(images(size=8), **{"scale": scale, name: scale})
+
+
+def test_copied_models_accept_keywords(resnet):
+    _, compiled = resnet
+    name = compiled.names[0]
+    close(pickle.loads(pickle.dumps(compiled))(**{name: images()}), compiled(images()))
