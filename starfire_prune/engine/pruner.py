@@ -21,6 +21,7 @@ from starfire_prune.engine.distributed import (
 from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
+from starfire_prune.engine.not_finite import not_finite_text
 from starfire_prune.engine.obstacles import log_left_out
 from starfire_prune.engine.optimizers import WithOptimizer
 from starfire_prune.engine.parts import names_within
@@ -325,7 +326,11 @@ class Pruner(Scheduled, WithOptimizer):
     def _update_masks(self, progress: float) -> None:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
         self._progress.set(phase="era")
-        changed = self._era.update_masks(progress)
+        try:
+            changed = self._era.update_masks(progress)
+        except ValueError as error:
+            cause = not_finite_text(self._model, self._progress.state.updates)
+            raise ValueError(f"{error}{cause}") from None
         with torch.no_grad():  # what a state dict holds is pruned as the forward pass is
             weights: list[Tensor] = [layer_weight(module) for module in self._modules().values()]
             torch._foreach_mul_(weights, [_mask(module) for module in self._modules().values()])

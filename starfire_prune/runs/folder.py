@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
@@ -19,11 +19,13 @@ from starfire_prune.recipe.sections import Recipe
 from starfire_prune.utils.files import writing
 
 __all__ = [
+    "WORKERS",
     "RunError",
     "append_metrics",
     "check_recipe",
     "check_writable",
     "checkpoints_of",
+    "create_folder",
     "differences_text",
     "existing_part",
     "exported_file",
@@ -31,6 +33,11 @@ __all__ = [
     "metrics_file",
     "read_metrics",
 ]
+
+
+_OWNER: Final = ".lock-owner"
+WORKERS: Final = "data.workers"
+"""The key that may differ on resuming a run, although augmentation depends on it."""
 
 
 class RunError(RuntimeError):
@@ -65,8 +72,12 @@ def existing_part(path: Path) -> Path:
 
 
 def check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
-    """Raise RunError if the folder's recipe trains differently from the given one."""
-    if differing := training_differences(saved, recipe):
+    """Raise RunError if the folder's recipe trains differently from the given one.
+
+    The number of workers may differ, since a machine may have too little memory for them.
+    """
+    found = training_differences(saved, recipe)
+    if differing := {key: values for key, values in found.items() if key != WORKERS}:
         raise RunError(
             f"{folder} holds the run of another recipe ({differences_text(differing)}): choose "
             f"another --output, or delete the folder"
@@ -87,6 +98,27 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"{place} can't be written to: choose another --output, or its permissions")
 
 
+def create_folder(folder: Path) -> None:
+    """Create the folder of a new run.
+
+    Raises:
+        RunError: If another run has created it since this one found that it did not exist.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:  # its lock is not tried, which the other run may want now
+        raise _in_use(folder) from error
+
+
+def _in_use(folder: Path) -> RunError:
+    owner = folder / _OWNER
+    name = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
+    return RunError(
+        f"{folder} is being trained in by process {name}: wait for it, end it, or choose another "
+        f"--output"
+    )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of an existing run folder within the block.
@@ -97,15 +129,11 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: If another process holds the lock.
     """
-    lock, owner = FileLock(folder / ".lock", timeout=0), folder / ".lock-owner"
+    lock, owner = FileLock(folder / ".lock", timeout=0), folder / _OWNER
     try:
         lock.acquire()
     except Timeout:
-        name = owner.read_text(encoding="utf-8") if owner.is_file() else "unknown"
-        raise RunError(
-            f"{folder} is being trained in by process {name}: wait for it, end it, or choose "
-            f"another --output"
-        ) from None
+        raise _in_use(folder) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise

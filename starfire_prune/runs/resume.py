@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import checkpoint_epoch, checkpoints_in, latest_checkpoint
 from starfire_prune.runs.environment import forked_environment, run_environment
 from starfire_prune.runs.folder import (
+    WORKERS,
     RunError,
     check_recipe,
     checkpoints_of,
@@ -25,7 +27,7 @@ from starfire_prune.utils.files import write_text
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["begin_folder", "checkpoint_to_resume", "forked_checkpoint"]
+__all__ = ["begin_folder", "checkpoint_to_resume", "forked_checkpoint", "resume_notices"]
 
 
 def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) -> Path | None:
@@ -56,6 +58,18 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, *, resume: bool = False) 
             f"{folder} holds a finished run of this recipe: choose another --output, or delete it"
         )
     return checkpoint
+
+
+def resume_notices(folder: Path, recipe: Recipe) -> Iterator[str]:
+    """What makes a resumed run differ from an uninterrupted one, although it may be resumed so."""
+    saved = load_recipe(folder / "recipe.yaml", keep_unset=True)
+    differing = training_differences(saved, recipe)
+    if WORKERS in differing:
+        before, now = differing[WORKERS]
+        yield (
+            f"{WORKERS} was {before} and is {now}: images are augmented by other random numbers, "
+            f"so that the run does not repeat the uninterrupted one bit for bit"
+        )
 
 
 def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
@@ -135,10 +149,21 @@ def begin_folder(
             f"train that run again"
         )
     if first_epoch == 0 or source is not None:
-        if not (folder / "recipe.yaml").is_file():  # it may be an equal one written by the user
-            write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        saved = folder / "recipe.yaml"  # it may be an equal one written by the user
+        if not saved.is_file() or training_differences(load_recipe(saved), recipe):
+            write_text(saved, dump_recipe(recipe))
         environment = run_environment(accelerator, recipe.seed)
         if source is not None:
             environment["forked"] = forked_environment(source, first_epoch)
         write_text(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+    elif list(resume_notices(folder, recipe)):
+        _record_workers(folder, first_epoch, recipe.data.workers)
     write_text(metrics_file(folder), "".join(json.dumps(row) + "\n" for row in done))
+
+
+def _record_workers(folder: Path, epoch: int, workers: int) -> None:
+    """Record in `environment.json` with how many workers a run goes on from an epoch."""
+    path = folder / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8"))
+    environment.setdefault("resumed", []).append({"epoch": epoch, WORKERS: workers})
+    write_text(path, json.dumps(environment, indent=1) + "\n")

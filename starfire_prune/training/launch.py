@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
+    DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
+    TorchDynamoPlugin,
 )
 
 from starfire_prune.recipe.sections import Recipe
@@ -56,7 +58,7 @@ def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=recipe.seed
             ),
-            dynamo_backend="inductor" if recipe.training.compile else "no",
+            dynamo_plugin=_compilation(recipe.training.compile),
             log_with=[*recipe.training.trackers] or None,  # an empty list causes a warning
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "logs")),
         )
@@ -69,6 +71,22 @@ def create_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     if recipe.training.threads is not None:  # after Accelerate, which sets it too
         torch.set_num_threads(recipe.training.threads)
     return accelerator
+
+
+def _compilation(compiles: bool) -> TorchDynamoPlugin:
+    """How the model is compiled: for each shape by itself.
+
+    By default torch compiles a graph for all shapes once a second shape appears. A resumed run sees
+    the shapes in another order, and would compute other bits than an uninterrupted one.
+    """
+    backend = DynamoBackend.INDUCTOR if compiles else DynamoBackend.NO
+    return TorchDynamoPlugin(
+        backend=backend,
+        mode="default",
+        fullgraph=False,
+        dynamic=False,
+        use_regional_compilation=False,
+    )
 
 
 def _check_ranks_are_announced() -> None:

@@ -21,11 +21,17 @@ from starfire_prune.runs.folder import (
     append_metrics,
     check_writable,
     checkpoints_of,
+    create_folder,
     exported_file,
     locked,
     read_metrics,
 )
-from starfire_prune.runs.resume import begin_folder, checkpoint_to_resume, forked_checkpoint
+from starfire_prune.runs.resume import (
+    begin_folder,
+    checkpoint_to_resume,
+    forked_checkpoint,
+    resume_notices,
+)
 from starfire_prune.serialization.pruned import save_pruned
 from starfire_prune.training.launch import create_accelerator
 from starfire_prune.training.loop import run_epoch
@@ -91,7 +97,7 @@ def train(
             return
         if writes:
             if not existed:
-                folder.mkdir(parents=True)  # fails if another run has created it meanwhile
+                create_folder(folder)
                 stack.enter_context(locked(folder))
             begin_folder(folder, recipe, accelerator, first_epoch, start.source)
         accelerator.wait_for_everyone()
@@ -127,6 +133,9 @@ def _find_start(
         start = _Start(forked_checkpoint(fork, recipe), fork)
     if start.checkpoint is not None:
         check_environment(start.source or folder, accelerator)
+    if start.checkpoint is not None and start.source is None:
+        for notice in resume_notices(folder, recipe):
+            _log(accelerator, notice)
     return start
 
 
@@ -171,8 +180,8 @@ def _train_epochs(run: Run, first_epoch: int) -> None:
     limits = explained_limits(
         RunError,
         less_memory="lower data.batch_size (and raise training.gradient_accumulation), or set "
-        "training.mixed_precision=bf16",
-        fewer_workers="lower data.workers; the same command continues from the last checkpoint",
+        "training.mixed_precision=bf16, with another --output, since this is another training",
+        fewer_workers="lower data.workers; the command then continues from the last checkpoint",
     )
     with limits:
         for epoch in range(first_epoch, run.recipe.epochs):

@@ -91,15 +91,21 @@ def checked_file(path: Path, writes: AbstractContextManager[Path]) -> Iterator[P
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, and replace `path` by it if the block succeeds."""
+    """Yield a temporary folder beside `path`, and replace `path` by it if the block succeeds.
+
+    All files in it get the permissions of newly created ones.
+    """
     path = path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
+        mode = _mode_of_new_files(temporary)
         yield temporary
         for file in temporary.iterdir():
+            if file.is_file():
+                file.chmod(mode)  # safetensors creates files that nobody else may read
             _sync(file)
         _sync(temporary)
         if path.exists():
@@ -110,6 +116,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The permissions that a new file in a folder gets, of which the umask is a part."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
 
 
 def move_file(source: Path, path: Path) -> None:

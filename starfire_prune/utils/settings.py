@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from starfire_prune.utils.text import NUMBER, did_you_mean
+from starfire_prune.utils.text import NUMBER, did_you_mean, nearest
 
 __all__ = [
     "KeyPath",
@@ -70,12 +70,31 @@ def validated(
     try:
         return root.model_validate(tree, context={"keep_unset": keep_unset}), []
     except ValidationError as error:
-        problems = [_problem(root, tree, detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        meant = set(filter(None, (_meant(root, tree, detail) for detail in details)))
+        problems = [
+            _problem(root, tree, detail)
+            for detail in details
+            if detail["type"] != "missing" or _path_of(detail) not in meant
+        ]
     return None, list(dict.fromkeys((*problems, *deep_problems(root, tree))))
 
 
+def _path_of(detail: ErrorDetails) -> KeyPath:
+    return tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
+
+
+def _meant(root: type[Settings], tree: Any, detail: ErrorDetails) -> KeyPath | None:
+    """The path of the valid key that an unknown key resembles, whose absence is no second error."""
+    if detail["type"] not in ("extra_forbidden", "invalid_key"):
+        return None
+    *parents, key = _path_of(detail)
+    near = nearest(key, _section_at(root, tree, tuple(parents)).model_fields)
+    return None if near is None else (*parents, near)
+
+
 def _problem(root: type[Settings], tree: Any, detail: ErrorDetails) -> Problem:
-    path = tuple(key for key in detail["loc"] if key not in ("<mapping>", "<none>", "[key]"))
+    path = _path_of(detail)
     for free in ("options", "set"):  # below them, pydantic adds the types it tried
         if free in path:
             path = path[: path.index(free) + 2]

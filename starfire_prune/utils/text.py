@@ -17,6 +17,7 @@ __all__ = [
     "format_columns",
     "listed",
     "mean_of",
+    "nearest",
     "number_text",
     "spread_text",
 ]
@@ -55,8 +56,19 @@ def did_you_mean(value: object, names: Iterable[str]) -> str:
         >>> did_you_mean("amuont", ["amount", "era"])
         '; did you mean amount?'
     """
+    near = nearest(value, names)
+    return "" if near is None else f"; did you mean {near}?"
+
+
+def nearest(value: object, names: Iterable[str]) -> str | None:
+    """The valid name that a wrong one resembles most; None if none is near.
+
+    Example:
+        >>> nearest("modle", ["model", "data"])
+        'model'
+    """
     near = difflib.get_close_matches(str(value).lower(), list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return near[0] if near else None
 
 
 def first_line(error: BaseException) -> str:

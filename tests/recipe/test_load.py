@@ -278,6 +278,25 @@ def test_unknown_key_names_the_nearest(file):
     assert refusal_of(load_recipe, file) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("modle", "model"), ("optimiser", "optimizer"), ("epoch", "epochs")]
+)
+def test_a_misspelt_key_that_is_required_is_one_error(wrong, right, file):
+    file.write_text(re.sub(f"(?m)^{right}:", f"{wrong}:", RECIPE), encoding="utf-8")
+    (line,) = refusal_of(load_recipe, file)
+    assert line.startswith(f"{file}: {wrong}: unknown key (got ")
+    assert line.endswith(f"; did you mean {right}?")
+
+
+def test_an_unknown_key_hides_no_other_missing_key(file):
+    file.write_text(
+        RECIPE.replace("model:", "modle:").replace("epochs: 10\n", ""), encoding="utf-8"
+    )
+    first, second = refusal_of(load_recipe, file)
+    assert "modle" in first + second
+    assert "epochs: is required" in first + second
+
+
 def test_unknown_key_without_a_near_one_lists_the_keys(file):
     file.write_text(RECIPE + "training: {speed: 3}", encoding="utf-8")
     (line,) = refusal_of(load_recipe, file)

@@ -28,6 +28,8 @@ from starfire_prune.runs.folder import (
     read_metrics,
 )
 from starfire_prune.runs.resume import begin_folder, checkpoint_to_resume
+from starfire_prune.training import train as training
+from starfire_prune.training.preflight import check_run
 from starfire_prune.training.train import train
 from tests.support.paths import ROOT
 from tests.support.runs import (
@@ -305,6 +307,49 @@ def test_a_run_elsewhere_of_the_same_recipe_is_not_entered(runs, tmp_path):
     with locked(run), pytest.raises(RunError, match="is being trained in"):
         train_on(small_recipe(tmp_path), run)
     assert files_of(run) == before
+
+
+def test_a_folder_that_another_run_created_meanwhile_is_refused_with_the_process(runs, tmp_path):
+    run = tmp_path / "run"
+    other: list[Any] = []
+
+    def while_another_starts(*args: Any) -> None:
+        run.mkdir()
+        other.append(locked(run))
+        other[0].__enter__()
+        check_run(*args)
+
+    runs.setattr(training, "check_run", while_another_starts)
+    message = rf"^{run} is being trained in by process {os.getpid()} on .*: wait for it, end it, or"
+    with pytest.raises(RunError, match=message):
+        training.train(small_recipe(tmp_path), run)
+    other[0].__exit__(None, None, None)
+    assert not list(run.iterdir())
+
+
+def test_a_run_goes_on_with_fewer_workers_and_says_what_differs(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_killed(small_recipe(tmp_path), run, 1, "within the epoch")
+    saved = (run / "recipe.yaml").read_text()
+    fewer = small_recipe(tmp_path, "data.workers=1")
+    runs.setattr(training, "_train_epochs", lambda run, first: None)
+    runs.setattr(training, "_finish", lambda run: None)
+    train_on(fewer, run)
+    assert (
+        "data.workers was 0 and is 1: images are augmented by other random numbers, so that the "
+        "run does not repeat the uninterrupted one bit for bit"
+    ) in capsys.readouterr().out
+    assert (run / "recipe.yaml").read_text() == saved
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["resumed"] == [{"epoch": 1, "data.workers": 1}]
+    with pytest.raises(RunError, match="holds the run of another recipe"):
+        train_on(small_recipe(tmp_path, "data.workers=1", "data.batch_size=4"), run)
+
+
+def test_a_run_that_begins_again_with_fewer_workers_has_them_in_its_recipe(tmp_path):
+    begin_folder(tmp_path / "run", small_recipe(tmp_path), PROCESS)
+    begin_folder(tmp_path / "run", fewer := small_recipe(tmp_path, "data.workers=1"), PROCESS)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == fewer
 
 
 def test_data_may_have_moved_and_trackers_may_differ_on_resuming(runs, tmp_path):

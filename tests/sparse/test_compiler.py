@@ -351,7 +351,9 @@ def test_inputs_may_be_keywords():
     close(compiled(scale=scale, pixels=images(size=8)), expected)
     with pytest.raises(TypeError, match=r"^the input scale is missing, which the example has$"):
         compiled(pixels=images(size=8))
-    with pytest.raises(TypeError, match=r"^`pixels` is given twice; the inputs are pixels, scale: "):
+    with pytest.raises(
+        TypeError, match=r"^`pixels` is given twice; the inputs are pixels, scale: "
+    ):
         compiled(images(size=8), scale, pixels=images(size=8))
     for name in ("mask", "size"):
         with pytest.raises(

@@ -21,6 +21,7 @@ from starfire_prune.runs.folder import RunError
 from starfire_prune.serialization.pruned import read_metadata
 from starfire_prune.training import loop
 from starfire_prune.training import setup as preparation
+from starfire_prune.training.launch import create_accelerator
 from starfire_prune.training.loop import evaluate
 from starfire_prune.training.train import train
 from tests.support.processes import exported, same_exports
@@ -193,8 +194,9 @@ def test_the_picture_of_a_run_is_a_png(finished):
 
 
 def test_files_of_a_run_can_be_read_by_whoever_reads_its_folder(finished):
-    plain = (finished / "recipe.yaml").stat().st_mode
-    assert (finished / "export" / "model.safetensors").stat().st_mode == plain
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert any(path.name == "masks.safetensors" for path in files)
+    assert {path.stat().st_mode for path in files} == {(finished / "recipe.yaml").stat().st_mode}
 
 
 # The export
@@ -545,6 +547,27 @@ def test_mixed_images_train_on_shares_of_classes_and_are_evaluated_on_labels(run
 
 
 # Compiled
+
+
+def test_compiled_models_are_compiled_for_each_shape_by_itself(runs, tmp_path):
+    runs.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
+    accelerator = create_accelerator(small_recipe(tmp_path, "training.compile=true"), tmp_path)
+    plugin = accelerator.state.dynamo_plugin
+    assert (plugin.backend.value, plugin.dynamic) == ("INDUCTOR", False)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_killed_ends_with_the_same_bits(runs, tmp_path):
+    settings = ("training.compile=true", "data.batch_size=24")
+    recipe = small_recipe(tmp_path, *settings)  # batches of 24, 24 and 8
+    torch._dynamo.reset()
+    train_on(recipe, tmp_path / "whole")
+    torch._dynamo.reset()
+    train_killed(recipe, tmp_path / "broken", 2, "within the epoch")
+    torch._dynamo.reset()
+    train_on(recipe, tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
+    assert same_exports(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.slow

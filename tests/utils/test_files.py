@@ -134,6 +134,20 @@ def test_a_folder_replaces_the_old_one_and_all_its_files(tmp_path):
     assert names(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_of_a_folder_have_the_permissions_that_the_umask_leaves(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with replaced_folder(tmp_path / "folder") as temporary:
+            (temporary / "plain").touch()
+            (temporary / "secret").touch(0o600)
+    finally:
+        os.umask(before)
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [file.name for file in files] == ["plain", "secret"]
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o666 & ~mask] * 2
+
+
 def test_a_folder_needs_no_name_in_its_path(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
