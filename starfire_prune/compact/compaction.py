@@ -74,6 +74,12 @@ class CompactReport:
     deviation: float
     fold: FoldReport
 
+    def __repr__(self) -> str:
+        return (
+            f"CompactReport({len(self.layers)} layers, parameters={self.parameters}, "
+            f"macs={self.macs}, deviation={self.deviation:.1e})"
+        )
+
     @property
     def macs(self) -> tuple[int, int]:
         """Multiply-accumulates of all these layers for one sample, before and after."""

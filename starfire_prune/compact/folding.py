@@ -52,6 +52,12 @@ class FoldReport:
     layers: tuple[FoldedLayer, ...]
     unknown: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"FoldReport({len(self.layers)} layers, redundant={self.redundant}, "
+            f"folded={self.folded})"
+        )
+
     @property
     def redundant(self) -> int:
         """Number of weights set to zero because they read zeros."""

@@ -27,6 +27,15 @@ from starfire_prune.utils.text import did_you_mean
 
 __all__ = ["MethodSection", "with_any_options", "with_options"]
 
+# Keys that other programs have for those of a pruning
+_SYNONYMS = {
+    **dict.fromkeys(("sparsity", "target_sparsity", "final_sparsity", "sparsity_level"), "amount"),
+    **dict.fromkeys(("ratio", "pruning_ratio", "rate", "share", "percentage"), "amount"),
+    **dict.fromkeys(("epochs", "era_epochs"), "era"),
+    **dict.fromkeys(("steps", "era_steps", "updates"), "era_updates"),
+    **dict.fromkeys(("layers", "modules"), "include"),
+    **dict.fromkeys(("ignore", "ignored", "skip"), "exclude"),
+}
 SectionT = TypeVar("SectionT", bound="MethodSection")
 
 
@@ -91,6 +100,9 @@ class MethodSection(Settings):
     @classmethod
     def unknown_key(cls, key: str) -> str:
         """What is known of a key that this section doesn't have: whose option it is."""
+        synonym = _SYNONYMS.get(key)
+        if synonym in cls.model_fields:
+            return f"; did you mean {synonym}?"
         owners = [name for name, own in METHODS.items() if key in method_options(own)]
         return f"; it is an option of {', '.join(owners)}" if owners else ""
 

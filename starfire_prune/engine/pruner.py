@@ -18,6 +18,7 @@ from starfire_prune.engine.distributed import (
     keep_buffers_from_ddp,
     refuse_sharded,
 )
+from starfire_prune.engine.earlier import log_earlier_pruning
 from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
@@ -116,6 +117,7 @@ class Pruner(Scheduled, WithOptimizer):
         self.layers = {layer.name: layer for layer in selection.layers}
         self.left_out = dict(selection.left_out)
         log_left_out(self.left_out)
+        log_earlier_pruning(selection.layers)
         self._model = unwrap(model)
         self._fixed: FixedMasks | None = None
         self.optimizer = optimizer

@@ -91,6 +91,12 @@ class Sparsity:
     layers: tuple[LayerSparsity, ...]
     left_out: tuple[LeftOut, ...] = ()
 
+    def __repr__(self) -> str:
+        return (
+            f"Sparsity({len(self.layers)} layers, selected={self.selected:.4f}, "
+            f"network={self.network:.4f})"
+        )
+
     @property
     def selected(self) -> float:
         """Share of zeros over the layers that are pruned, in [0, 1]."""

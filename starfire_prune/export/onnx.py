@@ -71,6 +71,12 @@ class OnnxReport:
     unchecked: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"OnnxReport({len(self.layers)} layers, sparsity={self.sparsity:.4f}, "
+            f"size_bytes={self.size_bytes}, opset={self.opset}, deviation={self.deviation:.1e})"
+        )
+
     @property
     def sparsity(self) -> float:
         """Share of zeros in all layers that were checked, in [0, 1]."""

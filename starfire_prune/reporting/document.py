@@ -103,6 +103,9 @@ class Report:
     sections: tuple[Section, ...]
     runs: Grid
 
+    def __repr__(self) -> str:
+        return f"Report({self.title!r}, {len(self.sections)} sections, {len(self.runs.rows)} runs)"
+
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """The pictures of all sections."""

@@ -70,6 +70,9 @@ class Inspection:
     model: dict[str, Any] | None
     recipe: dict[str, Any] | None
 
+    def __repr__(self) -> str:
+        return f"Inspection({len(self.tensors)} tensors, size_bytes={self.size_bytes})"
+
 
 def inspect_pruned(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Inspection:
     """Describe the content of a file of `save_pruned`, and verify all its checksums.

@@ -264,3 +264,31 @@ def test_a_state_with_a_wrong_number_of_updates_is_refused():
         message = re.escape(f"the pruner's state is damaged: its {key} is {value!r}")
         with pytest.raises(ValueError, match=message):
             pruner.load_state_dict({**pruner.state_dict(), key: value})
+
+
+# Keys that other programs have
+
+
+@pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("sparsity", "amount"),
+        ("target_sparsity", "amount"),
+        ("pruning_ratio", "amount"),
+        ("epochs", "era"),
+        ("steps", "era_updates"),
+        ("ignore", "exclude"),
+    ],
+)
+def test_a_key_of_another_program_is_answered_by_ours(key, wanted):
+    with pytest.raises(RecipeError) as caught:
+        parse_pruning({**CK, "era": [0, 1], key: 0.6})
+    assert str(caught.value) == f"pruning: {key}: unknown key (got 0.6); did you mean {wanted}?"
+
+
+def test_a_key_is_suggested_only_where_it_is_one():
+    with pytest.raises(RecipeError) as caught:
+        parse_pruning({**CK, "era": [0, 1], "fc": {"sparsity": 0.6, "epochs": 3}})
+    sparsity, epochs = str(caught.value).splitlines()
+    assert sparsity == "pruning: fc.sparsity: unknown key (got 0.6); did you mean amount?"
+    assert "did you mean era" not in epochs
