@@ -32,9 +32,10 @@ def fc_block_mask(
     """Prune blocks of a linear weight by their sum of magnitudes (the paper's Figure 2d).
 
     A unit is a block of neighbouring output and input features; the scope is the layer. In each
-    row of blocks the one with the highest sum is protected, so that every output neuron keeps a
-    weight: `min(count, blocks - protected)` blocks are pruned. What doesn't fill a block at the
-    right and lower edges is a smaller one, also in a layer smaller than a block.
+    row of blocks the one with the highest sum is protected: `min(count, blocks - protected)` blocks
+    are pruned. An output neuron that an earlier mask leaves without a weight in that block keeps
+    its largest one, so that every neuron that holds a weight keeps one. What doesn't fill a block
+    at the right and lower edges is a smaller one, also in a layer smaller than a block.
 
     Args:
         weight: Weight of shape `(out_features, in_features)`.
@@ -58,7 +59,8 @@ def fc_block_mask(
     check_finite(keys, weight)
     units = fc_block_units(weight.shape, block_size=block_size)
     pruned = _smallest_unprotected(_block_keys(keys, block_size), units, amount)
-    return merge(~from_blocks(pruned, block_size, *weight.shape), mask)
+    kept = ~from_blocks(pruned, block_size, *weight.shape) & (keys >= 0)
+    return merge(_with_a_weight(kept, keys), mask)
 
 
 def fc_fine_mask(weight: Tensor, amount: float, *, mask: Tensor | None = None) -> Tensor:
@@ -148,7 +150,8 @@ def _linear_keys(weight: Tensor, mask: Tensor | None) -> Tensor:
     if weight.ndim != 2:
         raise ValueError(
             f"`weight` of shape {tuple(weight.shape)} must have shape (out_features, in_features): "
-            f"fc methods are for linear layers"
+            f"fc methods are for linear layers; for convolutions there are ck_structured and "
+            f"window_structured"
         )
     return magnitude_keys(weight, mask, min_dims=2)
 

@@ -64,7 +64,9 @@ def magnitude_keys(weight: Tensor, mask: Tensor | None, min_dims: int) -> Tensor
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be of a floating dtype, received {weight.dtype}")
     if weight.ndim < min_dims:
-        wanted = "(K, C, *kernel)" if min_dims == 3 else f"at least {min_dims} dimensions"
+        wanted = f"at least {min_dims} dimensions"
+        if min_dims == 3:
+            wanted = "(K, C, *kernel); for linear layers there are fc_fine and fc_block"
         raise ValueError(f"`weight` of shape {tuple(weight.shape)} must have shape {wanted}")
     if mask is not None and mask.shape != weight.shape:
         raise ValueError(

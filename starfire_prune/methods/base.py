@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from starfire_prune.masks.counts import Units, weight_units
@@ -95,6 +96,11 @@ class MaskMethod(prune.BasePruningMethod):
         pre-hook. If this method has been applied before, only the buffer's values change; on top
         of another method both share a `PruningContainer`.
 
+        The amount is that of the method's own units, and what is zero already counts towards it. A
+        kernel, block or channel counts once all its weights are zero, so that after a method of
+        smaller units the share of zeros is larger than the amount: 0.3 by
+        `prune.l1_unstructured` and then 0.6 by `ck_structured` give about 70 %.
+
         Args:
             module: Module that holds the parameter; not a transposed convolution.
             name: Name of the parameter.
@@ -111,6 +117,8 @@ class MaskMethod(prune.BasePruningMethod):
                 changed then.
         """
         parameter = _parameter(module, name)
+        if cls.applies_to == CONVOLUTIONS:
+            _check_kernels(module, name, parameter)
         _check_scores(importance_scores, parameter)
         scores = parameter if importance_scores is None else importance_scores
         _, hook = find_hook(module, name)
@@ -313,6 +321,11 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
             f"{type(module).__name__} is a transposed convolution, whose weight has its channels "
             f"the other way round: these methods can't prune it"
         )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{type(module).__name__} is the output projection of nn.MultiheadAttention, which "
+            f"uses its weight without calling it, so that no hook can mask it"
+        )
     parameter = module._parameters.get(f"{name}_orig", module._parameters.get(name))
     if parameter is None:
         names = [
@@ -324,11 +337,38 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
             f"{type(module).__name__} has no parameter `{name}`; it has: "
             f"{', '.join(names) or 'none of its own'}"
         )
+    if _is_computed(module, name):
+        raise ValueError(
+            f"{type(module).__name__} computes `{name}` from `{name}_orig`, as spectral_norm does, "
+            f"so that zeros would not hold: remove that first"
+        )
+    if parameter.is_complex():
+        raise TypeError(
+            f"`{name}` of {type(module).__name__} has dtype {parameter.dtype}, and only real "
+            f"weights are ranked"
+        )
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"`{name}` of {type(module).__name__} has no values yet: run a forward pass first"
         )
     return parameter
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether another hook than one of pruning computes a parameter from `name + "_orig"`."""
+    names = module._parameters.keys()
+    return f"{name}_orig" in names and name not in names and f"{name}_mask" not in module._buffers
+
+
+def _check_kernels(module: nn.Module, name: str, weight: Tensor) -> None:
+    """Raise TypeError for PyTorch's layers whose weight has dimensions, but no kernels."""
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modu")]
+    is_layer = any(kind is not nn.Module for kind in kinds)
+    if is_layer and weight.ndim > 2 and not isinstance(module, CONVOLUTIONS):
+        raise TypeError(
+            f"{type(module).__name__} is not a convolution, and its `{name}` has no kernels: "
+            f"magnitude_unstructured prunes single weights"
+        )
 
 
 def _check_scores(importance_scores: Tensor | None, parameter: nn.Parameter) -> None:

@@ -79,6 +79,7 @@ def magnitude_unstructured(
         module: Any module.
         name: Name of the parameter, of any shape.
         amount: Total share in [0, 1], or number, of weights that is zero afterwards.
+            Zeros of earlier methods count.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
 
@@ -105,6 +106,7 @@ def random_unstructured(
         module: Any module.
         name: Name of the parameter, of any shape.
         amount: Total share in [0, 1], or number, of weights that is zero afterwards.
+            Zeros of earlier methods count.
         seed: Seed of the order.
 
     Raises:
@@ -134,6 +136,7 @@ def filter_structured(
         module: Any module.
         name: Name of the parameter, of shape `(K, ...)`.
         amount: Total share in [0, 1], or number, of output channels that is zero afterwards.
+            A channel of which an earlier method has pruned a part only doesn't count.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
 

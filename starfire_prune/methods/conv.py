@@ -271,7 +271,7 @@ def window_structured(
         module: A convolution with kernels of two weights or more.
         name: Name of the parameter, of shape `(K, C / groups, *kernel)`.
         amount: Total share in [0, 1], or number, of weights of each kernel that is zero
-            afterwards; of the layer with `exact_layer_sparsity`.
+            afterwards; of the layer with `exact_layer_sparsity`. Zeros of earlier methods count.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
         max_nonzero: Most weights that each kernel keeps.
@@ -315,7 +315,8 @@ def ck_structured(
         module: A convolution.
         name: Name of the parameter, of shape `(K, C / groups, *kernel)`.
         amount: Total share in [0, 1], or number, of the kernels reading each input channel
-            that is zero afterwards.
+            that is zero afterwards. A kernel of which an earlier method has pruned single weights
+            only doesn't count, so that more of the layer's weights may be zero.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
         block_size: Numbers of neighbouring `(output, input)` channels whose kernels are pruned
@@ -362,6 +363,7 @@ def intra_structured(
         module: A convolution; 1x1 kernels are only pruned by CK.
         name: Name of the parameter, of shape `(K, C / groups, *kernel)`.
         amount: Total share of the layer's weights, a float in [0, 1], that is zero afterwards.
+            Zeros of earlier methods count, but its kernels are pruned beside them.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
         window_fraction: Part of the amount that is pruned inside kernels, in [0, 1].

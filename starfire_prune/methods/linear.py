@@ -117,12 +117,14 @@ def fc_block(
     """Prune blocks of a linear layer by their sum of magnitudes (Figure 2d).
 
     Modifies module in place (and also returns it) as `MaskMethod.apply` describes. The best
-    block of each row of blocks is protected, so the total may stay below the count.
+    block of each row of blocks is protected, and the largest weight of an output neuron whose
+    protected block an earlier method has emptied, so the total may stay below the count.
 
     Args:
         module: A linear layer.
         name: Name of the parameter, of shape `(out_features, in_features)`.
-        amount: Total share in [0, 1], or number, of the layer's blocks that is zero afterwards.
+        amount: Total share in [0, 1], or number, of the layer's blocks that is zero afterwards. A
+            block of which an earlier method has pruned single weights only doesn't count.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
         block_size: Numbers of neighbouring `(output, input)` features of a block.
@@ -155,7 +157,7 @@ def fc_fine(
         module: A linear layer.
         name: Name of the parameter, of shape `(out_features, in_features)`.
         amount: Total share in [0, 1], or number, of the layer's weights that is zero
-            afterwards.
+            afterwards. Zeros of earlier methods count.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its
             place.
 
@@ -196,7 +198,7 @@ def fc_structured(
         module: A linear layer.
         name: Name of the parameter, of shape `(out_features, in_features)`.
         amount: Total share in [0, 1], or number, of the layer's weights that is zero
-            afterwards.
+            afterwards. Zeros of earlier methods count.
         previous: The layer whose output it reads, possibly flattened: `in_features` must be a
             multiple of its output channels.
         importance_scores: Tensor of the parameter's shape that is ranked by magnitude in its

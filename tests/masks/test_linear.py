@@ -277,3 +277,15 @@ def test_fc_structure_reports_columns_that_do_not_fit(columns):
 def test_fc_structure_reports_other_values_of_then():
     with pytest.raises(ValueError, match=r"`then` \(='rows'\) must be one of 'fine', 'block'"):
         fc_structure_mask(WEIGHT_FC, 0.5, then="rows")
+
+
+@given(st.data())
+@pytest.mark.parametrize("amount", [0.5, 0.9, 1.0])
+def test_fc_block_leaves_every_neuron_that_holds_a_weight_one(amount, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    weight = torch.randn(6, 9, generator=generator)
+    earlier = torch.rand(6, 9, generator=generator) < data.draw(st.floats(0, 1))
+    kept = fc_block_mask(weight, amount, mask=earlier, block_size=(3, 3))
+    assert torch.equal(kept.any(1), earlier.any(1))
+    assert not (kept & ~earlier).any()
+    assert torch.equal(fc_block_mask(weight, amount, mask=kept, block_size=(3, 3)), kept)

@@ -145,10 +145,10 @@ def test_an_amount_in_the_names_place_is_refused(row, state):
             partial(nn.Conv2d, 4, 4, 3, groups=4),
             r"Conv2d\.weight: .*depthwise.*scope=\"layer\"",
         ),
-        (CK, linear, r"Linear\.weight: .*\(K, C, \*kernel\)"),
+        (CK, linear, r"Linear\.weight: .*\(K, C, \*kernel\).*; for linear layers .* fc_fine"),
         (INTRA, partial(nn.Conv2d, 4, 4, 3, groups=4), r"depthwise.*scope=\"layer\""),
         (INTRA, linear, r"Linear\.weight: .*\(K, C, \*kernel\)"),
-        (BLOCK, conv, r"Conv2d\.weight: .*fc methods are for linear layers"),
+        (BLOCK, conv, r"Conv2d\.weight: .*fc methods are for linear layers; .* ck_structured"),
         (FINE, conv, r"Conv2d\.weight: .*fc methods are for linear layers"),
     ],
     ids=lambda value: value.function.__name__ if isinstance(value, Method) else "",
@@ -179,7 +179,29 @@ def test_reparametrised_weights_are_refused(row):
 @every_method
 def test_spectral_norm_by_hook_is_refused(row):
     module = nn.utils.spectral_norm(row.module())
-    assert_refused(module, row.prune, ValueError, "has a `weight_orig` already")
+    match = "computes `weight` from `weight_orig`, as spectral_norm does"
+    assert_refused(module, row.prune, ValueError, match)
+
+
+@every_method
+def test_complex_weights_are_refused(row):
+    module = row.module()
+    module.weight = nn.Parameter(module.weight.detach().to(torch.complex64))
+    match = "^`weight` of .* has dtype torch.complex64, and only real weights are ranked$"
+    assert_refused(module, row.prune, TypeError, match)
+
+
+@pytest.mark.parametrize("row", [FINE, BLOCK, MAGNITUDE])
+def test_the_projection_of_torchs_attention_is_refused(row):
+    match = "is the output projection of nn.MultiheadAttention, which uses its weight without"
+    assert_refused(nn.MultiheadAttention(16, 2).out_proj, row.prune, TypeError, match)
+
+
+@pytest.mark.parametrize("row", [CK, WINDOW, INTRA])
+@pytest.mark.parametrize("module", [nn.Bilinear(8, 8, 8), nn.LayerNorm([8, 8, 8])])
+def test_weights_without_kernels_are_refused(row, module):
+    match = f"^{type(module).__name__} is not a convolution, and its `weight` has no kernels: mag"
+    assert_refused(module, row.prune, TypeError, match)
 
 
 @pytest.mark.parametrize("taken", ["weight_orig", "weight_mask"])

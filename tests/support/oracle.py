@@ -191,6 +191,10 @@ def fc_block(
     result = kept.copy()
     for index in lowest(scores, wanted):
         result[areas[index]] = False
+    for row in range(len(weight)):  # no neuron loses its last weight
+        if kept[row].any() and not result[row].any():
+            magnitudes = np.where(kept[row], np.abs(weight[row]), -1.0)
+            result[row, int(magnitudes.argmax())] = True
     return result
 
 
