@@ -57,6 +57,18 @@ def test_the_architecture_page_names_code():
     assert len(NAMED) > 20
 
 
+def test_the_loop_of_the_page_prunes(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8")
+    loop, in_updates = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(loop, names)
+    assert names["pruner"].finished
+    assert (tmp_path / "model.safetensors").is_file()
+    exec(in_updates, names)
+    assert names["pruner"].phase == "dense"
+
+
 def test_the_method_and_the_schedule_of_the_page_work():
     from starfire_prune.methods import registry, schedules
 
