@@ -11,7 +11,7 @@ from typing import Any, Final
 from starfire_prune.experiments.run_numbers import RunNumbers, percent_of, run_numbers
 from starfire_prune.experiments.settings import Column
 from starfire_prune.experiments.tables import Run, Table
-from starfire_prune.recipe.compare import differing_keys, training_differences
+from starfire_prune.recipe.compare import differing_keys, resume_differences
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.folder import RunError, exported_file, read_metrics
@@ -158,7 +158,7 @@ def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]
 
     A `data` key counts as equal where the new value has a variable that is not set.
     """
-    trains = training_differences(saved, recipe)
+    trains = resume_differences(saved, recipe)
     return [
         (key, old, new)
         for key, (old, new) in differing_keys(saved, recipe).items()

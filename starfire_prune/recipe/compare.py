@@ -8,11 +8,21 @@ from typing import Any, Final
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.utils.settings import KeyPath
 
-__all__ = ["beyond_pruning", "dense_epochs", "differing_keys", "training_differences"]
+__all__ = [
+    "WORKERS",
+    "beyond_pruning",
+    "dense_epochs",
+    "differing_keys",
+    "resume_differences",
+    "training_differences",
+]
 
 
 # Keys that don't change training: the data may lie elsewhere, for example on a node's own disk
 _MAY_DIFFER: Final = ("data.root", "training.trackers", "training.keep_checkpoints")
+
+WORKERS: Final = "data.workers"
+"""The key that may differ on resuming a run, although augmentation depends on it."""
 
 
 def differing_keys(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
@@ -39,6 +49,21 @@ def training_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object
         {}
     """
     return {key: value for key, value in differing_keys(a, b).items() if key not in _MAY_DIFFER}
+
+
+def resume_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]:
+    """`training_differences` without the number of workers.
+
+    It changes the random numbers of augmentation, but a machine may have too little memory for as
+    many workers as a run began with.
+
+    Example:
+        >>> from starfire_prune.recipe import load_recipe
+        >>> a = load_recipe("recipes/quickstart.yaml")
+        >>> resume_differences(a, load_recipe("recipes/quickstart.yaml", ["data.workers=1"]))
+        {}
+    """
+    return {key: values for key, values in training_differences(a, b).items() if key != WORKERS}
 
 
 def beyond_pruning(

@@ -14,12 +14,11 @@ from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
-from starfire_prune.recipe.compare import training_differences
+from starfire_prune.recipe.compare import resume_differences
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.utils.files import writing
 
 __all__ = [
-    "WORKERS",
     "RunError",
     "append_metrics",
     "check_recipe",
@@ -36,8 +35,6 @@ __all__ = [
 
 
 _OWNER: Final = ".lock-owner"
-WORKERS: Final = "data.workers"
-"""The key that may differ on resuming a run, although augmentation depends on it."""
 
 
 class RunError(RuntimeError):
@@ -74,10 +71,9 @@ def existing_part(path: Path) -> Path:
 def check_recipe(folder: Path, saved: Recipe, recipe: Recipe) -> None:
     """Raise RunError if the folder's recipe trains differently from the given one.
 
-    The number of workers may differ, since a machine may have too little memory for them.
+    Only the number of workers may differ.
     """
-    found = training_differences(saved, recipe)
-    if differing := {key: values for key, values in found.items() if key != WORKERS}:
+    if differing := resume_differences(saved, recipe):
         raise RunError(
             f"{folder} holds the run of another recipe ({differences_text(differing)}): choose "
             f"another --output, or delete the folder"

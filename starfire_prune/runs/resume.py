@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starfire_prune.recipe.compare import beyond_pruning, dense_epochs, training_differences
+from starfire_prune.recipe.compare import (
+    WORKERS,
+    beyond_pruning,
+    dense_epochs,
+    training_differences,
+)
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import checkpoint_epoch, checkpoints_in, latest_checkpoint
 from starfire_prune.runs.environment import forked_environment, run_environment
 from starfire_prune.runs.folder import (
-    WORKERS,
     RunError,
     check_recipe,
     checkpoints_of,

@@ -17,7 +17,8 @@ from torch.nn.utils import prune
 from starfire_prune import ck_structured, filter_structured
 from starfire_prune.compact.compaction import CompactReport, compact, format_compaction
 from starfire_prune.compact.surgery import Surgery
-from tests.support.networks import SmallNet, equal_states, snapshot
+from starfire_prune.utils.errors import TraceError
+from tests.support.networks import Detector, SmallNet, equal_states, snapshot
 from tests.support.sparse_networks import (
     FULL,
     NARROW,
@@ -444,6 +445,14 @@ def test_any_error_while_following_channels_keeps_them(monkeypatch):
     assert report["2"].reason == "its channels are coupled with _Reshape_0"
     assert_same_outputs(model, smaller)
     assert pruning.update_reshape_index_mapping is fail
+
+
+def test_a_model_with_data_dependent_shapes_names_the_part_to_cut():
+    with pytest.raises(TraceError, match=r"; use its part `model.backbone` instead, which can be"):
+        compact(Detector(), images(size=8))
+    backbone = Detector().backbone.eval()
+    smaller, _ = compact(backbone, images(size=8))
+    assert_same_outputs(backbone, smaller)
 
 
 def test_any_error_of_the_surgery_names_the_way_out(monkeypatch):

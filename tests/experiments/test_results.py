@@ -171,6 +171,11 @@ def test_the_run_of_another_recipe_gives_no_numbers(file, ck, tmp_path):
     )
 
 
+def test_the_number_of_workers_makes_no_other_run(file, ck, tmp_path):
+    leave(load_table(file, ["data.workers=7"]).runs[1], tmp_path)
+    assert not read_result(ck, tmp_path).error
+
+
 def test_data_behind_a_variable_that_is_not_set_are_taken_to_be_the_same(
     file, tmp_path, monkeypatch
 ):
