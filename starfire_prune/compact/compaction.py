@@ -241,13 +241,15 @@ def _cut(
     """Cut the model in place."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(True)  # the dependency graph follows gradients
+    surgery = None
     try:
         with torch.enable_grad():
             surgery = Surgery(pruning, model, _copied(example), required, unfolded)
             surgery.run()
     except Exception as error:  # Torch-Pruning raises errors of every kind
+        place = f" at layer {surgery.place}" if surgery and surgery.place else ""
         raise RuntimeError(
-            f"Torch-Pruning can't cut the model ({type(error).__name__}: {error}); "
+            f"Torch-Pruning can't cut the model{place} ({type(error).__name__}: {error}); "
             f"use fold_constants, which keeps all shapes"
         ) from error
     for name, parameter in model.named_parameters():

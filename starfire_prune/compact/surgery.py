@@ -28,7 +28,12 @@ class Surgery:
         example: The model's arguments.
         required: Layers whose output channels must all be kept, and why.
         unfolded: Layers that still read constants, and why.
+
+    Attributes:
+        place: Name of the layer whose coupled channels are looked at, for errors.
     """
+
+    place: str | None = None
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Surgery:
             if name in self._required:
                 self._reasons[name] = self._required[name]
                 continue
+            self.place = name
             for item in self._group(module, range(len(_weight(module)))).items:
                 member = item.dep.target.module
                 whole = member in self._names and len(item.idxs) == len(_weight(member))
@@ -100,6 +106,7 @@ class Surgery:
 
     def _shrink_group(self, root: nn.Module) -> int:
         """Remove unread channels among those coupled with a layer's outputs; returns how many."""
+        self.place = self._names[root]
         items = self._group(root, range(len(_weight(root)))).items
         obstacle = self._obstacle(items)
         if obstacle is not None:

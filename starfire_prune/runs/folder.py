@@ -103,6 +103,8 @@ def create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:  # its lock is not tried, which the other run may want now
+        if not folder.is_dir():  # a link to nothing, for example
+            raise RunError(f"{folder} is not a folder: choose another --output") from error
         raise _in_use(folder) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -71,13 +72,13 @@ def validated(
         return root.model_validate(tree, context={"keep_unset": keep_unset}), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        meant = set(filter(None, (_meant(root, tree, detail) for detail in details)))
-        problems = [
-            _problem(root, tree, detail)
-            for detail in details
-            if detail["type"] != "missing" or _path_of(detail) not in meant
-        ]
-    return None, list(dict.fromkeys((*problems, *deep_problems(root, tree))))
+    problems = [_problem(root, tree, detail) for detail in details]
+    absent = set(filter(None, (_meant(root, tree, detail) for detail in details)))
+    return None, [
+        (path, text)
+        for path, text in dict.fromkeys((*problems, *deep_problems(root, tree)))
+        if path not in absent
+    ]
 
 
 def _path_of(detail: ErrorDetails) -> KeyPath:
@@ -85,12 +86,13 @@ def _path_of(detail: ErrorDetails) -> KeyPath:
 
 
 def _meant(root: type[Settings], tree: Any, detail: ErrorDetails) -> KeyPath | None:
-    """The path of the valid key that an unknown key resembles, whose absence is no second error."""
+    """The path of the absent key that an unknown key resembles: its absence is no second error."""
     if detail["type"] not in ("extra_forbidden", "invalid_key"):
         return None
     *parents, key = _path_of(detail)
     near = nearest(key, _section_at(root, tree, tuple(parents)).model_fields)
-    return None if near is None else (*parents, near)
+    section = functools.reduce(_value_at, parents, tree)
+    return None if near is None or near in (section or ()) else (*parents, near)
 
 
 def _problem(root: type[Settings], tree: Any, detail: ErrorDetails) -> Problem:
@@ -118,12 +120,18 @@ def _section_at(root: type[Settings], tree: Any, path: KeyPath) -> type[Settings
     """The section at a path within `tree`, the plain data of a `root`."""
     section = root.for_tree(tree)
     for key in path:
-        inside = isinstance(tree, dict) or (isinstance(tree, list) and isinstance(key, int))
-        tree = (tree.get(key) if isinstance(tree, dict) else tree[int(key)]) if inside else None
+        tree = _value_at(tree, key)
         if isinstance(key, str) and key in section.parts:
             section = section.parts[key]
         section = section.for_tree(tree)
     return section
+
+
+def _value_at(tree: Any, key: str | int) -> Any:
+    """The value of a key of plain data, or None."""
+    if isinstance(tree, dict):
+        return tree.get(key)
+    return tree[key] if isinstance(tree, list) and isinstance(key, int) else None
 
 
 def _wrong_value(path: KeyPath, detail: ErrorDetails) -> str:

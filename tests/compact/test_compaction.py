@@ -464,6 +464,16 @@ def test_any_error_of_the_surgery_names_the_way_out(monkeypatch):
         compact(SmallNet(), images(size=8))
 
 
+def test_an_error_of_the_surgery_names_the_layer(monkeypatch):
+    def fail(surgery: Surgery, item: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(Surgery, "_cut", fail)
+    model = nn.Sequential(half_dead(nn.Conv2d(3, 8, 1)), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with pytest.raises(RuntimeError, match=r"^Torch-Pruning can't cut the model at layer 0 \(Ind"):
+        compact(model, images(size=8))
+
+
 def test_outputs_may_hold_integers_bools_and_other_things():
     model = pair(lambda m, x: {"y": (y := m.reader(m.source(x))), "n": [None, 3, y > 0, y.shape]})
     _, report = compact(model, images(size=8))

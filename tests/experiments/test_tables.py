@@ -298,7 +298,6 @@ DOUBLED = "runs: [{name: a}, {name: b}, {name: a}]"
         (
             TABLE + "runs: [{nmae: a, set: 3}, 7]",
             [
-                "runs.0.name: is required (name of the run, and of its folder)",
                 "runs.0.set: must be a mapping (got 3, an int)",
                 "runs.0.nmae: unknown key (got 'a'); did you mean name?",
                 "runs.1: must be a mapping (got 7, an int)",
@@ -395,7 +394,7 @@ AMUONT = "set: {pruning.amuont: 1}"
     ("text", "error"),
     [
         ("runs: [{name: a, set: 3}, {name: b, %s}]", "runs.a.set: must be a mapping (got 3, an "),
-        ("runs: [{nmae: a}, {name: b, %s}]", "runs.0.name: is required"),
+        ("runs: [{set: {}}, {name: b, %s}]", "runs.0.name: is required"),
         ("runs: [3, {name: b, %s}]", "runs.0: must be a mapping (got 3, an int)"),
         ("runs: [{name: b, sedes: [1], %s}]", "runs.b.sedes: unknown key (got [1]); did you mean"),
         ("runs: [{name: b, seeds: [-1], %s}]", "runs.b.seeds.0: must be at least 0 (got -1)"),

@@ -288,6 +288,23 @@ def test_a_misspelt_key_that_is_required_is_one_error(wrong, right, file):
     assert line.endswith(f"; did you mean {right}?")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("methd", "method"), ("amuont", "amount"), ("eraa", "era")]
+)
+def test_a_misspelt_key_of_a_section_is_one_error(wrong, right, file):
+    file.write_text(RECIPE.replace(f"{right}:", f"{wrong}:"), encoding="utf-8")
+    (line,) = refusal_of(load_recipe, file)
+    assert line.startswith(f"{file}: pruning.{wrong}: unknown key (got ")
+    assert line.endswith(f"; did you mean {right}?")
+
+
+def test_a_misspelt_key_beside_the_right_one_hides_no_error(file):
+    file.write_text(RECIPE.replace("epochs: 10", "epochs: 0\nepoch: 10"), encoding="utf-8")
+    first, second = refusal_of(load_recipe, file)
+    assert first == f"{file}: epochs: must be at least 1 (got 0)"
+    assert second == f"{file}: epoch: unknown key (got 10); did you mean epochs?"
+
+
 def test_an_unknown_key_hides_no_other_missing_key(file):
     file.write_text(
         RECIPE.replace("model:", "modle:").replace("epochs: 10\n", ""), encoding="utf-8"

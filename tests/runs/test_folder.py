@@ -22,6 +22,7 @@ from starfire_prune.runs.folder import (
     append_metrics,
     check_writable,
     checkpoints_of,
+    create_folder,
     existing_part,
     exported_file,
     locked,
@@ -325,6 +326,12 @@ def test_a_folder_that_another_run_created_meanwhile_is_refused_with_the_process
         training.train(small_recipe(tmp_path), run)
     other[0].__exit__(None, None, None)
     assert not list(run.iterdir())
+
+
+def test_a_link_to_nothing_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "absent")
+    with pytest.raises(RunError, match=r"run is not a folder: choose another --output$"):
+        create_folder(tmp_path / "run")
 
 
 def test_a_run_goes_on_with_fewer_workers_and_says_what_differs(runs, tmp_path, capsys):
