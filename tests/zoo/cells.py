@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +30,7 @@ CELLS: Final = {
     "plan": "`Pruner(model, …)`",
     "training": "six updates: dense, era, fixed",
     "zeros": "reported zeros are zeros of the response to impulses",
+    "share": "the sparsity counts each weight matrix, or names it as left out",
     "keys": "the state dict has the dense model's keys in all phases",
     "file": "`save_pruned`, and loading into a new model",
     "compact": "`compact`",
@@ -170,6 +171,30 @@ class Trial:
         faults += [f"{name}: its weight is read without calling it" for name in readers]
         return faults
 
+    def share(self) -> str:
+        """Compare the network's share of zeros with that of all parameters that are matrices."""
+        sparsity = self._pruner_().sparsity()
+        left_out = {weight.name for weight in sparsity.left_out}
+        parameters = dict(self.model.named_parameters())
+        counted = [
+            weight.detach()
+            for name, weight in parameters.items()
+            if name not in left_out and sum(size > 1 for size in weight.shape) > 1
+        ]
+        total = sum(weight.numel() for weight in counted)
+        reported = sum(layer.total for layer in sparsity.layers)
+        if left_out - set(parameters):
+            raise WrongError(
+                f"left out are {sorted(left_out - set(parameters))[:3]}, which it lacks"
+            )
+        if not 0.99 <= reported / total <= 1.01:  # which counts tiny layers otherwise
+            raise WrongError(f"{reported:,} weights are counted of {total:,} that aren't left out")
+        share = sum(int((weight == 0).sum()) for weight in counted) / total
+        if abs(share - sparsity.network) > 0.01:
+            raise WrongError(f"the network reports {sparsity.network:.1%}, and has {share:.1%}")
+        every = total + sum(weight.total for weight in sparsity.left_out)
+        return f"{sparsity.network:.1%} of {total / every:.0%} of the weights"
+
     def same_keys(self) -> None:
         """The keys of all phases, which the training has looked at."""
         if self.bad_keys:
@@ -238,28 +263,28 @@ class Trial:
             raise WrongError(f"the outputs {error}") from None
 
 
-def measure(zoo: ZooModel, limits: dict[str, float] | None = None) -> dict[str, Outcome]:
+def measure(zoo: ZooModel, cells: Collection[str] = tuple(CELLS)) -> dict[str, Outcome]:
     """The outcome of each cell for a model.
 
     A plan that is refused is tried again without the layers that its sentences name.
 
     Args:
         zoo: The model.
-        limits: Seconds of processor time for each cell.
+        cells: The cells that are measured; plan and training always are.
     """
-    limits = {**LIMITS, **(limits or {})}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), one_thread():
         warnings.simplefilter("ignore")  # of the models' own code
         trial = Trial(zoo, Path(folder))
-        outcomes = {"plan": attempt(trial.plan, trial.names, limits["plan"])}
+        outcomes = {"plan": attempt(trial.plan, trial.names, LIMITS["plan"])}
         if trial.pruner is None:
             trial.plan_without()
         if trial.pruner is not None:
-            outcomes["training"] = attempt(trial.training, trial.names, limits["training"])
+            outcomes["training"] = attempt(trial.training, trial.names, LIMITS["training"])
         if "training" not in outcomes or outcomes["training"].status != "right":
             return {name: outcomes.get(name, Outcome("open")) for name in CELLS}
         actions: dict[str, Callable[[], str | None]] = {
             "zeros": trial.zeros,
+            "share": trial.share,
             "keys": trial.same_keys,
             "file": trial.file,
             "compact": trial.compact,
@@ -267,7 +292,8 @@ def measure(zoo: ZooModel, limits: dict[str, float] | None = None) -> dict[str, 
             "sparse": trial.sparse,
         }
         for name, action in actions.items():
-            outcomes[name] = attempt(action, trial.names, limits[name])
+            if name in cells:
+                outcomes[name] = attempt(action, trial.names, LIMITS[name])
     if trial.excluded:
         first = outcomes["plan"]
         text = f"{first.text} [the other cells: without {len(trial.excluded)} layers]"

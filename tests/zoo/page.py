@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from starfire_prune.utils.text import first_few
 from tests.support.paths import ROOT
 from tests.zoo.cells import CELLS, LIMITS
 from tests.zoo.models import ZOO, ZooModel, left_out
@@ -22,6 +24,7 @@ _SIGNS: Final = {
     "unclear": "**unclear**",
     "open": "",
 }
+_REASON: Final = re.compile(r"because ([^;]*)")
 _HEAD: Final = """\
 # What works with which model
 
@@ -35,8 +38,8 @@ _MARKS: Final = """
 ✓ is right. *Refused* is an error of this package: one sentence that names a layer or an argument;
 the numbers refer to the sentences below. A plan that is refused is tried again without the layers
 that its sentences name, and the other cells of that row are without them. *Late* was given up after
-some seconds of processor time ({limits}). Anything else is **wrong** (a result that differs) or
-**unclear** (another error).
+{limits} of processor time. Anything else is **wrong** (a result that differs) or **unclear**
+(another error).
 
 `python -m tests.zoo` measures all models and writes this page. The slow test
 `tests/zoo/test_zoo.py` holds every cell to it.
@@ -48,13 +51,15 @@ def page(results: Mapping[str, Any]) -> str:
     models, sentences = results["models"], _Sentences()
     rows = [line for name in ZOO for line in _row(ZOO[name], models.get(name, {}), sentences)]
     cells = "\n".join(f"- *{name}*: {text}" for name, text in CELLS.items())
-    limits = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in LIMITS.items())
+    limits = " or ".join(f"{seconds:.0f} s" for seconds in sorted(set(LIMITS.values())))
     versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
     return "\n".join(
         [
             _HEAD + cells + "\n" + _MARKS.format(limits=limits),
-            f"Measured on {results['date']} with {versions}.\n",
-            *_summary(models, sentences),
+            *textwrap.wrap(f"Measured on {results['date']} with {versions}.", 100),
+            "",
+            *_summary(models),
+            *_notices(models),
             "\n## The models\n",
             f"| model | family | input | {' | '.join(CELLS)} |",
             "|---|---|---|" + "---|" * len(CELLS),
@@ -106,6 +111,8 @@ def _row(model: ZooModel, cells: Mapping[str, Any], sentences: _Sentences) -> It
     for name in CELLS:
         cell = cells.get(name, {"status": "open", "text": ""})
         text = _SIGNS[cell["status"]]
+        if name == "plan" and cell["status"] == "right" and cell["text"]:
+            text += " \\*"
         if cell["status"] in ("refused", "wrong", "unclear"):
             text += f" {sentences.number(name, cell['text'], model.name)}"
         shown.append(text)
@@ -113,7 +120,7 @@ def _row(model: ZooModel, cells: Mapping[str, Any], sentences: _Sentences) -> It
     yield f"| `{model.name}` | {model.family} | {size} | {' | '.join(shown)} |"
 
 
-def _summary(models: Mapping[str, Any], sentences: _Sentences) -> Iterator[str]:
+def _summary(models: Mapping[str, Any]) -> Iterator[str]:
     statuses = [status for status in _SIGNS if status != "open"]
     yield f"| cell | {' | '.join(statuses)} | not tried |"
     yield "|---|" + "--:|" * (len(statuses) + 1)
@@ -122,6 +129,20 @@ def _summary(models: Mapping[str, Any], sentences: _Sentences) -> Iterator[str]:
         numbers = " | ".join(str(counts[status]) for status in (*statuses, "open"))
         yield f"| {name} | {numbers} |"
     every = sum(
-        all(cell["status"] == "right" for cell in cells.values()) for cells in models.values()
+        all(cells.get(name, {}).get("status") == "right" for name in CELLS)
+        for cells in models.values()
     )
     yield f"\n{every} of {len(models)} models are right in every cell."
+
+
+def _notices(models: Mapping[str, Any]) -> Iterator[str]:
+    """The reasons why plans leave out layers that only `*` selects, with the models."""
+    found: dict[str, list[str]] = {}
+    for name, cells in models.items():
+        if cells["plan"]["status"] == "right":
+            for reason in dict.fromkeys(_REASON.findall(cells["plan"]["text"])):
+                found.setdefault(reason, []).append(name)
+    if found:
+        yield "\nPlans with a notice (✓ \\*) leave out layers that only `*` selects, because\n"
+    for reason, names in sorted(found.items(), key=lambda item: -len(item[1])):
+        yield f"- {reason}: {first_few([f'`{name}`' for name in names], 4)}"

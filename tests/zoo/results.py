@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 from tests.support.paths import ROOT
-from tests.zoo.cells import measure
+from tests.zoo.cells import CELLS, measure
 from tests.zoo.models import ZOO
 from tests.zoo.outcomes import Outcome
 
@@ -37,25 +37,29 @@ def read_results() -> dict[str, Any]:
     return read
 
 
-def measure_all(names: Iterable[str], processes: int, report: Callable[[str], None]) -> None:
+def measure_all(
+    names: Iterable[str], cells: Sequence[str], processes: int, report: Callable[[str], None]
+) -> None:
     """Measure models, and put them into the file as they are ready.
 
     Args:
         names: Names of models of the zoo.
+        cells: The cells that are measured; others keep their results.
         processes: Number of processes, each with one thread.
         report: Gets a line for each model.
     """
     names = list(names)
     batches = [names[start : start + _BATCH] for start in range(0, len(names), _BATCH)]
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda batch: _measure_batch(batch, report), batches))
+        list(pool.map(lambda batch: _measure_batch(batch, cells, report), batches))
 
 
-def _measure_batch(names: list[str], report: Callable[[str], None]) -> None:
+def _measure_batch(names: list[str], cells: Sequence[str], report: Callable[[str], None]) -> None:
     """Measure models in a process of their own, and in another one what a crash leaves."""
     waiting = list(names)
     while waiting:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.zoo.results", *waiting]
+        arguments = [",".join(cells), *waiting]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.zoo.results", *arguments]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
         )
@@ -74,7 +78,9 @@ def _keep(name: str, outcomes: dict[str, Any], report: Callable[[str], None]) ->
         results["date"] = datetime.date.today().isoformat()
         results["versions"] = {each: version(each).partition("+")[0] for each in _PACKAGES}
         results["versions"]["Python"] = platform.python_version()
-        found = {**results["models"], name: outcomes}
+        found = results["models"]
+        merged = {**found.get(name, {}), **outcomes}
+        found[name] = {cell: merged[cell] for cell in CELLS if cell in merged}
         results["models"] = {each: found[each] for each in ZOO if each in found}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         cells = [f"{cell} {each['status']}" for cell, each in outcomes.items()]
@@ -86,8 +92,8 @@ def _seconds(outcomes: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    for wanted in sys.argv[1:]:
-        measured = measure(ZOO[wanted])
+    for wanted in sys.argv[2:]:
+        measured = measure(ZOO[wanted], sys.argv[1].split(","))
         plain = {cell: dataclasses.asdict(each) for cell, each in measured.items()}
         sys.stdout.write(json.dumps(plain) + "\n")
         sys.stdout.flush()

@@ -138,6 +138,8 @@ def _check_zeros(case: Case, network: Network, pruner: Pruner) -> None:
     masks, sparsity = pruner.masks(), pruner.sparsity()
     modules: dict[str, Any] = dict(network.named_modules())
     for layer in sparsity.layers:
+        if layer.name not in modules:  # a projection of nn.MultiheadAttention
+            continue
         try:
             answer = response(modules[layer.name])
         except UnmeasurableError:
