@@ -518,3 +518,17 @@ def test_an_option_that_no_matched_layer_has_is_refused(override, option, method
         f"{method}; remove it, or give the override a method"
     ):
         select(fc={"method": "dead_inputs"} if method == "ck" else {}, overrides=[override])
+
+
+def test_all_layers_that_would_be_emptied_are_reported_at_once():
+    model = nn.Sequential(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 8, 3), nn.Conv2d(8, 2, 3))
+    message = (
+        "layer {} of shape {} would lose all its weights by ck at amount 0.8: lower its amount by "
+        "an override, or leave it out by `exclude`"
+    )
+    lines = [message.format(0, (2, 4, 3, 3)), message.format(2, (2, 8, 3, 3))]
+    with refused("\n".join(lines)):
+        select(model, amount=0.8, include="?")
+    with refused("\n".join(lines)):  # nothing is left to prune
+        select(model, amount=0.8, exclude="1")
+    assert list(select(model, amount=0.8)) == ["1"]
