@@ -1,7 +1,9 @@
 """Pruning on several ranks: equal masks, buffers without broadcasts, sharded parameters."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,6 +14,7 @@ from starfire_prune.utils.modules import unwrap
 __all__ = [
     "broadcast_from_first",
     "compare_across_ranks",
+    "hash_of_masks",
     "keep_buffers_from_ddp",
     "refuse_sharded",
 ]
@@ -42,6 +45,15 @@ def compare_across_ranks(
             f"the {what} of rank(s) {', '.join(map(str, differing))} differ from those of rank 0: "
             f"{reason}"
         )
+
+
+def hash_of_masks(masks: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of bool masks by parameter name, on any device."""
+    digest = hashlib.sha256()
+    for name, mask in sorted(masks.items()):
+        digest.update(name.encode())
+        digest.update(np.packbits(mask.contiguous().cpu().numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def broadcast_from_first(bools: Iterable[Tensor], device: torch.device) -> None:

@@ -39,7 +39,7 @@ class FixedMasks:
         masks: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self.masks = dict(masks)
+        self.masks = {name: mask.bool().clone() for name, mask in masks.items()}
         self._modules = dict(modules)
         self._hooks: dict[str, RemovableHandle] = {}
         self._load_hooks: list[RemovableHandle] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,5 +46,7 @@ class _Notification:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Notification:
         return _Notification()
 
-    def __reduce__(self) -> tuple[type[_Notification], tuple[()]]:
-        return _Notification, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A function of the standard library that writes to a dictionary of its own and returns
+        # None, as torch expects: a pickled model doesn't need this package
+        return functools.partial, (operator.setitem, {})

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +13,11 @@ from starfire_prune.engine.calls import CallWatch
 from starfire_prune.engine.computed import check_computed
 from starfire_prune.engine.distributed import (
     compare_across_ranks,
+    hash_of_masks,
     keep_buffers_from_ddp,
     refuse_sharded,
 )
-from starfire_prune.engine.earlier import log_earlier_pruning
+from starfire_prune.engine.earlier import EarlierPruning
 from starfire_prune.engine.era import Era
 from starfire_prune.engine.fixed import FixedMasks, check_zeros
 from starfire_prune.engine.mirrors import mirror_of, sync_mirror
@@ -68,14 +67,15 @@ class Pruner(Scheduled, WithOptimizer):
             unnecessary with `era_updates`. An epoch may have fewer or more: the schedule then waits
             for the next epoch, or rises to the target at the end of the last one.
         optimizer: The optimizer whose state of pruned weights is zeroed at the end of the era. It
-            can be set later, or exchanged: `pruner.optimizer = optimizer`.
-            Without it, old momentum of pruned weights is still part of norms (LAMB, clipping by
-            state).
+            can be set later, or exchanged: `pruner.optimizer = optimizer`. Without it, old momentum
+            of pruned weights is still part of norms (LAMB, clipping by state).
         example_input: A small batch such as `torch.zeros(2, 3, 224, 224)`, or the tuple of the
             model's arguments. `prune_dead_inputs: true` and the method `dead_inputs` need it to
             look for channels that are always zero in the model's graph. It also shows at once
             whether the model reads a weight without calling its layer, which hooks note during the
             first update otherwise (a compiled model is compiled again when they are removed).
+        prune_again: Whether the model may carry a finished pruning, which is an error at the first
+            update otherwise: a resumed run needs the pruner's state.
 
     Attributes:
         layers: The layers that are pruned, by name.
@@ -105,6 +105,7 @@ class Pruner(Scheduled, WithOptimizer):
         updates_per_epoch: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         example_input: Tensor | tuple[Any, ...] | None = None,
+        prune_again: bool = False,
     ) -> None:
         refuse_sharded(model)
         self.pruning = parse_pruning(pruning)
@@ -117,7 +118,6 @@ class Pruner(Scheduled, WithOptimizer):
         self.layers = {layer.name: layer for layer in selection.layers}
         self.left_out = dict(selection.left_out)
         log_left_out(self.left_out)
-        log_earlier_pruning(selection.layers)
         self._model = unwrap(model)
         self._fixed: FixedMasks | None = None
         self.optimizer = optimizer
@@ -125,6 +125,7 @@ class Pruner(Scheduled, WithOptimizer):
         self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
         self._calls = None if selection.calls_are_known else CallWatch(self._modules())
+        self._earlier = EarlierPruning(() if prune_again else selection.layers)
         self._mark_layers()
 
     def __repr__(self) -> str:
@@ -137,13 +138,14 @@ class Pruner(Scheduled, WithOptimizer):
         """Call after each `optimizer.step()`, before the next forward pass.
 
         Args:
-            updated: Whether the weights really changed: False while gradients accumulate, and if
-                a gradient scaler skipped the step. The schedule counts updates only.
+            updated: Whether the weights really changed: False while gradients accumulate, and if a
+                gradient scaler skipped the step. The schedule counts updates only.
 
         Raises:
             ValueError: For weights that are NaN or infinite, with the layer's name.
-            PruningError: At the first update, if the model reads a weight without calling its
-                layer; at the end of the era, if a layer has lost all its weights.
+            PruningError: At the first update, if the model reads a weight without calling its layer
+                or carries a finished pruning; at the end of the era, if a layer has lost all its
+                weights; in the fixed phase, if parameters were replaced or not trained.
             RanksError: At the end of the era, if the masks of distributed ranks differ.
         """
         if not updated:
@@ -151,6 +153,7 @@ class Pruner(Scheduled, WithOptimizer):
         if self._calls is not None:
             self._calls.finish()
             self._calls = None
+        self._earlier.finish()
         if self._fixed is not None:
             self._fixed.mask_weights()
             return
@@ -220,11 +223,7 @@ class Pruner(Scheduled, WithOptimizer):
 
     def mask_hash(self) -> str:
         """A SHA-256 of all masks, the same on every rank as long as the masks are."""
-        digest = hashlib.sha256()
-        for name, mask in sorted(self.masks().items()):
-            digest.update(name.encode())
-            digest.update(np.packbits(mask.contiguous().cpu().numpy()).tobytes())
-        return digest.hexdigest()
+        return hash_of_masks(self.masks())
 
     def check(self) -> None:
         """Verify that the pruning holds; call it before every save, on every rank.
@@ -297,6 +296,7 @@ class Pruner(Scheduled, WithOptimizer):
         shapes = {weight_key(name): layer.shape for name, layer in self._items()}
         loaded = PrunerState.from_dict(state)
         loaded.check_fits(self.pruning, self._progress.updates_per_epoch, shapes)
+        self._earlier.dismiss()
         self._remove_hooks()
         self._era.applied = dict(loaded.applied)
         self._progress.load(loaded)
@@ -312,8 +312,7 @@ class Pruner(Scheduled, WithOptimizer):
                 layer.method_at(0.0).register(layer.module, "weight", masks[name])
                 add_plain_keys(layer.module)
         else:
-            frozen = {name: mask.bool().clone() for name, mask in masks.items()}
-            self._fixed = FixedMasks(self._modules(), frozen, self._optimizer)
+            self._fixed = FixedMasks(self._modules(), masks, self._optimizer)
         self._sync_mirrors(self._mirrors)
         self._mark_layers()
 
@@ -323,8 +322,6 @@ class Pruner(Scheduled, WithOptimizer):
             self._fixed.set_optimizer(self._optimizer)  # copies of frozen masks have none
         self._mark_layers()  # pickles of layers have no marks
 
-    # --- phases -----------------------------------------------------------------------------------
-
     def _update_masks(self, progress: float) -> None:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
         self._progress.set(phase="era")
@@ -333,9 +330,9 @@ class Pruner(Scheduled, WithOptimizer):
         except ValueError as error:
             cause = not_finite_text(self._model, self._progress.state.updates)
             raise ValueError(f"{error}{cause}") from None
+        modules = self._modules().values()
         with torch.no_grad():  # what a state dict holds is pruned as the forward pass is
-            weights: list[Tensor] = [layer_weight(module) for module in self._modules().values()]
-            torch._foreach_mul_(weights, [_mask(module) for module in self._modules().values()])
+            torch._foreach_mul_([layer_weight(own) for own in modules], [*map(_mask, modules)])
         self._sync_mirrors(self._mirrors, changed)
 
     def _freeze(self) -> None:
@@ -345,7 +342,7 @@ class Pruner(Scheduled, WithOptimizer):
             self._progress.set(dead_input_zeros=self._zero_inputs.prune_readers(masks))
             self._sync_mirrors(self._mirrors)
         self._compare_ranks()
-        masks = {name: _mask(layer.module).bool().clone() for name, layer in self._items()}
+        masks = {name: _mask(layer.module) for name, layer in self._items()}
         for name, mask in masks.items():
             if not bool(mask.any()):
                 raise PruningError(f"layer {name} has lost all its weights: lower its amount")
@@ -373,8 +370,6 @@ class Pruner(Scheduled, WithOptimizer):
                 if find_hook(module, "weight")[1] is not None:
                     make_permanent(module, "weight")
                     remove_plain_keys(module)
-
-    # --- mirrors and ranks -----------------------------------------------------------------------
 
     def _compare_ranks(self) -> None:
         device = layer_weight(next(iter(self.layers.values())).module).device

@@ -1,6 +1,5 @@
-"""The notice for models that carry a finished pruning when a pruner is built."""
+"""Models that carry a finished pruning when a pruner begins: an error, and the ways out."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 from torch import nn
 
 from starfire_prune import Pruner, ck_structured, magnitude_unstructured
-from starfire_prune.engine.earlier import earlier_pruning
 from starfire_prune.methods.base import make_permanent
+from starfire_prune.utils.errors import PruningError
 from tests.engine.test_every_method import every_method
-from tests.support.networks import LAYERS, SmallNet
+from tests.support.networks import LAYERS, SmallNet, drift
 from tests.support.pruned_runs import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,74 +18,123 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CK: dict[str, Any] = {"method": "ck", "amount": 0.6, "era": [1, 3]}
 
 
-def notices(model: nn.Module, caplog: Any, **settings: Any) -> list[str]:
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="starfire_prune.engine.earlier"):
-        Pruner(model, {**CK, **settings}, updates_per_epoch=4)
-    return list(caplog.messages)
+def found(model: nn.Module, **settings: Any) -> str:
+    """The error of the first update, or nothing."""
+    pruner = Pruner(model, {**CK, **settings}, updates_per_epoch=4)
+    drift(model, 1)  # the first update hides the zeros
+    try:
+        pruner.step()
+    except PruningError as error:
+        return str(error)
+    return ""
 
 
 @every_method
-def test_a_finished_pruning_is_noticed_by_the_same_method(settings):
+def test_a_finished_pruning_is_found_by_the_same_method(settings):
     run = Run(**settings).train_until(13)
-    pruner = run.pruner
-    assert list(earlier_pruning(pruner.layers.values())) == list(pruner.layers)
-    fresh = Run(**settings)
-    assert earlier_pruning(fresh.pruner.layers.values()) == {}
+    run.pruner.remove()
+    pruner = Pruner(run.model, run.pruner.pruning, updates_per_epoch=4)
+    with pytest.raises(PruningError, match="of the 4 layers to prune held the zeros of a finished"):
+        pruner.step()
+    Run(**settings).pruner.step()
 
 
 @every_method
 def test_a_pruning_within_the_era_is_not_a_finished_one(settings):
     run = Run(**settings).train_until(6)
     run.pruner.remove()
-    assert earlier_pruning(run.pruner.layers.values()) == {}
+    Pruner(run.model, run.pruner.pruning, updates_per_epoch=4).step()
 
 
-def test_the_notice_names_layers_shares_and_ways_out(caplog):
+def test_the_error_names_layers_shares_and_ways_out_at_every_step():
+    pruner = Pruner(Run().train_until(13).model, CK, updates_per_epoch=4)
+    for _ in range(2):
+        with pytest.raises(PruningError) as error:
+            pruner.step()
+        assert str(error.value) == (
+            "4 of the 4 layers to prune held the zeros of a finished pruning before the first "
+            "update: stem (62.5%), body (58.3%), point (62.5%), head (60.0%); to continue that "
+            "training, load the pruner's state by pruner.load_state_dict(state); to prune the "
+            "model once more, build the pruner by Pruner(..., prune_again=True)"
+        )
+
+
+def test_a_finished_pruning_that_is_loaded_later_is_found():
+    model = SmallNet(seed=4)
+    pruner = Pruner(model, CK, updates_per_epoch=4)
+    model.load_state_dict(Run().train_until(13).model.state_dict())
+    drift(model, 1)
+    with pytest.raises(PruningError, match=r"pruner\.load_state_dict"):
+        pruner.step()
+
+
+def test_dense_weights_that_are_loaded_later_are_fine():
+    run = Run().train_until(13)
+    run.pruner.remove()
+    model = run.model
+    pruner = Pruner(model, CK, updates_per_epoch=4)
+    model.load_state_dict(SmallNet(seed=4).state_dict())
+    pruner.step()
+
+
+@pytest.mark.parametrize("order", ["pruner first", "model first"])
+def test_the_pruners_state_makes_it_a_resumed_run(order):
+    finished = Run().train_until(13)
+    model = SmallNet(seed=4)
+    if order == "model first":
+        model.load_state_dict(finished.model.state_dict())
+    pruner = Pruner(model, finished.pruner.pruning, updates_per_epoch=4)
+    pruner.load_state_dict(finished.pruner.state_dict())
+    if order == "pruner first":
+        model.load_state_dict(finished.model.state_dict())
+    drift(model, 1)
+    pruner.step()
+    pruner.check()
+
+
+def test_prune_again_prunes_a_pruned_model_further():
     model = Run().train_until(13).model
-    assert notices(model, caplog) == [
-        "4 of the 4 layers to prune hold the zeros of a finished pruning: stem (62.5%), body "
-        "(58.3%), point (62.5%), head (60.0%). To continue its training, load the pruner's state "
-        "by load_state_dict; without it these zeros are trained as other weights until the era. "
-        "If only its dense epochs are to be left out, call skip_dense(epochs). If it is to be "
-        "pruned again, ignore this"
-    ]
+    settings = {**CK, "amount": 0.8, "era": [0, 1]}
+    pruner = Pruner(model, settings, updates_per_epoch=1, prune_again=True)
+    pruner.step()
+    assert pruner.sparsity()["body"].sparsity >= 0.75
 
 
-@pytest.mark.parametrize(("amount", "count"), [(0.3, 1), (0.6, 1), (0.7, 0)])
-def test_more_zeros_than_asked_are_noticed_and_fewer_are_not(amount, count, caplog):
+@pytest.mark.parametrize(("amount", "is_found"), [(0.3, True), (0.6, True), (0.7, False)])
+def test_more_zeros_than_asked_are_found_and_fewer_are_not(amount, is_found):
     model = Run().train_until(13).model
-    assert len(notices(model, caplog, amount=amount, fc={"amount": 0.9})) == count
+    assert bool(found(model, amount=amount, fc={"amount": 0.9})) == is_found
 
 
-def test_layers_that_are_pruned_already_are_named_alone(caplog):
+def test_one_layer_of_many_is_only_logged(caplog):
     model = SmallNet()
     ck_structured(model.body, amount=0.75)
     make_permanent(model.body, "weight")
-    (message,) = notices(model, caplog)
-    assert message.startswith("1 of the 4 layers to prune hold the zeros of a finished pruning: bo")
+    assert found(model) == ""
+    assert caplog.text.count("1 of the 4 layers to prune held the zeros of a finished pruning") == 1
 
 
-def test_single_zeros_are_not_whole_kernels(caplog):
+@pytest.mark.parametrize(("method", "is_found"), [("ck", False), ("magnitude", True)])
+def test_single_zeros_are_not_whole_kernels(method, is_found):
     model = SmallNet()
-    magnitude_unstructured(model.body, amount=0.7)
-    make_permanent(model.body, "weight")
-    assert notices(model, caplog) == []
-    assert len(notices(model, caplog, method="magnitude")) == 1
+    for name in LAYERS:
+        magnitude_unstructured(model.get_submodule(name), amount=0.7)
+        make_permanent(model.get_submodule(name), "weight")
+    assert bool(found(model, method=method, fc="none", exclude=["point"])) == is_found
 
 
-def test_fresh_and_zero_initialized_networks_are_not_noticed(caplog):
+def test_fresh_and_zero_initialized_networks_are_not_found():
     model = SmallNet()
     for name in LAYERS[1:]:
         nn.init.zeros_(model.get_submodule(name).weight)  # type: ignore[arg-type]
-    assert notices(model, caplog) == []
+    assert found(model) == ""
 
 
-def test_the_notice_changes_nothing(caplog):
+def test_looking_changes_nothing():
     model = Run(method="random").train_until(13).model
     before = torch.random.get_rng_state()
     weights = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert len(notices(model, caplog, method="random")) == 1
+    Pruner(model, {**CK, "method": "random"}, updates_per_epoch=4)
     assert torch.equal(before, torch.random.get_rng_state())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, weights[name])

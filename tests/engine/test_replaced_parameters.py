@@ -141,3 +141,13 @@ def test_an_optimizer_that_writes_to_data_is_noticed_by_its_gradients():
         model.zero_grad()
         pruner.step()
     pruner.check()
+
+
+def test_a_pickled_model_with_frozen_masks_loads_weights_without_the_package():
+    model, _, _ = trained(2)
+    pickled = pickle.dumps(model.get_submodule("body"))
+    assert b"starfire_prune." not in pickled
+    unpickled = pickle.loads(pickled)
+    for _ in range(2):
+        unpickled.load_state_dict(SmallNet(seed=3).body.state_dict())
+    assert torch.equal(unpickled.weight, SmallNet(seed=3).body.weight)
