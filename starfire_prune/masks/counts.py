@@ -113,10 +113,10 @@ def check_positive(name: str, value: object) -> None:
     """Raise TypeError or ValueError unless the argument `name` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"`amount` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
+            f"`{name}` (={value!r}) must be an int of at least 1, received {type(value).__name__}"
         )
     if value < 1:
-        raise ValueError(f"`amount` (={value}) must be an int of at least 1")
+        raise ValueError(f"`{name}` (={value}) must be an int of at least 1")
 
 
 def merge(kept: Tensor, mask: Tensor | None) -> Tensor:
