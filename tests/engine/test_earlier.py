@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from starfire_prune import Pruner, ck_structured, magnitude_unstructured
+from starfire_prune import Pruner, ck_structured, magnitude_unstructured, random_unstructured
 from starfire_prune.methods.base import make_permanent
 from starfire_prune.utils.errors import PruningError
 from tests.engine.test_every_method import every_method
@@ -57,6 +57,13 @@ def test_the_error_names_layers_shares_and_ways_out_at_every_step():
             "training, load the pruner's state by pruner.load_state_dict(state); to prune the "
             "model once more, build the pruner by Pruner(..., prune_again=True)"
         )
+
+
+def test_zeros_count_wherever_the_method_would_have_put_them():
+    model = SmallNet()
+    random_unstructured(model.body, amount=0.7)
+    make_permanent(model.body, "weight")
+    assert found(model, method="random", seed=7, include=["body"])
 
 
 def test_a_finished_pruning_that_is_loaded_later_is_found():
