@@ -100,28 +100,25 @@ def _conv_acts(module: Any, channels: Tensor) -> Tensor:
     """Which weights of a convolution act, `(K, channels, *kernel)`."""
     if isinstance(module, _ConvTransposeNd):
         raise UnmeasurableError("it is transposed")
-    groups, kernel, dilation = module.groups, module.kernel_size, module.dilation
+    groups, kernel = module.groups, module.kernel_size
     n_dims, per_group = len(kernel), module.in_channels // module.groups
-    module.stride = (1,) * n_dims
-    spans = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
-    sizes = [4 * span + 1 for span in spans]
-    centre = [size // 2 for size in sizes]
+    module.stride = module.dilation = (1,) * n_dims  # they move the weights, and cost memory
+    if isinstance(module.padding, tuple) and module.padding_mode == "zeros":
+        module.padding = (0,) * n_dims
+    sizes = [2 * size + 1 for size in kernel]
     acts = torch.zeros(module.out_channels, len(channels), *kernel, dtype=torch.bool)
     filters = module.out_channels // groups
     for index, channel in enumerate(channels.tolist()):
         # one impulse for each group: groups don't see each other
         impulse = torch.zeros(1, module.in_channels, *sizes, dtype=torch.float64)
         for group in range(groups):
-            impulse[(0, group * per_group + channel, *centre)] = 1
+            impulse[(0, group * per_group + channel, *kernel)] = 1  # in the middle
         output = _differences(module, impulse)[0]
         if output.shape[0] != filters * groups or output.ndim != n_dims + 1:
             raise UnmeasurableError(f"its output has the shape {tuple(output.shape)}")
-        pads = [
-            (out - (size - span + 1)) // 2
-            for out, size, span in zip(output.shape[1:], sizes, spans, strict=True)
-        ]
+        pads = [(out - (size + 2)) // 2 for out, size in zip(output.shape[1:], kernel, strict=True)]
         for place in itertools.product(*map(range, kernel)):
-            at = [c + p - j * d for c, p, j, d in zip(centre, pads, place, dilation, strict=True)]
+            at = [size + pad - j for size, pad, j in zip(kernel, pads, place, strict=True)]
             here: Any = (slice(None), *at)
             there: Any = (slice(None), index, *place)
             acts[there] = output[here]
@@ -132,9 +129,7 @@ def _conv_acts(module: Any, channels: Tensor) -> Tensor:
 
 def _is_silent(module: Any) -> bool:
     """Whether a convolution answers nothing, for example because its gain is zero."""
-    sizes = [
-        4 * size * step for size, step in zip(module.kernel_size, module.dilation, strict=True)
-    ]
+    sizes = [2 * size + 1 for size in module.kernel_size]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, module.in_channels, *sizes, generator=generator, dtype=torch.float64)
     return not bool(_differences(module, images).any())

@@ -21,7 +21,7 @@ from tests.zoo.cells import CELLS, measure
 from tests.zoo.models import ZOO
 from tests.zoo.outcomes import Outcome
 
-__all__ = ["RESULTS", "measure_all", "read_results"]
+__all__ = ["RESULTS", "measure_all", "read_results", "write_results"]
 
 RESULTS = Path(__file__).with_name("results.json")
 _PACKAGES = ("torch", "timm", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime")
@@ -35,6 +35,21 @@ def read_results() -> dict[str, Any]:
         return {"models": {}}
     read: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return read
+
+
+def write_results(results: dict[str, Any]) -> None:
+    """Write the file, a cell a line."""
+    head = json.dumps({key: results[key] for key in ("date", "versions")}, indent=1)
+    models = [
+        f" {json.dumps(name)}: {{\n"
+        + ",\n".join(f"  {json.dumps(cell)}: {json.dumps(each)}" for cell, each in cells.items())
+        + "\n }"
+        for name, cells in results["models"].items()
+    ]
+    text = ",\n".join(models)
+    RESULTS.write_text(
+        f'{head.removesuffix("}").rstrip()},\n "models": {{\n{text}\n}}}}\n', encoding="utf-8"
+    )
 
 
 def measure_all(
@@ -82,7 +97,7 @@ def _keep(name: str, outcomes: dict[str, Any], report: Callable[[str], None]) ->
         merged = {**found.get(name, {}), **outcomes}
         found[name] = {cell: merged[cell] for cell in CELLS if cell in merged}
         results["models"] = {each: found[each] for each in ZOO if each in found}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_results(results)
         cells = [f"{cell} {each['status']}" for cell, each in outcomes.items()]
         report(f"{name}: {', '.join(cells)}; {_seconds(outcomes):.0f} s")
 
