@@ -102,8 +102,8 @@ class _Sentences:
 def _kind(text: str) -> str:
     """A sentence without what differs between models: names, numbers and lists."""
     text = text.split(" [")[0]
-    text = re.sub(r"\b[\w]+(\.[\w]+)+\b|\b\w*\d[\w.]*|\([^)]*\)", "*", text)
-    return re.sub(r"\*(, \*)+", "*", text)[:90]
+    text = re.sub(r"\b\w+(\.\w+)+\b|\b\w*\d[\w.]*|\b[A-Z]\w*[A-Z]\w*|\([^)]*\)", "*", text)
+    return re.sub(r"\*(, \*)+", "*", text)[:60]
 
 
 def _row(model: ZooModel, cells: Mapping[str, Any], sentences: _Sentences) -> Iterator[str]:
