@@ -23,7 +23,7 @@ __all__ = ["CallWatch", "read_without_call"]
 def read_without_call(
     model: nn.Module, names: Iterable[str], example_input: Tensor | tuple[Any, ...]
 ) -> frozenset[str] | None:
-    """The layers that a forward pass doesn't call, though its outputs depend on their weights.
+    """The layers whose weights a forward pass reads without a call, whether it also calls them.
 
     A copy of the model runs in eval and in training mode: the model, and the state of the random
     generators, are not changed.
@@ -168,39 +168,37 @@ def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
+@torch.no_grad()
 def _read_without_call(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: tuple[Any, ...]
 ) -> set[str]:
-    with torch.no_grad():  # without a graph, because most models call all their layers
-        uncalled = layers.keys() - _run(model, layers, inputs)[0]
-    if not uncalled:
+    """The layers whose own weights still act after copies of them have answered all calls.
+
+    The weights are filled with NaN, first all of them, and each by itself if that shows.
+    """
+    if not _is_finite(model(*inputs)):
         return set()
-    with torch.enable_grad():
-        weights = {name: layer_weight(layers[name]).requires_grad_() for name in sorted(uncalled)}
-        called, output = _run(model, layers, inputs)
-        results = [result for result in _tensors(output) if result.requires_grad]
-        if not results:
-            return set()
-        ones = [torch.ones_like(result) for result in results]
-        gradients = torch.autograd.grad(results, list(weights.values()), ones, allow_unused=True)
-    used = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return used - called
+    weights = {}
+    for name, layer in layers.items():
+        twin: Any = copied(layer)
+        layer.forward = partial(twin.__call__)
+        weights[name] = layer_weight(layer)
+    kept = {name: weight.clone() for name, weight in weights.items()}
+
+    def acts(names: Iterable[str]) -> bool:
+        for name in names:
+            weights[name].fill_(torch.nan)
+        try:
+            return not _is_finite(model(*inputs))
+        finally:
+            for name in names:
+                weights[name].copy_(kept[name])
+
+    return {name for name in layers if acts([name])} if acts(list(layers)) else set()
 
 
-def _run(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: tuple[Any, ...]
-) -> tuple[set[str], object]:
-    """The names of the layers that a forward pass calls, and its output."""
-    called: set[str] = set()
-    hooks = [
-        layer.register_forward_pre_hook(_CallHook(partial(called.add, name)))
-        for name, layer in layers.items()
-    ]
-    try:
-        return called, model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _is_finite(output: object) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in _tensors(output))
 
 
 def _tensors(output: object) -> Iterator[Tensor]:

@@ -258,6 +258,23 @@ def test_a_weight_that_is_read_without_a_call_is_found_by_an_example():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class ReadingAndCalling(nn.Module):
+    """Reads the weight of `both` beside calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.called = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.called(functional.linear(input, self.both.weight) + self.both(input))
+        return output
+
+
+def test_a_weight_that_is_read_beside_a_call_is_found_by_an_example():
+    model, example = ReadingAndCalling(), torch.zeros(2, 6)
+    assert read_without_call(model, ["both", "called"], example) == frozenset({"both"})
+
+
 def test_with_an_example_it_is_left_out_or_an_error():
     own: Any = {"updates_per_epoch": 1, "example_input": torch.zeros(2, 6)}
     pruner = Pruner(Reading(), SETTINGS, **own)
