@@ -68,9 +68,9 @@ def sync_mirror(
             if hook is not None:
                 make_permanent(module, "weight")
                 remove_plain_keys(module)
+            weight.mul_(mask.to(weight.device))
         elif hook is None:
             layer.method_at(0.0).register(module, "weight", mask.to(weight.device))
             add_plain_keys(module)
         else:
             module.get_buffer("weight_mask").copy_(mask)
-        weight.mul_(mask.to(weight.device))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["add_plain_keys", "remove_plain_keys"]
@@ -37,13 +38,17 @@ def _keys_of(hooks: dict[int, Any], function: Callable[..., None]) -> list[int]:
     return [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]
 
 
+@torch.no_grad()
 def _rename_saved(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
     """Name `weight_orig` `weight` in the same place, and leave out the mask.
 
-    The tensor is the live one, as for every parameter: moving averages write into it.
+    The tensor is the live one, as for every parameter: moving averages write into it. Its pruned
+    values, which a forward pass doesn't read, are zeroed, so that a dense model computes the same.
     """
-    if module._parameters.get("weight_orig") is None:
+    weight, mask = module._parameters.get("weight_orig"), module._buffers.get("weight_mask")
+    if weight is None or mask is None:
         return
+    weight.mul_(mask)
     items = list(state.items())
     state.clear()
     for key, value in items:

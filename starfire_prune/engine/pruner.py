@@ -330,9 +330,6 @@ class Pruner(Scheduled, WithOptimizer):
         except ValueError as error:
             cause = not_finite_text(self._model, self._progress.state.updates)
             raise ValueError(f"{error}{cause}") from None
-        modules = self._modules().values()
-        with torch.no_grad():  # what a state dict holds is pruned as the forward pass is
-            torch._foreach_mul_([layer_weight(own) for own in modules], [*map(_mask, modules)])
         self._sync_mirrors(self._mirrors, changed)
 
     def _freeze(self) -> None:
