@@ -20,13 +20,16 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 
 from starfire_prune.masks.counts import Units, weight_units
+from starfire_prune.methods.parameters import (
+    CONVOLUTIONS,
+    check_kernels,
+    check_scores,
+    parameter_of,
+)
 from starfire_prune.methods.schedules import Schedule
-from starfire_prune.utils.modules import effective_weight
 
 __all__ = [
     "CONVOLUTIONS",
@@ -35,12 +38,9 @@ __all__ = [
     "ModuleT",
     "find_hook",
     "make_permanent",
-    "masked_parameter",
     "of_layer",
 ]
 
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -116,10 +116,10 @@ class MaskMethod(prune.BasePruningMethod):
             TypeError, ValueError: For bad scores, and as the method's mask function. Nothing has
                 changed then.
         """
-        parameter = _parameter(module, name)
+        parameter = parameter_of(module, name)
         if cls.applies_to == CONVOLUTIONS:
-            _check_kernels(module, name, parameter)
-        _check_scores(importance_scores, parameter)
+            check_kernels(module, name, parameter)
+        check_scores(importance_scores, parameter)
         scores = parameter if importance_scores is None else importance_scores
         _, hook = find_hook(module, name)
         try:
@@ -304,87 +304,6 @@ def find_hook(module: nn.Module, name: str) -> tuple[int, prune.BasePruningMetho
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
             return key, hook
     return -1, None
-
-
-def masked_parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter as a forward pass uses it, if the methods can prune it."""
-    _parameter(module, name)
-    return effective_weight(module, name)
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter of that name, which pruning may have renamed to `name + "_orig"`."""
-    if not isinstance(name, str):
-        raise TypeError(f"`name` (={name!r}) must be a str; the amount is the argument `amount`")
-    if isinstance(module, _ConvTransposeNd):
-        raise TypeError(
-            f"{type(module).__name__} is a transposed convolution, whose weight has its channels "
-            f"the other way round: these methods can't prune it"
-        )
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{type(module).__name__} is the output projection of nn.MultiheadAttention, which "
-            f"uses its weight without calling it, so that no hook can mask it"
-        )
-    parameter = module._parameters.get(f"{name}_orig", module._parameters.get(name))
-    if parameter is None:
-        names = [
-            key.removesuffix("_orig")
-            for key, value in module._parameters.items()
-            if value is not None
-        ]
-        raise AttributeError(
-            f"{type(module).__name__} has no parameter `{name}`; it has: "
-            f"{', '.join(names) or 'none of its own'}"
-        )
-    if _is_computed(module, name):
-        raise ValueError(
-            f"{type(module).__name__} computes `{name}` from `{name}_orig`, as spectral_norm does, "
-            f"so that zeros would not hold: remove that first"
-        )
-    if parameter.is_complex():
-        raise TypeError(
-            f"`{name}` of {type(module).__name__} has dtype {parameter.dtype}, and only real "
-            f"weights are ranked"
-        )
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"`{name}` of {type(module).__name__} has no values yet: run a forward pass first"
-        )
-    return parameter
-
-
-def _is_computed(module: nn.Module, name: str) -> bool:
-    """Whether another hook than one of pruning computes a parameter from `name + "_orig"`."""
-    names = module._parameters.keys()
-    return f"{name}_orig" in names and name not in names and f"{name}_mask" not in module._buffers
-
-
-def _check_kernels(module: nn.Module, name: str, weight: Tensor) -> None:
-    """Raise TypeError for PyTorch's layers whose weight has dimensions, but no kernels."""
-    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modu")]
-    is_layer = any(kind is not nn.Module for kind in kinds)
-    if is_layer and weight.ndim > 2 and not isinstance(module, CONVOLUTIONS):
-        raise TypeError(
-            f"{type(module).__name__} is not a convolution, and its `{name}` has no kernels: "
-            f"magnitude_unstructured prunes single weights"
-        )
-
-
-def _check_scores(importance_scores: Tensor | None, parameter: nn.Parameter) -> None:
-    if importance_scores is None:
-        return
-    value: object = importance_scores
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"`importance_scores` must be a tensor of the parameter's shape, "
-            f"{tuple(parameter.shape)}; received {type(value).__name__}"
-        )
-    if importance_scores.shape != parameter.shape:
-        raise ValueError(
-            f"`importance_scores` of shape {tuple(importance_scores.shape)} must have the shape "
-            f"of the parameter, {tuple(parameter.shape)}"
-        )
 
 
 def _restore_order(module: nn.Module, order: list[str], name: str) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from starfire_prune import masks
 from starfire_prune.masks import Units
-from starfire_prune.methods.base import LINEAR, MaskMethod, ModuleT, masked_parameter, of_layer
+from starfire_prune.methods.base import LINEAR, MaskMethod, ModuleT, of_layer
 from starfire_prune.methods.options import BlockSize, Then
+from starfire_prune.methods.parameters import masked_parameter
 from starfire_prune.methods.registry import register_method
 
 __all__ = ["FCBlock", "FCFine", "FCStructured", "fc_block", "fc_fine", "fc_structured"]
