@@ -1,6 +1,7 @@
 """How many units each method prunes: the units of a weight, and what an amount stands for.
 
-Both the mask functions and the methods of `starfire_prune.methods` count by these functions.
+Both the mask functions and the methods of `starfire_prune.methods` count by these functions; the
+methods that combine two of them, intra and inter, add the two counts in `methods/conv.py`.
 """
 
 import dataclasses
