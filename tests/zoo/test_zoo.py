@@ -15,7 +15,9 @@ from tests.zoo.results import read_results
 
 timm = pytest.importorskip("timm")
 
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN: dict[tuple[str, str], str] = {
+    ("nf_regnet_b0", "compact"): "the error names no layer: gains of filters are not cut with them"
+}
 """Cells that are not as they should be yet, with the reason."""
 
 
