@@ -8,20 +8,26 @@ from tests.zoo.training import check_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KNOWN: dict[str, str] = {}
-"""Blocks that are not refused before the first update, as they should be."""
+KNOWN = {
+    "reading and calling": "a weight that is also read by a call is not noticed",
+}
+"""Blocks that are neither refused at once nor right, if the pruner has no example input."""
 
 sound_blocks = sorted(set(BLOCKS) - set(KNOWN))
-every_block = [
-    pytest.param(name, marks=pytest.mark.xfail(reason=KNOWN[name], strict=True))
-    if name in KNOWN
-    else name
+blocks_and_examples = [
+    pytest.param(
+        name,
+        with_example,
+        marks=[pytest.mark.xfail(reason=KNOWN[name], strict=True)]
+        if name in KNOWN and not with_example
+        else [],
+    )
     for name in BLOCKS
+    for with_example in (False, True)
 ]
 
 
-@pytest.mark.parametrize("with_example", [False, True])
-@pytest.mark.parametrize("block", every_block)
+@pytest.mark.parametrize(("block", "with_example"), blocks_and_examples)
 def test_a_block_is_refused_at_once_or_its_reported_zeros_are_true(block, with_example):
     pruning = {"method": "ck", "amount": 0.6, "era": [1, 2], "fc": {"method": "fine"}}
     check_case(
