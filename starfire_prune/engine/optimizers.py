@@ -57,6 +57,11 @@ def check_optimizer(
     groups = getattr(optimizer, "param_groups", None)
     if groups is None or not hasattr(optimizer, "state"):
         raise TypeError(f"`optimizer` (a {kind}) must be a torch.optim.Optimizer")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "`optimizer` (a LBFGS) moves pruned weights between the forward passes of one step, "
+            "where no mask holds: train with an optimizer of first order"
+        )
     held = {id(parameter) for group in groups for parameter in group["params"]}
     if not held.intersection(id(layer_weight(module)) for module in layers.values()):
         raise ValueError(

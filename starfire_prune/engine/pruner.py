@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from starfire_prune.engine.attached import Attached
 from starfire_prune.engine.calls import CallWatch
 from starfire_prune.engine.computed import check_computed
 from starfire_prune.engine.distributed import (
@@ -74,13 +75,12 @@ class Pruner(Scheduled, WithOptimizer):
             look for channels that are always zero in the model's graph. It also shows at once
             whether the model reads a weight without calling its layer, which hooks note during the
             first update otherwise (a compiled model is compiled again when they are removed).
-        prune_again: Whether the model may carry a finished pruning, which is an error at the first
-            update otherwise: a resumed run needs the pruner's state.
+        prune_again: Whether the model may carry an earlier pruning, an error at the first update
+            otherwise: a resumed run needs the pruner's state.
 
     Attributes:
         layers: The layers that are pruned, by name.
-        left_out: The layers that only `*` selects and that can't be pruned, with the reasons, which
-            are logged.
+        left_out: The layers that only `*` selects and that can't be pruned, with the logged reason.
 
     Raises:
         RecipeError: For unknown keys or values in `pruning`.
@@ -126,6 +126,7 @@ class Pruner(Scheduled, WithOptimizer):
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
         self._calls = None if selection.calls_are_known else CallWatch(self._modules())
         self._earlier = EarlierPruning(() if prune_again else selection.layers)
+        self._attached = Attached(self._model, self._modules())
         self._mark_layers()
 
     def __repr__(self) -> str:
@@ -144,7 +145,7 @@ class Pruner(Scheduled, WithOptimizer):
         Raises:
             ValueError: For weights that are NaN or infinite, with the layer's name.
             PruningError: At the first update, if the model reads a weight without calling its layer
-                or carries a finished pruning; at the end of the era, if a layer has lost all its
+                or carries an earlier pruning; at the end of the era, if a layer has lost all its
                 weights; in the fixed phase, if parameters were replaced or not trained.
             RanksError: At the end of the era, if the masks of distributed ranks differ.
         """
@@ -170,6 +171,7 @@ class Pruner(Scheduled, WithOptimizer):
         Raises:
             ValueError: If `epoch` is not the current one.
         """
+        self._attached.check()
         if self._progress.end_epoch(epoch):
             self._update_masks(1.0)
             self._freeze()
@@ -238,6 +240,7 @@ class Pruner(Scheduled, WithOptimizer):
             for name, layer in self._items():
                 if find_hook(layer.module, "weight")[1] is None:
                     raise PruningError(f"layer {name} has lost its pruning hook within the era")
+        self._attached.check()
         self._compare_ranks()  # first: a rank that raised by itself would leave the others waiting
         if self._fixed is not None:
             for modules in [self._modules(), *self._mirrors]:
@@ -325,6 +328,7 @@ class Pruner(Scheduled, WithOptimizer):
     def _update_masks(self, progress: float) -> None:
         """Bring the masks, and those of the mirrors, to the amounts at `progress`."""
         self._progress.set(phase="era")
+        self._attached.begin_era()
         try:
             changed = self._era.update_masks(progress)
         except ValueError as error:
@@ -343,6 +347,7 @@ class Pruner(Scheduled, WithOptimizer):
         for name, mask in masks.items():
             if not bool(mask.any()):
                 raise PruningError(f"layer {name} has lost all its weights: lower its amount")
+        self._attached.end_era(self._progress.state.era_updates)
         self._make_permanent()
         self._progress.set(phase="fixed")
         self._fixed = FixedMasks(self._modules(), masks, self._optimizer)
@@ -355,7 +360,7 @@ class Pruner(Scheduled, WithOptimizer):
             mark_layers(modules.items(), self._progress, masks)
 
     def _remove_hooks(self) -> None:
-        """Go back to plain modules without hooks and masks; pruned weights are left zero."""
+        """Go back to plain modules without hooks; pruned weights are left zero."""
         if self._fixed is not None:
             self._fixed.remove()
             self._fixed = None
@@ -384,13 +389,12 @@ class Pruner(Scheduled, WithOptimizer):
         for mirror in mirrors:
             sync_mirror(mirror, layers, masks, self.phase)
 
-    def _items(self) -> Iterator[tuple[str, PrunedLayer]]:
-        return iter(self.layers.items())
+    def _items(self) -> Iterable[tuple[str, PrunedLayer]]:
+        return self.layers.items()
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: layer.module for name, layer in self._items()}
 
 
 def _mask(module: nn.Module) -> Tensor:
-    mask: Tensor = module.get_buffer("weight_mask")
-    return mask
+    return module.get_buffer("weight_mask")

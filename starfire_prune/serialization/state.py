@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune.serialization.codec import bits_of
+from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.modules import (
     clean_name,
+    effective_weight,
     named_modules_with_duplicates,
     prunable_layers,
     unwrap,
@@ -58,6 +60,9 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
     Args:
         model: The model that the pruner prunes, or mirrors, or a part of it with all its layers.
         pruner: The pruner; all its layers get masks, which are all True in the dense phase.
+
+    Raises:
+        PruningError: If the model's weights are not zero where the pruner prunes.
     """
     masks = _hooked_masks(unwrap(model))
     if pruner is not None:
@@ -65,7 +70,21 @@ def known_masks(model: nn.Module, pruner: Pruner | None = None) -> dict[str, Ten
         for name, within in pruner.names_in(model).items():
             ones = torch.ones(pruner.layers[name].shape, dtype=torch.bool)
             masks[weight_key(within)] = own.get(weight_key(name), ones).bool().cpu()
+        _check_pruned(model, masks)
     return masks
+
+
+def _check_pruned(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Raise PruningError if a model computes with weights that the masks would remove."""
+    for name, module in prunable_layers(model).items():
+        mask = masks.get(weight_key(name))
+        alive = 0 if mask is None else int((effective_weight(module).cpu()[~mask] != 0).sum())
+        if alive:
+            raise PruningError(
+                f"layer {name}: {alive} weights of the model that is passed are not zero where its "
+                f"pruner's mask prunes: pass the model that the pruner prunes, or let a copy "
+                f"follow it from the start, by pruner.mirror(copy)"
+            )
 
 
 def masks_of_zeros(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

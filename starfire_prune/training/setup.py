@@ -215,6 +215,7 @@ def _pruner(run: Run) -> Pruner | None:
         updates_per_epoch=run.updates_per_epoch,
         optimizer=run.optimizer,
         example_input=example_images(run.recipe, run.accelerator.device),
+        prune_again=True,  # pretrained weights may be pruned; checkpoints restore the pruner
     )
     if run.average is not None:
         pruner.mirror(run.average.module)

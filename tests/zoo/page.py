@@ -96,6 +96,7 @@ class _Sentences:
             others = len(self.models[number]) - 1
             more = f" and {others} more" if others else ""
             shown = text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+            shown = shown.replace("](", "]\\(")  # not a link
             yield f"{number}. *{cell}* of `{model}`{more}: {shown}"
 
 
