@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starfire_prune.engine.computed import copied, kept_random_state
+from starfire_prune.engine.computed import kept_random_state
 from starfire_prune.utils.errors import PruningError
-from starfire_prune.utils.modules import layer_weight, prunable_layers, unwrap
+from starfire_prune.utils.modules import copied_module, layer_weight, prunable_layers, unwrap
 from starfire_prune.utils.text import first_few
 
 __all__ = ["CallWatch", "read_without_call"]
@@ -42,7 +42,7 @@ def read_without_call(
     try:
         with kept_random_state(inner), _uncompiled(inner):
             for training in (False, True):
-                other = copied(inner).train(training)
+                other = copied_module(inner).train(training)
                 layers = {name: prunable_layers(other)[name] for name in names}
                 found.update(_read_without_call(other, layers, inputs))
     except Exception:  # of any type: it comes from the model's own code
@@ -180,7 +180,7 @@ def _read_without_call(
         return set()
     weights = {}
     for name, layer in layers.items():
-        twin: Any = copied(layer)
+        twin: Any = copied_module(layer)
         layer.forward = partial(twin.__call__)
         weights[name] = layer_weight(layer)
     kept = {name: weight.clone() for name, weight in weights.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.overrides import TorchFunctionMode
 
 from starfire_prune.utils.errors import PruningError
-from starfire_prune.utils.modules import layer_weight
+from starfire_prune.utils.modules import copied_module, layer_weight
 from starfire_prune.utils.text import first_line
 
-__all__ = ["check_computed", "copied", "has_plain_forward", "kept_random_state", "zeros_problem"]
+__all__ = ["check_computed", "has_plain_forward", "kept_random_state", "zeros_problem"]
 
 _PLAIN: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _PRODUCTS: Final = frozenset(
@@ -85,17 +84,6 @@ def check_computed(modules: Mapping[str, nn.Module]) -> None:
             raise PruningError(f"layer {name} ({type(module).__name__}) {problem}")
 
 
-def copied(module: nn.Module) -> Any:
-    """A deep copy, also of modules that torch's own pruning has left with a computed weight."""
-    memo = {
-        id(value): value.detach()
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, memo)
-
-
 @contextmanager
 def kept_random_state(module: nn.Module) -> Iterator[None]:
     """Restore the random generators of the CPU and of a module's devices at the end."""
@@ -135,7 +123,7 @@ def _zeros_hold(layer: nn.Module) -> bool:
 
 def _with_other_values(module: nn.Module) -> nn.Module:
     """A copy of a layer in eval mode whose other parameters are not at zero, where some begin."""
-    layer: nn.Module = copied(module).eval()
+    layer = copied_module(module).eval()
     layer._forward_hooks.clear()  # what observes or changes the output
     if layer_weight(layer).is_meta:
         layer = layer.to_empty(device="cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.ops import CONVOLUTIONS, CREATING, LINEAR
 from starfire_prune.structure.rules import is_pure
 from starfire_prune.utils.marks import unmark
-from starfire_prune.utils.modules import unwrap
+from starfire_prune.utils.modules import copied_module, unwrap
 
 __all__ = [
     "Graph",
@@ -112,12 +111,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
         model: A model in any phase of pruning, possibly wrapped by DDP or `torch.compile`.
     """
     model = unwrap(model)
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # a stale, masked weight
-                memo[id(value)] = value.detach().clone()
-    twin = copy.deepcopy(model, memo)
+    twin = copied_module(model)
     unmark(twin.modules(), only_finished=True)  # its weights may be changed
     for module in twin.modules():
         for hook in list(module._forward_pre_hooks.values()):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -12,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 __all__ = [
     "classifier_keys",
     "clean_name",
+    "copied_module",
     "counted_weights",
     "effective_weight",
     "is_depthwise",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -148,6 +152,21 @@ def named_modules_with_duplicates(model: nn.Module) -> Iterator[tuple[str, nn.Mo
     """All modules by their clean names; a shared module appears under each of its names."""
     modules = model.named_modules(remove_duplicate=False)
     return ((clean_name(name), module) for name, module in modules)
+
+
+def copied_module(module: ModuleT) -> ModuleT:
+    """A deep copy, also of modules that hold computed tensors, which `copy.deepcopy` refuses.
+
+    Such are the masked weights of torch's own pruning, and the caches of some attention layers.
+    """
+    memo: dict[int, object] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            held = value.values() if isinstance(value, dict) else (value,)
+            for tensor in held:
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def weight_key(name: str, parameter: str = "weight") -> str:
