@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from starfire_prune import Pruner, load_pruned_model, save_pruned
+from starfire_prune.utils.modules import copied_module
 from starfire_prune.utils.outputs import compare_outputs, output_tensors
-from tests.zoo.impulses import UnmeasurableError, copy_of, foreign_readers, reported_zeros, response
+from tests.zoo.impulses import UnmeasurableError, foreign_readers, reported_zeros, response
 from tests.zoo.models import ZooModel, loss_of
 from tests.zoo.outcomes import Outcome, WrongError, attempt, named_in
 
@@ -213,7 +214,7 @@ class Trial:
         """A smaller model that has the same outputs."""
         from starfire_prune.compact import compact
 
-        model = copy_of(self.model)
+        model = copied_module(self.model)
         with torch.no_grad():
             for name in self._pruner_().layers:  # a quarter of the channels is dead
                 layer: Any = model.get_submodule(name)
@@ -254,7 +255,7 @@ class Trial:
 
     @torch.no_grad()
     def _outputs(self, model: nn.Module) -> list[Tensor]:
-        return output_tensors(copy_of(model).eval()(*self.zoo.arguments(7)))
+        return output_tensors(copied_module(model).eval()(*self.zoo.arguments(7)))
 
     def _compare(self, outputs: list[Tensor], model: nn.Module | None = None) -> None:
         try:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from starfire_prune.utils.modules import copied_module
 from starfire_prune.utils.outputs import output_tensors
 
-__all__ = ["Response", "UnmeasurableError", "copy_of", "foreign_readers", "response"]
+__all__ = ["Response", "UnmeasurableError", "foreign_readers", "response"]
 
 
 class UnmeasurableError(Exception):
@@ -64,7 +65,7 @@ def response(module: nn.Module, most_channels: int | None = None, seed: int = 0)
     Raises:
         UnmeasurableError: If the layer's output is not that of a convolution or linear layer.
     """
-    twin: Any = copy_of(module).double().eval()
+    twin: Any = copied_module(module).double().eval()
     shape = twin.weight.shape
     channels = torch.arange(shape[1])
     if most_channels is not None and most_channels < len(channels):
@@ -76,17 +77,6 @@ def response(module: nn.Module, most_channels: int | None = None, seed: int = 0)
     if acts.shape != (len(channels), shape[0]):
         raise UnmeasurableError(f"its output has the shape {tuple(acts.shape)}")
     return Response(acts.T, channels)
-
-
-def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy, also where torch's `weight_norm` has left a weight that is computed."""
-    memo = {
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for value in vars(part).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, memo)
 
 
 def _differences(module: nn.Module, impulses: Tensor) -> Tensor:
@@ -150,7 +140,7 @@ def foreign_readers(
         layers: Names of the layers.
     """
     names = list(layers)
-    expected = output_tensors(copy_of(model).eval()(*copy.deepcopy(arguments)))
+    expected = output_tensors(copied_module(model).eval()(*copy.deepcopy(arguments)))
     if _same(expected, _isolated(model, arguments, names)):
         return []
     if len(names) == 1:
@@ -162,10 +152,10 @@ def foreign_readers(
 
 def _isolated(model: nn.Module, arguments: tuple[Any, ...], layers: list[str]) -> list[Tensor]:
     """The outputs of a model in which the weights of layers are NaN for everybody else."""
-    twin = copy_of(model).eval()
+    twin = copied_module(model).eval()
     for name in layers:
         layer: Any = twin.get_submodule(name)
-        layer.forward = copy_of(layer).__call__
+        layer.forward = copied_module(layer).__call__
         for parameter in layer.parameters():
             if parameter.ndim > 1:
                 parameter.fill_(torch.nan)
