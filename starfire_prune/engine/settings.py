@@ -247,7 +247,11 @@ class Pruning(MethodSection):
     )
     schedule: ScheduleName = Field("linear", description="how the amount rises over the era")
     resolution: float = Field(
-        0.0025, ge=0, lt=1, description="rise of a layer's sparsity worth a new mask, in [0, 1)"
+        0.0025,
+        ge=0,
+        lt=1,
+        description="rise of a layer's sparsity from which on its mask is computed again, in "
+        "[0, 1); 0: at any rise; the era's last update always computes it",
     )
     prune_dead_inputs: bool = Field(
         False,

@@ -120,6 +120,7 @@ class Sparsity:
         raise KeyError(f"no convolution or linear layer {name!r}")
 
 
+@torch.no_grad()
 def measure_sparsity(
     model: nn.Module,
     selected: Iterable[str] | None = None,
@@ -177,7 +178,6 @@ def left_out_text(left_out: Iterable[LeftOut]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-@torch.no_grad()
 def format_table(sparsity: Sparsity) -> str:
     """The table of layers: kind, shape, zeros, pruned kernels, dead channels; totals at the end."""
     header = ("layer", "kind", "shape", "zeros", "sparsity", "pruned kernels", "dead outputs")
