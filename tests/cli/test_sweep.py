@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -429,11 +430,15 @@ def hang(table: Path, ending: str) -> None:
 
 
 def is_running(table: Path) -> bool:
-    """Whether a process is there whose number a launcher has left; it is killed then."""
-    try:
-        os.kill(int((table.parent / "pid").read_text()), signal.SIGKILL)
-    except ProcessLookupError:
-        return False
+    """Whether a process is there, 10 s later, whose number a launcher has left; it is killed."""
+    number = int((table.parent / "pid").read_text())
+    for _ in range(100):  # one that was killed is there until its new parent has reaped it
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.kill(number, signal.SIGKILL)
     return True
 
 
@@ -453,7 +458,7 @@ def test_a_signal_ends_the_sweep_and_what_its_launcher_has_started(number, table
     wait_for_line(sweep, "hangs")
     os.kill(sweep.pid, number)  # and not its group, as a terminal would
     try:
-        assert sweep.wait(timeout=30) == 128 + number
+        assert sweep.wait(timeout=60) == 128 + number
     finally:
         assert not is_running(table)
     assert sweep.communicate()[0] == (

@@ -85,6 +85,9 @@ def _exported(recipe: Recipe, folder: Path, finishes: bool) -> Sparsity:
     pruner = Pruner(model, recipe.pruning, updates_per_epoch=1, optimizer=optimizer)
     for epoch in range(recipe.epochs if finishes else recipe.pruning.era[1] - 1):  # type: ignore[index]
         model(images).sum().backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1)  # as an update that changes nothing
         pruner.step()
         pruner.end_epoch(epoch)
     save_pruned(model, exported_file(folder), pruner=pruner, unfinished=not finishes)
