@@ -9,7 +9,7 @@ from torch import nn
 
 from starfire_prune.engine.obstacles import sharing_modules
 from starfire_prune.utils.errors import PruningError
-from starfire_prune.utils.modules import layer_weight, prunable_layers
+from starfire_prune.utils.modules import layer_weight, prunable_layers, weight_versions
 
 __all__ = ["Attached"]
 
@@ -48,7 +48,7 @@ class Attached:
         """Check the layers and note the weights at the era's first update, or after a resume."""
         if self._versions is None:
             self.check()
-            self._versions = self._present_versions()
+            self._versions = weight_versions(self._modules.values())
 
     def end_era(self, updates: int) -> None:
         """Check the layers, and warn if no weight has changed, as when a copy was trained.
@@ -57,11 +57,8 @@ class Attached:
             updates: Number of updates of the era.
         """
         self.check()
-        if updates > 1 and self._versions == self._present_versions():
+        if updates > 1 and self._versions == weight_versions(self._modules.values()):
             _LOGGER.warning(
                 "no weight of the pruned layers has changed within the era: if a copy of the model "
                 "was trained (by deepcopy or pickle), it is not pruned; copy its pruner with it"
             )
-
-    def _present_versions(self) -> list[int]:
-        return [layer_weight(module)._version for module in self._modules.values()]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from starfire_prune.engine.gradients import mask_gradient
 from starfire_prune.engine.loading import notify_of_loads
 from starfire_prune.utils.errors import PruningError
-from starfire_prune.utils.modules import layer_weight
+from starfire_prune.utils.modules import layer_weight, weight_versions
 
 __all__ = ["FixedMasks", "check_zeros"]
 
@@ -21,7 +21,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class FixedMasks:
-    """Keeps the pruned weights of some layers exactly zero, whatever the optimizer does.
+    """Keeps the pruned weights of some layers exactly zero between the updates of an optimizer.
 
     Their weights are zeroed at once and after each update, their gradients are masked before
     anything else reads them, and their optimizer state is zeroed. Copies, also those of pickle,
@@ -48,7 +48,9 @@ class FixedMasks:
         for name, module in modules.items():
             self._hold(name)
             self._load_hooks.append(notify_of_loads(module, self._after_load, name))
-        self._versions = self._present_versions()  # torch's counts of changes, after a step
+        self._versions = weight_versions(
+            self._modules.values()
+        )  # torch's counts of changes, after a step
         self.set_optimizer(optimizer)
 
     def set_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
@@ -102,19 +104,16 @@ class FixedMasks:
         for name, weight in zip(self._modules, weights, strict=True):
             if self._seen[name] != _identity(weight):
                 self._check_replaced(name, weight)
-        if not self._has_gradient and self._versions == self._present_versions():
+        if not self._has_gradient and self._versions == weight_versions(self._modules.values()):
             raise PruningError(
                 "no pruned layer has received a gradient or a new weight since the last step(): "
                 "if the model was copied (by deepcopy or pickle), copy its pruner with it; if its "
                 "pruned layers were not trained, call step(updated=False)"
             )
         torch._foreach_mul_(weights, [self.masks[name] for name in self._modules])
-        self._versions = self._present_versions()
+        self._versions = weight_versions(self._modules.values())
         self._has_gradient = False
         self._mask_new_state()
-
-    def _present_versions(self) -> list[int]:
-        return [layer_weight(module)._version for module in self._modules.values()]
 
     def _note_gradient(self) -> None:
         self._has_gradient = True

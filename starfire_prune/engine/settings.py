@@ -121,22 +121,18 @@ def is_era(value: Any) -> bool:
     return two and 0 <= value[0] < value[1]
 
 
-def _era(value: object) -> object:
+def _era(value: object, *, unit: str = "epochs", example: tuple[int, int] = (40, 60)) -> object:
     if is_era(value):
         return value
+    first, end = example
     raise settings_error(
-        f"must be two epochs [first, end] with 0 <= first < end {got(value)}; "
-        "[40, 60] prunes in the epochs 40 to 59"
+        f"must be two {unit} [first, end] with 0 <= first < end {got(value)}; "
+        f"[{first}, {end}] prunes in the {unit} {first} to {end - 1}"
     )
 
 
 def _era_updates(value: object) -> object:
-    if is_era(value):
-        return value
-    raise settings_error(
-        f"must be two updates [first, end] with 0 <= first < end {got(value)}; "
-        "[1000, 5000] prunes in the updates 1000 to 4999"
-    )
+    return _era(value, unit="updates", example=(1000, 5000))
 
 
 def _schedule(value: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ __all__ = [
     "prunable_layers",
     "unwrap",
     "weight_key",
+    "weight_versions",
 ]
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -118,6 +119,11 @@ def layer_weight(module: nn.Module) -> nn.Parameter:
     if weight is None:
         raise ValueError(f"{type(module).__name__} has no parameter `weight` to prune")
     return weight
+
+
+def weight_versions(modules: Iterable[nn.Module]) -> list[int]:
+    """How often the weight of each layer has been changed in place, as torch counts."""
+    return [layer_weight(module)._version for module in modules]
 
 
 def effective_weight(module: nn.Module, name: str = "weight") -> Tensor:
