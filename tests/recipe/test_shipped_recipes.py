@@ -27,6 +27,7 @@ RECIPES = ROOT / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
 # By recipe: parameters, training images of the data made below, and updates of the era of all
 PLANS = {
+    "cifar10_resnet14": ("1,772,746", "10", "updates 3 to 4 of 8"),
     "finetune_resnet50": ("25,557,032", "1,000", "updates 1 to 240 of 480"),
     "quickstart": ("11,181,642", "1,437", "updates 136 to 315 of 450"),
     "resnet50_v1": ("25,557,032", "1,000", "updates 641 to 960 of 1,600"),
@@ -46,11 +47,11 @@ def noise(side: int) -> bytes:
     return file.getvalue()
 
 
-def make_imagenet(root: Path) -> Path:
-    """An image of noise for each of 1000 classes, to train on and to evaluate on."""
+def make_folders(root: Path, classes: int) -> Path:
+    """An image of noise for each of the classes, to train on and to evaluate on."""
     image = noise(40)
     for part in ("train", "val"):
-        for label in range(1000):
+        for label in range(classes):
             folder = root / part / f"n{label:08d}"
             folder.mkdir(parents=True)
             (folder / "0.JPEG").write_bytes(image)
@@ -75,7 +76,8 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The folders of noise that the recipes' variables name."""
     root = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMAGENET", str(make_imagenet(root / "imagenet")))
+        patch.setenv("IMAGENET", str(make_folders(root / "imagenet", 1000)))
+        patch.setenv("CIFAR10", str(make_folders(root / "cifar-10", 10)))
         patch.setenv("TINY_IMAGENET", str(make_tiny_imagenet(root / "tiny-imagenet-200")))
         patch.setenv("TINY_IMAGENET20", str(make_tiny_imagenet(root / "tiny-imagenet-20", 20)))
         yield
