@@ -319,6 +319,7 @@ def test_commands_are_those_that_a_sweep_launches(swept, table):
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_commands_of_a_shipped_table_are_those_of_its_runs(path, tool, monkeypatch):
+    monkeypatch.setenv("CIFAR10", "/data/cifar-10")
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
     monkeypatch.setenv("TINY_IMAGENET", "/data/tiny-imagenet-200")
     monkeypatch.setenv("TINY_IMAGENET20", "/data/tiny-imagenet-20")

@@ -48,6 +48,7 @@ DENSE_AND_CK = "runs: [{name: dense, set: {pruning: none}}, {name: ck}]\n"
 
 @pytest.fixture
 def no_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CIFAR10", raising=False)
     monkeypatch.delenv("IMAGENET", raising=False)
     monkeypatch.delenv("TINY_IMAGENET", raising=False)
     monkeypatch.delenv("TINY_IMAGENET20", raising=False)

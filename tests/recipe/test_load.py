@@ -47,6 +47,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR10", "/data/cifar-10")
     monkeypatch.setenv("IMAGENET", "/data/imagenet")
     monkeypatch.setenv("TINY_IMAGENET", "/data/tiny-imagenet-200")
     monkeypatch.setenv("TINY_IMAGENET20", "/data/tiny-imagenet-20")

@@ -25,15 +25,16 @@ from tests.support.runs import metrics_of, new_process, train_on
 
 RECIPES = ROOT / "recipes"
 SHIPPED = sorted(RECIPES.glob("*.yaml"))
-# By recipe: parameters, training images of the data made below, and updates of the era of all
+# By recipe: parameters, training images of the data made below, target, updates of the era of all,
+# and how many convolutions and linear layers are pruned
 PLANS = {
-    "cifar10_resnet14": ("1,772,746", "10", "updates 3 to 4 of 8"),
-    "finetune_resnet50": ("25,557,032", "1,000", "updates 1 to 240 of 480"),
-    "quickstart": ("11,181,642", "1,437", "updates 136 to 315 of 450"),
-    "resnet50_v1": ("25,557,032", "1,000", "updates 641 to 960 of 1,600"),
-    "resnet50_v15": ("25,557,032", "1,000", "updates 641 to 960 of 1,600"),
-    "tiny_imagenet20_resnet18": ("11,186,772", "20", "updates 9 to 12 of 20"),
-    "tiny_imagenet_resnet50": ("23,917,832", "200", "updates 1 to 40 of 160"),
+    "cifar10_resnet14": ("1,772,746", "10", "80.0%", "updates 3 to 4 of 8", (16, 0)),
+    "finetune_resnet50": ("25,557,032", "1,000", "60.0%", "updates 1 to 240 of 480", (53, 1)),
+    "quickstart": ("11,181,642", "1,437", "60.0%", "updates 136 to 315 of 450", (20, 1)),
+    "resnet50_v1": ("25,557,032", "1,000", "60.0%", "updates 641 to 960 of 1,600", (53, 1)),
+    "resnet50_v15": ("25,557,032", "1,000", "60.0%", "updates 641 to 960 of 1,600", (53, 1)),
+    "tiny_imagenet20_resnet18": ("11,186,772", "20", "60.0%", "updates 9 to 12 of 20", (20, 1)),
+    "tiny_imagenet_resnet50": ("23,917,832", "200", "60.0%", "updates 1 to 40 of 160", (53, 1)),
 }
 
 # The recipes ask for more workers than a small machine has cores
@@ -110,18 +111,17 @@ def test_every_recipe_has_a_plan_below():
 def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     recipe = load_recipe(path)
     plan = plan_of(recipe, tmp_path / "run", capsys)
-    parameters, images, updates = PLANS[path.stem]
+    parameters, images, target, updates, pruned = PLANS[path.stem]
     classes = recipe.model.num_classes
     assert recipe.pruning != "none"
     assert f"  model      {recipe.model.name}, {parameters} parameters, {classes} classes\n" in plan
     assert f": {images} images for training, " in plan
-    assert (
-        f"  pruning    ck to 60.0%, linear, era {list(recipe.pruning.era or ())}: {updates}\n"
-        in plan
-    )
+    era = list(recipe.pruning.era or ())
+    assert f"  pruning    ck to {target}, linear, era {era}: {updates}\n" in plan
     layers = plan.partition("\n\nlayer ")[2].splitlines()
-    assert sum(" ck " in line for line in layers) == (20 if "18" in recipe.model.name else 53)
-    assert sum(" fine " in line for line in layers) == 1
+    assert (
+        tuple(sum(f" {method} " in line for line in layers) for method in ("ck", "fine")) == pruned
+    )
 
 
 def test_the_weights_to_fine_tune_are_timms():
@@ -140,7 +140,7 @@ def test_every_run_of_the_shipped_tables_can_be_trained(tmp_path, capsys):
             pruning = run.recipe.pruning
             kind: str = "dense" if pruning == "none" else pruning.method
             kinds.setdefault((run.recipe_path.stem, kind), run.recipe)
-    assert len(kinds) == 21
+    assert len(kinds) == 23
     for (_, kind), recipe in kinds.items():
         plan = plan_of(recipe, tmp_path / "run", capsys)
         start = "none: dense" if kind == "dense" else f"{kind} to "
