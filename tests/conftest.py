@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 # The same examples at every run, however slow the machine
@@ -26,14 +27,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def native_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The kernels of sparse inference, built once, in the cache that a variable names if any."""
+    """The kernels of sparse inference, built once, in the cache that a variable names if any.
+
+    The processes of pytest-xdist share one build: the first one builds, the others wait.
+    """
     from starfire_prune.sparse import BuildError, build, load_kernels
 
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get(build.CACHE_VARIABLE):
-            patch.setenv(build.CACHE_VARIABLE, str(tmp_path_factory.mktemp("kernels")))
+            patch.setenv(build.CACHE_VARIABLE, str(shared / "kernels"))
         try:
-            load_kernels()
+            with FileLock(shared / "kernels.lock"):
+                load_kernels()
         except BuildError as error:
             pytest.skip(str(error))
         yield

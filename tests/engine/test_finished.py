@@ -191,6 +191,7 @@ def test_an_unfinished_model_is_neither_compiled_nor_compacted_nor_exported(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("native_kernels")
 def test_an_unfinished_model_is_compiled_and_compacted_on_request(tmp_path):
     run, images = Run().train_until(6), torch.rand(2, 3, 8, 8)
     run.model.eval()
