@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits that the small runs are trained and measured on."""
     monkeypatch.setattr(run_data, "load_datasets", few_digits)
 

@@ -44,7 +44,7 @@ def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> Ended:
         [sys.executable, *launcher, *MODULE[1:], COMMAND, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)

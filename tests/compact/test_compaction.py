@@ -31,11 +31,6 @@ from tests.support.sparse_networks import (
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """The networks are too small for several threads."""
-
-
 def size_for(name: str) -> int:
     return 64 if name == "vgg_bn of convolutions" else 32
 

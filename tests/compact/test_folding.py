@@ -31,11 +31,6 @@ from tests.support.sparse_networks import (
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """The networks are too small for several threads."""
-
-
 @functools.cache
 def exported(name: str) -> tuple[nn.Module, ChannelAnalysis]:
     """A network that takes the weights of others of its kind, so that it is exported once."""

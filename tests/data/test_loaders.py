@@ -148,14 +148,12 @@ def two_ranks(work: Any, folder: Path, *arguments: Any) -> list[Any]:
 def _rank(rank: int, work: Any, folder: Path, *arguments: Any) -> None:
     os.environ.update(
         ACCELERATE_USE_CPU="true",
-        OMP_NUM_THREADS="1",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE="2",
         LOCAL_WORLD_SIZE="2",
     )
     torch.multiprocessing.set_start_method("fork", force=True)  # of the loaders' workers
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )

@@ -11,8 +11,6 @@ from starfire_prune import Pruner, save_pruned
 from starfire_prune.utils.errors import PruningError
 from tests.support.networks import SmallNet, sgd, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CK: dict[str, object] = {"method": "ck", "amount": 0.6, "era": [1, 2]}
 
 

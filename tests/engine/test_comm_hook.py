@@ -252,7 +252,6 @@ def loopback_bytes() -> int:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
@@ -284,8 +283,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     before = private_network()
     command = [*before, sys.executable, "-m", "tests.engine.test_comm_hook", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     return [{**own, "private": bool(before)} for own in seen]
@@ -358,9 +356,6 @@ def hooked(**options: Any) -> tuple[DistributedDataParallel, Pruner, MaskedAllre
     state = MaskedAllreduceState(pruner)
     ddp.register_comm_hook(state, masked_allreduce_hook)
     return ddp, pruner, state
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -30,8 +30,6 @@ from tests.support.networks import (
     train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MASKS = {f"{name}.weight_mask" for name in LAYERS}
 
 
@@ -139,7 +137,6 @@ def test_sharded_parameters_are_refused():
 
 def train_two_ranks(rank: int, folder: Path) -> None:
     """Trains with other images on each rank, and writes down what each saw."""
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     join(folder, rank, 2)
     model = SmallNet(seed=rank)  # DDP gives all ranks the weights of rank 0

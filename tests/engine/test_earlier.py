@@ -14,8 +14,6 @@ from tests.engine.test_every_method import every_method
 from tests.support.networks import LAYERS, SmallNet, drift
 from tests.support.pruned_runs import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CK: dict[str, Any] = {"method": "ck", "amount": 0.6, "era": [1, 3]}
 
 

@@ -24,8 +24,6 @@ from tests.support.networks import (
     train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Settings = Mapping[str, object]
 
 # The masks of the era

@@ -16,8 +16,6 @@ from starfire_prune.methods.registry import METHODS, applies_to_any
 from tests.support.networks import SmallNet, equal_states, snapshot, train_step
 from tests.support.pruned_runs import LAST, PHASES, Run, assert_same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Coarse(MaskMethod):

@@ -19,8 +19,6 @@ from starfire_prune.utils.marks import check_finished, is_finished
 from tests.support.networks import SmallNet, hook_count, sgd, train_step
 from tests.support.pruned_runs import PHASES, Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 UNFINISHED = {phase: updates for phase, updates in PHASES.items() if phase != "fixed"}
 unfinished_phases = pytest.mark.parametrize("updates", UNFINISHED.values(), ids=UNFINISHED)
 WAYS_OUT = (

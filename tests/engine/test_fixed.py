@@ -24,8 +24,6 @@ from tests.support.networks import (
     train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ERA, STEPS_AFTER = 6, 15
 Build = Callable[[nn.Module], torch.optim.Optimizer]
 

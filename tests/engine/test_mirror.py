@@ -13,8 +13,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from starfire_prune import Pruner
 from tests.support.networks import SmallNet, equal_states, one_epoch, sgd, snapshot, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DECAY = 0.9
 ERA, LAST = 8, 14
 METHODS = ["ck", "window", "intra", "inter"]

@@ -11,8 +11,6 @@ from starfire_prune import Pruner
 from tests.support.networks import SmallNet, sgd, train_step
 from tests.support.pruned_runs import PHASES, Run, assert_same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def momenta(run: Run) -> list[Tensor]:
     """The optimizer's state of the pruned weights of each layer."""

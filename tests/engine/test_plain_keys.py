@@ -12,8 +12,6 @@ from torch import nn
 from starfire_prune import Pruner, ck_structured
 from tests.support.networks import LAYERS, SmallNet, equal_states, sgd, snapshot, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CK: dict[str, object] = {"method": "ck", "amount": 0.6, "era": [1, 3]}
 UPDATES = 2
 PHASES = pytest.mark.parametrize("epochs", [1, 2, 3], ids=["dense", "era", "fixed"])

@@ -15,8 +15,6 @@ from starfire_prune.utils.modules import layer_weight
 from tests.support.networks import SmallNet, equal_states, sgd, snapshot, train_step
 from tests.support.pruned_runs import UPDATES, Run, assert_same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CK = {"method": "ck", "amount": 0.6}
 
 

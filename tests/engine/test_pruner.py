@@ -29,8 +29,6 @@ from tests.support.networks import (
     train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Settings = Mapping[str, object]
 CK: Settings = {"method": "ck", "amount": 0.6, "era": [1, 3]}
 

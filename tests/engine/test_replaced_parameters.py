@@ -14,8 +14,6 @@ from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.modules import layer_weight
 from tests.support.networks import LAYERS, SmallNet, backward, equal_states, sgd, train, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Parts = tuple[nn.Module, torch.optim.Optimizer, Pruner]
 SETTINGS: dict[str, object] = {"method": "ck", "amount": 0.6, "era": [1, 2]}
 

@@ -20,8 +20,6 @@ from tests.support.networks import (
 )
 from tests.support.pruned_runs import LAST, PHASES, UPDATES, Run, assert_same, through_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METHODS: dict[str, dict[str, Any]] = {
     "window": {"method": "window", "exact_layer_sparsity": True, "max_nonzero": 5},
     "intra": {"method": "intra", "resolution": 0.0},

@@ -21,8 +21,6 @@ from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.settings import RecipeError
 from tests.support.networks import equal_states, sgd, snapshot, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = torch.zeros(2, 3, 8, 8)
 DEAD = [0, 3]  # channels of the last convolution whose kernels are smallest
 

@@ -14,8 +14,6 @@ from torch.nn import functional
 from starfire_prune import Pruner
 from tests.support.networks import SmallNet, equal_states
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CK: dict[str, object] = {"method": "ck", "amount": 0.6, "era": [1, 3]}
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(16) % 10

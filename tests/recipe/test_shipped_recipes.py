@@ -107,7 +107,7 @@ def test_every_recipe_has_a_plan_below():
 
 @few_cores
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-@pytest.mark.usefixtures("data_sets", "offline", "one_thread")
+@pytest.mark.usefixtures("data_sets", "offline")
 def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
     recipe = load_recipe(path)
     plan = plan_of(recipe, tmp_path / "run", capsys)
@@ -131,7 +131,7 @@ def test_the_weights_to_fine_tune_are_timms():
 
 @few_cores
 @pytest.mark.slow
-@pytest.mark.usefixtures("data_sets", "offline", "one_thread")
+@pytest.mark.usefixtures("data_sets", "offline")
 def test_every_run_of_the_shipped_tables_can_be_trained(tmp_path, capsys):
     """Of those that differ in amount and epochs alone, the first."""
     kinds: dict[tuple[str, str], Recipe] = {}

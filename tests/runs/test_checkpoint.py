@@ -23,8 +23,6 @@ from starfire_prune.utils.errors import CheckpointError
 from tests.support.networks import LAYERS, SmallNet, train_step
 from tests.support.training import PHASES, Training, same, updates_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FILES = ["masks.safetensors", "model.safetensors", "optimizer.pt", "state.json"]
 
 

@@ -15,8 +15,6 @@ from starfire_prune.utils.errors import CheckpointError, DamageError
 from tests.serialization.test_pruned import every_form, same, saved
 from tests.support.networks import SmallNet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @every_form
 @pytest.mark.parametrize("options", [{}, {"in_chans": 1}])

@@ -8,8 +8,6 @@ from starfire_prune import ck_structured, fc_fine, load_pruned
 from starfire_prune.serialization.inspect import TensorInfo, format_inspection, inspect_pruned
 from tests.serialization.test_pruned import FORMS, every_form, pruned, saved
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @every_form
 def test_each_tensor_is_reported_with_shape_and_zeros(form, tmp_path):

@@ -17,8 +17,6 @@ from starfire_prune.utils.errors import CheckpointError
 from tests.support.networks import SmallNet
 from tests.support.training import PHASES, Training, same, updates_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Plain weights
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ from starfire_prune.serialization.state import plain_state_dict
 from starfire_prune.utils.errors import CheckpointError
 from tests.support.networks import LAYERS, SmallNet, sgd, train_step
 from tests.support.paths import ROOT
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {"format": "dense"},
@@ -214,7 +213,8 @@ def test_a_file_is_loaded_into_the_memory_of_a_model(form, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_load_the_same(threads, tmp_path):
+def test_threads_load_the_same(threads, tmp_path, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     path = saved(tmp_path, "deflated")
     expected = load_pruned(path)
     torch.set_num_threads(threads)

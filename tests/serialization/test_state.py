@@ -23,8 +23,6 @@ from starfire_prune.serialization.state import check_tied, plain_state_dict
 from tests.serialization.test_pruned import every_form, pruned, same, saved
 from tests.support.networks import LAYERS, SmallNet, sgd, train_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Masks
 
 

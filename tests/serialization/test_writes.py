@@ -23,8 +23,6 @@ from tests.serialization.test_pruned import FORMS, every_form, same
 from tests.support.networks import SmallNet
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 N_TENSORS = len(SmallNet().state_dict())
 
 # Kills itself at each call of what a writer does to the disk, the last ones included, in a fork

@@ -22,7 +22,7 @@ from starfire_prune.utils.errors import TraceError
 from tests.support.networks import Detector
 from tests.support.sparse_networks import FULL, NARROW, SHORT, difference, named, sparse_network
 
-pytestmark = pytest.mark.usefixtures("native_kernels", "one_thread")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 ISAS = (512, 256, 128)
 TOLERANCE = 1e-4  # of the largest output
 

@@ -17,7 +17,7 @@ TEXT = (DOCS / "inference.md").read_text(encoding="utf-8")
 BLOCKS: list[str] = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-@pytest.mark.usefixtures("native_kernels", "one_thread")
+@pytest.mark.usefixtures("native_kernels")
 def test_the_example_runs(capsys):
     torch.manual_seed(0)
     names: dict[str, Any] = {}
@@ -28,7 +28,7 @@ def test_the_example_runs(capsys):
     assert difference(names["model"].eval(), names["fast"], names["images"]) < 1e-4
 
 
-@pytest.mark.usefixtures("native_kernels", "one_thread")
+@pytest.mark.usefixtures("native_kernels")
 def test_the_docstrings_example_runs():
     names = {"nn": torch.nn, "torch": torch, "ck_structured": ck_structured, "sparse": sparse}
     tests = doctest.DocTestFinder().find(sparse.compile, "compile", globs=names, module=False)

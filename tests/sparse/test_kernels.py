@@ -1,6 +1,7 @@
 """The native kernels equal torch for every operation and shape, on each instruction set."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,15 @@ pytestmark = pytest.mark.usefixtures("native_kernels")
 random_shapes = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 2**16)
 BLOCK_SIZES = {"ck": (1, 1), "4x1": (4, 1), "1x4": (1, 4), "4x4": (4, 4)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _two_threads() -> Iterator[None]:
+    """The kernels divide an operation among torch's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(ops: list[Op], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:

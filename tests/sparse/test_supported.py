@@ -14,7 +14,7 @@ from torch.nn import functional
 from starfire_prune import sparse
 from tests.support.sparse_networks import NARROW, difference, images, sparse_network
 
-pytestmark = pytest.mark.usefixtures("native_kernels", "one_thread")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 Function = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 TOLERANCE = 1e-4  # of the largest output
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ def workspace() -> Tensor:
     return torch.empty(1)
 
 
-@pytest.mark.usefixtures("native_kernels", "one_thread")
+@pytest.mark.usefixtures("native_kernels")
 def test_each_batch_size_has_its_workspace(monkeypatch):
     torch.manual_seed(0)
     model = sparse.compile(nn.Conv2d(3, 4, 3, padding=1).eval(), torch.randn(1, 3, 8, 8))

@@ -35,8 +35,6 @@ from tests.support.networks import (
 )
 from tests.support.sparse_networks import images, sparse_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def observe(model: nn.Module, inputs: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What each convolution and linear layer reads, channels first, shape `(C, -1)`."""

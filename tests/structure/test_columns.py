@@ -12,8 +12,6 @@ from starfire_prune import ck_structured, fc_structure_mask, fc_structured
 from starfire_prune.structure.analysis import ChannelAnalysis
 from tests.support.sparse_networks import NARROW, images, sparse_network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_columns_behind_dead_channels_of_a_vgg_are_pruned_and_count():
     model: Any = sparse_network(NARROW["vgg16_bn"], share=0.5)

@@ -17,8 +17,6 @@ from tests.structure.probes import (
     assert_constants,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def weight_of(*values: float) -> Tensor:
     return torch.tensor(values).view(-1, 1, 1)

@@ -14,9 +14,6 @@ from starfire_prune.structure.analysis import ChannelAnalysis
 from tests.structure.probes import Between, analyse, dead_then_norm, zeros_of
 from tests.support.sparse_networks import images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 RANDOM: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "dropout of a parameter": lambda m, x: 0 * x + functional.dropout(m.alpha, 0.5, m.training),
     "like a parameter": lambda m, x: 0 * x + torch.rand_like(m.alpha),

@@ -82,7 +82,6 @@ def launch_two(*arguments: str | Path) -> list[subprocess.Popen[str]]:
     return [
         launch(
             *arguments,
-            OMP_NUM_THREADS="1",
             MASTER_ADDR="localhost",
             MASTER_PORT=port,
             WORLD_SIZE="2",
@@ -111,7 +110,7 @@ def torchrun(
         environment: of the processes.
     """
     module = ("-m", "torch.distributed.run", *options, "-m", "tests.support.processes")
-    environment = {"OMP_NUM_THREADS": "1", "NOTES": str(notes), **environment}
+    environment = {"NOTES": str(notes), **environment}
     return start(*before, sys.executable, *module, *arguments, **environment)
 
 

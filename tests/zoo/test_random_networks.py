@@ -6,8 +6,6 @@ from hypothesis import given, settings
 from tests.zoo.networks import BLOCKS, Case, cases
 from tests.zoo.training import check_case
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KNOWN = {
     "reading and calling": "a weight that is also read by a call is not noticed",
 }
