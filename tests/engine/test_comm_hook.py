@@ -23,7 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     bf16_compress_wrapper,
 )
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +33,8 @@ from starfire_prune.utils.modules import layer_weight
 from tests.support.networks import SmallNet, backward, batch, equal_states, one_epoch, snapshot
 from tests.support.paths import ROOT
 
-UPDATES_PER_EPOCH = 5  # an epoch dense, one of the era, the rest fixed
+UPDATES_PER_EPOCH = 3
+STEPS = 15  # an epoch dense, one of the era, the rest fixed
 
 # --- what the ranks do -------------------------------------------------------------------------
 
@@ -70,7 +71,6 @@ class Case:
     accumulation: int = 1
     channels_last: bool = False
     is_fixed: bool = False  # before DDP wraps it
-    steps: int = 50
 
 
 TINY_BUCKETS = {"bucket_cap_mb": 0.0005}  # rebuilt after the first backward pass
@@ -83,12 +83,10 @@ CASES = {
     "channels_last": Case(channels_last=True, method="window"),
     "accumulation": Case(accumulation=2),
     "unused parameters": Case(model=Branches, ddp={"find_unused_parameters": True}),
-    "static_graph": Case(ddp={"static_graph": True}, steps=20),
-    "rebuilt buckets": Case(ddp=TINY_BUCKETS, steps=20),
-    "rebuilt buckets, fixed already": Case(
-        ddp=TINY_BUCKETS, is_fixed=True, channels_last=True, steps=20
-    ),
-    "bucket views": Case(ddp={"gradient_as_bucket_view": True, **TINY_BUCKETS}, steps=20),
+    "static_graph": Case(ddp={"static_graph": True}),
+    "rebuilt buckets": Case(ddp=TINY_BUCKETS),
+    "rebuilt buckets, fixed already": Case(ddp=TINY_BUCKETS, is_fixed=True, channels_last=True),
+    "bucket views": Case(ddp={"gradient_as_bucket_view": True, **TINY_BUCKETS}),
 }
 
 
@@ -109,7 +107,7 @@ def trained(case: Case, rank: int, *, with_hook: bool) -> tuple[dict[str, Tensor
     ddp, optimizer, pruner = wrapped(case)
     if with_hook:
         ddp.register_comm_hook(MaskedAllreduceState(pruner), masked_allreduce_hook)
-    for step in range(case.steps):
+    for step in range(STEPS):
         with counted() as sent:
             train_step(case, ddp, optimizer, 1000 * rank + 10 * step)
         pruner.step()
@@ -465,4 +463,5 @@ def test_nothing_pruned_has_no_positions():
 
 
 if __name__ == "__main__":
-    spawn(run_rank, (sys.argv[1],), nprocs=2)  # type: ignore[no-untyped-call]
+    # Forks, which load nothing again
+    start_processes(run_rank, (sys.argv[1],), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
