@@ -17,12 +17,15 @@ from torch.multiprocessing.spawn import spawn
 from starfire_prune import Pruner, format_table
 from starfire_prune.engine.settings import parse_pruning
 from starfire_prune.methods.linear import FCStructured
+from starfire_prune.structure import analysis
+from starfire_prune.structure.graph import Graph, exported_graph
 from starfire_prune.utils.errors import PruningError
 from starfire_prune.utils.settings import RecipeError
 from tests.support.networks import equal_states, sgd, snapshot, train_step
 
 IMAGES = torch.zeros(2, 3, 8, 8)
 DEAD = [0, 3]  # channels of the last convolution whose kernels are smallest
+GRAPHS: dict[str, Graph] = {}
 
 
 class Columns(nn.Module):
@@ -70,6 +73,21 @@ def pruned(model: nn.Module, **options: Any) -> Pruner:
 def columns(weight: Tensor) -> Tensor:
     """The weights of the head by the channel that they read, `(10, 10, 16)`."""
     return weight.detach().view(10, 10, 16)
+
+
+@pytest.fixture(autouse=True)
+def _one_export_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all tests export the same network, whose graph does not depend on its weights."""
+
+    def exported_once(model: nn.Module, example: Any, training: bool) -> Graph:
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        inputs = [(value.shape, value.dtype) for value in example]
+        key = f"{type(model)} {model} {trained} {inputs} {training}"
+        if key not in GRAPHS:
+            GRAPHS[key] = exported_graph(model, example, training)
+        return GRAPHS[key]
+
+    monkeypatch.setattr(analysis, "exported_graph", exported_once)
 
 
 # The method dead_inputs
