@@ -88,7 +88,19 @@ def unbroken(
 on_digits = pytest.mark.parametrize("unbroken", ["sgd on digits"], indirect=True)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def kill(data: str, moment: Moment) -> Any:
+    """A kill of a run; of the photographs, only the kills of an epoch under way are not slow."""
+    marks: list[pytest.MarkDecorator] = []
+    if data == "adam on photographs":
+        marks = [forks] if moment == "within the epoch" else [forks, pytest.mark.slow]
+    return pytest.param(data, moment, marks=marks, id=f"{data}-{moment}")
+
+
+@pytest.mark.parametrize(
+    ("unbroken", "moment"),
+    [kill(data, moment) for data in ("sgd on digits", "adam on photographs") for moment in MOMENTS],
+    indirect=["unbroken"],
+)
 def test_a_run_killed_in_every_epoch_ends_with_the_bits_of_the_unbroken_one(
     moment, unbroken, runs, tmp_path
 ):
