@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -210,10 +211,19 @@ def test_a_run_with_a_gradient_scaler_is_resumed_with_its_state(tmp_path):
     assert same_exports(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the recipe and the folder of a run that was killed in its third epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    with small_runs():
+        train_killed(small_recipe(folder), folder / "run", 2, "within the epoch")
+    return folder
+
+
 @pytest.fixture
-def broken(runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of a run that was killed in its third epoch."""
-    train_killed(small_recipe(tmp_path), tmp_path / "run", 2, "within the epoch")
+def broken(killed: Path, runs: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy of the run that was killed."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 
