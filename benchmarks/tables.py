@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from blocks import blocks, finished
 from evidence import claims, tiny_accuracy, tiny_robustness, tiny_summary
 from logs import (
     RESULTS,
@@ -200,6 +201,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "tiny-robustness": tiny_robustness,
     "tiny-summary": tiny_summary,
     "claims": claims,
+    "blocks": blocks,
     "sizes": lambda: sizes("fp32", "fp16", "bf16"),
     "loading": loading,
     "wire": wire,
@@ -216,6 +218,7 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "finetune.dense": lambda: mean_top1(FINETUNE["dense, 10 epochs"]),
     "finetune.ck": lambda: mean_top1(FINETUNE["ck, 5 epochs more"]),
     **{f"size.{form}": partial(megabytes_of, form) for form in FORMS_SHOWN},
+    "blocks.runs": finished,
     "size.strict": strict_share,
     **{f"wire.faster-{sparsity}": partial(faster, sparsity) for sparsity in ("70", "80")},
     "wire.share-70": partial(sent_share, "70"),
