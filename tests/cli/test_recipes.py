@@ -108,7 +108,7 @@ def test_a_file_that_exists_wins(tmp_path):
         (find_recipe, "small.yml", "no shipped recipe has this name; did you mean small.yaml?"),
         (find_recipe, "table1", "table1 is a table of runs: starfire sweep table1"),
         (find_table, "resnet50_v15", "resnet50_v15 is a recipe: starfire train resnet50_v15"),
-        (find_table, "xyz", "no shipped table has this name; shipped are cifar10_blocks, quickstart, "),
+        (find_table, "xyz", "no shipped table has this name; shipped are cifar10_blocks, "),
         (find_recipe, "recipes/quickstart.yaml", "a recipe of this name is shipped: quickstart"),
     ],
 )
