@@ -11,6 +11,7 @@ __all__ = [
     "ModelError",
     "PretrainedError",
     "PruningError",
+    "QuantizationError",
     "RanksError",
     "TraceError",
 ]
@@ -18,6 +19,10 @@ __all__ = [
 
 class PruningError(RuntimeError):
     """A pruned weight is not zero, or pruning would remove all weights of a layer."""
+
+
+class QuantizationError(ValueError):
+    """A model can't be quantized, or the parts of a quantized model don't fit together."""
 
 
 class RanksError(RuntimeError):
