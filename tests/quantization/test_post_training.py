@@ -20,8 +20,6 @@ from tests.support.quantized_networks import PRUNED, IntegerNet, images, pruned_
 
 pytest.importorskip("torchao")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model():
