@@ -4,6 +4,7 @@
     python deepsparse_worker.py MODEL.onnx IMAGES.npy BATCH THREADS OUTPUT.npy
 
 Writes the outputs, then runs the model once for each line that it reads, and answers each with one.
+After the line `answer` it reads the images again first, and writes the outputs again.
 """
 
 import sys
@@ -19,8 +20,12 @@ def main() -> None:
     inputs = [np.load(images)]
     np.save(output, engine.run(inputs)[0])
     print("ready", flush=True)
-    for _ in sys.stdin:
-        engine.run(inputs)
+    for line in sys.stdin:
+        if line.strip() == "answer":
+            inputs = [np.load(images)]
+            np.save(output, engine.run(inputs)[0])
+        else:
+            engine.run(inputs)
         print("done", flush=True)
 
 

@@ -1,84 +1,65 @@
-"""Times sparse inference, and torch, ONNX Runtime, OpenVINO and DeepSparse for comparison.
+"""Times sparse inference, beside other engines on the dense network in each precision.
 
-    pip install onnxruntime openvino onnx onnxscript
-    python benchmarks/inference.py [--only 'resnet50/*/b1/t2/*' ...] [--json PATH]
+    pip install -e '.[train,runtimes]'
+    python benchmarks/inference.py --images FOLDER [--only 'resnet50/*/b1/t2/*' ...] [--json PATH]
                                    [--deepsparse PYTHON]
+    python benchmarks/inference.py --peaks [--json PATH]
 
-The networks are pruned, with random weights, at 224 pixels in single precision. A case is named
-network/method/b<batch>/t<threads>/engine, such as resnet50/ck-0.8-g4/b1/t2/sparse, where g4 stands
-for blocks of 4 output channels (`block_size: [4, 1]`). Engines that multiply by zeros are timed
-once per network, as `dense`. The cases of a network, batch size and number of threads alternate, so
-that a noisy machine treats them alike. Reported are the fastest and the median run, in
-milliseconds, and the difference between the outputs and torch's.
+The networks are pruned, with random weights, at 224 pixels. A case is named
+network/method/b<batch>/t<threads>/engine, such as resnet50/ck-0.8-4x1/b1/t2/sparse, where 4x1
+stands for blocks of 4 output channels and 1 input channel (`block_size: [4, 1]`). Engines that
+multiply by zeros are timed once per network, as `dense`: in float32, in the precision that OpenVINO
+chooses by itself, and quantized to int8 after training. FOLDER holds photographs as
+`val/<class>/…` (and `train/<class>/…`), by which activations are scaled and on which networks run.
+
+The cases of a network, batch size and number of threads take turns, so that a noisy machine treats
+them alike; times compare within such a run only. The record can be made in parts, each of whole
+runs. Reported are the fastest and the median time, in milliseconds, and the difference between the
+outputs and those of the same network in torch in float32; an engine whose outputs differ by more
+than its precision explains ends the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import fnmatch
 import functools
 import importlib.util
 import itertools
 import json
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
-import numpy as np
 import timm
 import torch
+from inference_cases import (
+    DENSE,
+    ENGINES,
+    FLOAT32,
+    INT8,
+    METHODS,
+    THREADS,
+    Case,
+    block_size,
+    cases,
+)
+from inference_engines import BUILDERS, DeepSparse, DenseFiles, Run, Setting
+from inference_record import cpu, left_out, printed, read, run_of, write
 from torch import Tensor, nn
 
 from starfire_prune import ck_structured, fc_fine, intra_structured, window_structured
+from starfire_prune.data import load_datasets
 from starfire_prune.sparse import compile as compile_sparse
-from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.files import write_text
 
-MODELS = ("resnet18", "resnet50", "mobilenetv2_100")
-METHODS = (
-    *(f"ck-{amount}-g{block}" for block in (1, 4) for amount in (0.6, 0.7, 0.8, 0.9)),
-    *(f"{method}-{amount}-g1" for method in ("window", "intra") for amount in (0.6, 0.8)),
-)
-DENSE = "dense"
-DENSE_ENGINES = ("eager", "compile", "onnxruntime", "openvino")
-SPARSE = "sparse"
-BATCHES = (1, 8)
-THREADS = (1, 2)
 IMAGE_SIZE = 224
-Run = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A network, a pruning method and an engine to time."""
-
-    model: str
-    method: str
-    batch: int
-    threads: int
-    engine: str
-
-    def __str__(self) -> str:
-        return f"{self.model}/{self.method}/b{self.batch}/t{self.threads}/{self.engine}"
-
-
-def cases(patterns: Sequence[str], with_deepsparse: bool = False) -> list[Case]:
-    """The cases that one of the patterns matches."""
-    engines = [(DENSE, engine) for engine in (*DENSE_ENGINES, SPARSE)]
-    engines += [(method, SPARSE) for method in METHODS]
-    if with_deepsparse:
-        engines += [(method, "deepsparse") for method in (DENSE, *METHODS)]
-    every = [
-        Case(model, method, batch, threads, engine)
-        for model, batch, threads in itertools.product(MODELS, BATCHES, THREADS)
-        for method, engine in engines
-    ]
-    return [case for case in every if any(fnmatch.fnmatch(str(case), p) for p in patterns)]
+CALIBRATION_IMAGES = 100
+TEST_IMAGES = 8  # a multiple of each batch size
+# The largest errors of outputs, by precision. Those of an unrelated network are above 1.
+LIMITS = {FLOAT32: 1e-3, "float16": 0.05, "bfloat16": 0.15, INT8: 0.5}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,14 +83,14 @@ def network(name: str, method: str) -> nn.Module:
 
 def prune(model: nn.Module, method: str) -> None:
     """Prune all but depthwise convolutions; 1x1 kernels by CK, linear layers by single weights."""
-    kind, amount, block = method.split("-")
-    share, block_size = float(amount), (int(block[1:]), 1)
+    kind, amount, _ = method.split("-")
+    share = float(amount)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             fc_fine(module, amount=share)
         elif isinstance(module, nn.Conv2d) and module.groups == 1:
             if kind == "ck" or module.kernel_size == (1, 1):
-                ck_structured(module, amount=share, block_size=block_size)
+                ck_structured(module, amount=share, block_size=block_size(method))
             elif kind == "window":
                 window_structured(module, amount=share, exact_layer_sparsity=True)
             else:
@@ -117,140 +98,38 @@ def prune(model: nn.Module, method: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Engines
-# ---------------------------------------------------------------------------------------------
-
-
-def eager(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """torch in eager mode."""
-    return model
-
-
-def compiled(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """torch.compile with default settings."""
-    torch.compiler.reset()
-    return torch.compile(model)
-
-
-def sparse(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """The kernels measured here."""
-    return compile_sparse(model, images)
-
-
-def onnxruntime(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """ONNX Runtime's CPU provider."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder:
-        path = exported(model, images, Path(folder))
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-
-
-def openvino(model: nn.Module, images: Tensor, threads: int) -> Run:
-    """OpenVINO's CPU plugin, in single precision, for latency."""
-    import openvino as ov
-
-    settings = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = exported(model, images, Path(folder))
-        request = ov.Core().compile_model(path, "CPU", settings).create_infer_request()
-    return lambda x: torch.from_numpy(request.infer([x.numpy()])[0])
-
-
-def exported(model: nn.Module, images: Tensor, folder: Path, **options: Any) -> Path:
-    """The model as an ONNX file."""
-    path = folder / "model.onnx"
-    options = {"dynamo": True, "verbose": False, "external_data": False, **options}
-    torch.onnx.export(model, (images,), path, **options)
-    return path
-
-
-class DeepSparse:
-    """DeepSparse in a separate process, with a separate environment."""
-
-    python = ""
-
-    def __init__(self, model: nn.Module, images: Tensor, threads: int) -> None:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            # Its latest opset is 13, which torch's older exporter still writes
-            options = {"dynamo": False, "opset_version": 13, "external_data": None}
-            model_path = exported(dense_copy(model), images, folder, **options)
-            np.save(folder / "images.npy", images.numpy())
-            paths = (model_path, folder / "images.npy")
-            worker = Path(__file__).with_name("deepsparse_worker.py")
-            sizes = (str(len(images)), str(threads))
-            self._process = subprocess.Popen(
-                [self.python, worker, *paths, *sizes, folder / "output.npy"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._wait_for("ready")
-            self._output = torch.from_numpy(np.load(folder / "output.npy"))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Run the model once on the images that it was created with."""
-        commands = cast(IO[str], self._process.stdin)
-        commands.write("run\n")
-        commands.flush()
-        self._wait_for("done")
-        return self._output
-
-    def _wait_for(self, word: str) -> None:
-        for line in cast(IO[str], self._process.stdout):
-            if line.strip() == word:
-                return
-        raise SystemExit("DeepSparse has exited; its error is above")
-
-    def __del__(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-ENGINES: dict[str, Callable[[nn.Module, Tensor, int], Run]] = {
-    "eager": eager,
-    "compile": compiled,
-    "onnxruntime": onnxruntime,
-    "openvino": openvino,
-    "deepsparse": DeepSparse,
-    SPARSE: sparse,
-}
-
-
-# ---------------------------------------------------------------------------------------------
 # Timing
 # ---------------------------------------------------------------------------------------------
 
 
-def measure(chosen: Sequence[Case], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
-    """A record for each of the cases, which have one network, batch size and number of threads."""
-    torch.set_num_threads(chosen[0].threads)
-    images = torch.randn(chosen[0].batch, 3, IMAGE_SIZE, IMAGE_SIZE)
-    runs = [ENGINES[c.engine](network(c.model, c.method), images, c.threads) for c in chosen]
-    deviations = [
-        deviation(run(images), network(case.model, case.method)(images))
-        for case, run in zip(chosen, runs, strict=True)
+def measure(
+    chosen: Sequence[Case], images: Tensor, files: DenseFiles, seconds: float, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each of the cases, which are of one place."""
+    place = chosen[0].place
+    torch.set_num_threads(place.threads)
+    batch = images[: place.batch]
+    built = [
+        BUILDERS[case.engine](Setting(case, network(place.model, case.method), batch, files))
+        for case in chosen
+    ]
+    differences = [
+        checked(case, engine.precision, engine.run, images)
+        for case, engine in zip(chosen, built, strict=True)
     ]
     times: list[list[float]] = [[] for _ in chosen]
     for _ in range(rounds):
-        for taken, run in zip(times, runs, strict=True):
-            taken += timings(run, images, seconds / rounds)
-    for case, taken, error in zip(chosen, times, deviations, strict=True):
+        for taken, engine in zip(times, built, strict=True):
+            taken += timings(engine.run, batch, seconds / rounds)
+    for case, engine, taken, difference in zip(chosen, built, times, differences, strict=True):
         yield {
-            **dataclasses.asdict(case),
-            **work_left(network(case.model, case.method), images),
+            "method": case.method,
+            "engine": case.engine,
+            "precision": engine.precision,
+            **work_left(network(place.model, case.method), batch),
             "best_ms": round(min(taken), 3),
             "median_ms": round(statistics.median(taken), 3),
-            "deviation": error,
+            "deviation": difference,
         }
 
 
@@ -298,9 +177,48 @@ def peaks(threads: int) -> dict[str, float]:
     }
 
 
-def deviation(output: Tensor, expected: Tensor) -> float:
+def checked(case: Case, precision: str, run: Run, images: Tensor) -> float:
+    """The largest difference of the outputs from the network's in torch, of the largest output.
+
+    Raises:
+        SystemExit: If the outputs, or how they differ between images, are not the network's.
+    """
+    expected = expected_outputs(case.place.model, case.method, images)
+    outputs = torch.cat([run(part).clone() for part in torch.split(images, case.place.batch)])
+    errors = (deviation(outputs, expected), unexplained(outputs, expected))
+    if not max(errors) <= LIMITS[precision]:
+        raise SystemExit(
+            f"{case}: outputs in {precision} differ from the network's by {errors[0]:.2g} of the "
+            f"largest, and between images by {errors[1]:.2g} of what they should; at most "
+            f"{LIMITS[precision]:g} is explained by the precision"
+        )
+    return errors[0]
+
+
+# Of these images alone: tensors are told apart by identity
+@functools.lru_cache(maxsize=len(METHODS) + 1)
+def expected_outputs(model: str, method: str, images: Tensor) -> Tensor:
+    """The outputs of a network in torch, in float32."""
+    return cast(Tensor, network(model, method)(images))
+
+
+def deviation(outputs: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest output."""
-    return float((output - expected).abs().max() / expected.abs().max())
+    return float((outputs - expected).abs().max() / expected.abs().max())
+
+
+def unexplained(outputs: Tensor, expected: Tensor) -> float:
+    """The error of how outputs differ between images, relative to how they should differ.
+
+    Outputs of a network with random weights are similar for all images: without their mean, a
+    network that ignores its input has an error of 1.
+
+    Args:
+        outputs: of an engine, of shape ``(images, classes)``.
+        expected: of torch, of the same shape.
+    """
+    own, other = (each - each.mean(0) for each in (outputs, expected))
+    return float((own - other).norm() / other.norm())
 
 
 def timings(run: Run, images: Tensor, seconds: float) -> list[float]:
@@ -315,84 +233,98 @@ def timings(run: Run, images: Tensor, seconds: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Records
+# Command line
 # ---------------------------------------------------------------------------------------------
 
 
-def read(path: Path | None) -> dict[Case, dict[str, Any]]:
-    """The records of a file, by their case."""
-    if path is None or not path.exists():
-        return {}
-    return {case_of(record): record for record in json.loads(path.read_text(encoding="utf-8"))}
+def photographs(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images to calibrate with, and others to run networks on, of the folder's validation part."""
+    part: Any = load_datasets("folder", root=folder, image_size=IMAGE_SIZE, crop_pct=1.0).val
+    wanted = CALIBRATION_IMAGES + TEST_IMAGES
+    if len(part) < wanted:
+        raise SystemExit(f"--images: {folder} has {len(part)} images in val, {wanted} are needed")
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+    found = torch.stack([part[int(index)][0] for index in order[:wanted]])
+    return found[TEST_IMAGES:], found[:TEST_IMAGES]
 
 
-def case_of(record: dict[str, Any]) -> Case:
-    """The case of a record."""
-    return Case(**{field.name: record[field.name] for field in dataclasses.fields(Case)})
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    result.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases, such as 'resnet18/*'"
+    )
+    result.add_argument("--images", type=Path, metavar="FOLDER", help="with train/ and val/")
+    result.add_argument("--json", type=Path, help="file to which the runs are added")
+    result.add_argument(
+        "--replace",
+        action="store_true",
+        help="remove cases of an earlier run of --json's that are not measured again",
+    )
+    result.add_argument(
+        "--deepsparse", metavar="PYTHON", help="interpreter of an environment with deepsparse 1.8"
+    )
+    result.add_argument(
+        "--peaks", action="store_true", help="measure the machine itself instead of networks"
+    )
+    result.add_argument("--seconds", type=float, default=2.0, help="duration of timing each case")
+    result.add_argument("--rounds", type=int, default=4, help="number of turns for each case")
+    return result
 
 
-def table(records: Iterable[dict[str, Any]]) -> str:
-    """The records in Markdown, each with its time relative to the fastest dense runtime's."""
-    known = list(records)
-    rivals: dict[tuple[str, int, int], float] = {}
-    for record in known:
-        if record["engine"] in ("onnxruntime", "openvino"):
-            place = (record["model"], record["batch"], record["threads"])
-            rivals[place] = min(record["best_ms"], rivals.get(place, float("inf")))
-    lines = [
-        "| network | batch | threads | engine | pruned | best ms | median ms | share | deviation |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in known:
-        rival = rivals.get((r["model"], r["batch"], r["threads"]))
-        share = f"{r['best_ms'] / rival:.2f}" if rival else ""
-        lines.append(
-            f"| {r['model']} | {r['batch']} | {r['threads']} | {r['engine']} | {r['method']} "
-            f"| {r['best_ms']:.2f} | {r['median_ms']:.2f} | {share} | {r['deviation']:.0e} |"
+def chosen_cases(
+    command_line: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> list[Case]:
+    """The cases to measure; what stands against it is an error now, rather than after minutes."""
+    chosen = cases(arguments.only, with_deepsparse=bool(arguments.deepsparse))
+    if not chosen:
+        command_line.error(f"--only: no case matches {arguments.only}; one is {cases(['*'])[0]}")
+    if arguments.images is None:
+        command_line.error("--images: name a folder of photographs, with train/ and val/")
+    needed = {package for case in chosen for package in ENGINES[case.engine].packages}
+    missing = sorted(each for each in needed if importlib.util.find_spec(each) is None)
+    if missing:
+        command_line.error(
+            f"not installed: {', '.join(missing)}: pip install -e '.[runtimes]', or choose other "
+            "engines by --only"
         )
-    return "\n".join(lines)
+    lost = left_out(read(arguments.json), chosen)
+    if lost and not arguments.replace:
+        command_line.error(
+            f"--json: {arguments.json} has {len(lost)} cases of the same networks, batch sizes and "
+            f"threads that --only leaves out, such as {lost[0]}. Times compare within a run only: "
+            "measure them too, name another file, or give --replace to remove them"
+        )
+    return chosen
+
+
+def record_peaks(path: Path | None) -> None:
+    """Measure the machine, print what was found and write it."""
+    found = [{**peaks(threads), "cpu": cpu()} for threads in THREADS]
+    if path is not None:
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
 
 
 def main() -> None:
-    """Time the chosen cases and print the table of all records."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="PATTERN", help="cases, such as 'resnet18/*'"
-    )
-    parser.add_argument("--json", type=Path, help="file to which the records are added")
-    parser.add_argument(
-        "--deepsparse", metavar="PYTHON", help="interpreter of an environment with deepsparse 1.8"
-    )
-    parser.add_argument(
-        "--peaks", action="store_true", help="measure the machine itself instead of networks"
-    )
-    parser.add_argument("--seconds", type=float, default=2.0, help="duration of timing each case")
-    parser.add_argument("--rounds", type=int, default=4, help="number of turns for each case")
-    arguments = parser.parse_args()
+    """Time the chosen cases and print the table of all runs."""
+    command_line = parser()
+    arguments = command_line.parse_args()
     if arguments.peaks:
-        found = [peaks(threads) for threads in THREADS]
-        if arguments.json is not None:
-            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
-        print(json.dumps(found, indent=1))
-        return
+        return record_peaks(arguments.json)
+    chosen = chosen_cases(command_line, arguments)
     DeepSparse.python = arguments.deepsparse or ""
-    chosen = cases(arguments.only, with_deepsparse=bool(arguments.deepsparse))
-    if not chosen:
-        parser.error(f"argument --only: no case matches {arguments.only}; one is {cases(['*'])[0]}")
-    for engine in sorted({case.engine for case in chosen} & {"onnxruntime", "openvino"}):
-        if importlib.util.find_spec(engine) is None:
-            parser.error(
-                f"{engine} isn't installed: pip install {engine}, or exclude it with --only"
-            )
-    records = read(arguments.json)
-    places = itertools.groupby(chosen, lambda case: (case.model, case.batch, case.threads))
-    for _, place_cases in places:
-        with torch.no_grad():
-            for record in measure(list(place_cases), arguments.seconds, arguments.rounds):
-                records[case_of(record)] = record
-        if arguments.json is not None:
-            write_text(arguments.json, json.dumps(list(records.values()), indent=1) + "\n")
-    print(table(records.values()))
+    calibration, images = photographs(arguments.images)
+    runs = read(arguments.json)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        files = DenseFiles(Path(folder), calibration)
+        for place, group in itertools.groupby(chosen, lambda case: case.place):
+            timing = (arguments.seconds, arguments.rounds)
+            runs[place] = run_of(place, list(measure(list(group), images, files, *timing)))
+            if arguments.json is not None:
+                write(arguments.json, runs.values())
+    print(printed(runs.values()))
+    return None
 
 
 if __name__ == "__main__":

@@ -2,98 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
+from inference_cases import (
+    DENSE,
+    ENGINES,
+    FLOAT32,
+    METHODS,
+    MODELS,
+    SPARSE,
+    Place,
+    method_label,
+)
+from inference_record import Row, Run, place_of, rivals, shares
 from logs import percent_text, table
 from measured import record_of
 
 _RECORDS: Final = "inference/inference.json"
 _PEAKS: Final = "inference/peaks.json"
-_RUNTIMES: Final = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-_ENGINES: Final = {
-    "eager": "torch, eager",
-    "compile": "torch.compile",
-    **_RUNTIMES,
-    "deepsparse": "DeepSparse 1.8",
-    "sparse": "`sparse.compile`",
-}
-_METHODS: Final = {
-    **{f"ck-0.{tenth}-g1": f"CK {tenth}0 %" for tenth in (6, 7, 8, 9)},
-    **{f"ck-0.{tenth}-g4": f"CK {tenth}0 %, `block_size: [4, 1]`" for tenth in (6, 7, 8, 9)},
-    **{f"window-0.{tenth}-g1": f"window {tenth}0 %" for tenth in (6, 8)},
-    **{f"intra-0.{tenth}-g1": f"intra {tenth}0 %" for tenth in (6, 8)},
-}
-
-Row = dict[str, Any]
+_SHOWN: Final = Place("resnet50", batch=1, threads=2)
+# What a time is a multiple of, in the order of `rivals`
+_RIVALS: Final = (
+    "best dense float32",
+    "dense default of OpenVINO",
+    "best dense int8",
+)
+_LABELS: Final = dict(zip(("float32", "default", "int8"), _RIVALS, strict=True))
+_ORDER: Final = {name: number for number, name in enumerate((DENSE, *METHODS))}
 
 
-def _rows(**wanted: Any) -> Iterator[Row]:
-    """The records with these values."""
-    for row in record_of(_RECORDS):
-        if all(row[key] == value for key, value in wanted.items()):
-            yield row
+def _runs(model: str) -> list[Run]:
+    """The runs of a network by batch size and threads."""
+    found = [run for run in record_of(_RECORDS) if run["model"] == model]
+    return sorted(found, key=lambda run: (run["batch"], run["threads"]))
 
 
-def _dense(model: str, batch: int, threads: int) -> Row:
-    """The faster of the dense runtimes."""
-    rows = _rows(model=model, batch=batch, threads=threads, method="dense")
-    return min((row for row in rows if row["engine"] in _RUNTIMES), key=lambda row: row["best_ms"])
+def _run(place: Place) -> Run:
+    """The run of a place."""
+    for run in record_of(_RECORDS):
+        if place_of(run) == place:
+            found: Run = run
+            return found
+    raise ValueError(f"{_RECORDS} has no run of {place}")
 
 
-def inference_resnet50() -> str:
-    """All engines on a ResNet-50 with batch size 1 and two threads."""
-    rival = _dense("resnet50", 1, 2)["best_ms"]
+def _ours(run: Run) -> list[Row]:
+    """The rows of this package's engines, by engine and method."""
+    rows = [row for row in run["rows"] if ENGINES[row["engine"]].ours]
+    engines = list(ENGINES)
+    return sorted(rows, key=lambda row: (engines.index(row["engine"]), _ORDER[row["method"]]))
+
+
+def _rival_texts(run: Run) -> dict[str, str]:
+    """The times of `rivals` with the engine, or for the default its precision; or dashes."""
+    texts = {}
+    for key, row in rivals(run).items():
+        if row is None:
+            texts[key] = "–"
+        else:
+            name = row["precision"] if key == "default" else ENGINES[row["engine"]].label
+            texts[key] = f"{row['best_ms']:.2f} ms ({name})"
+    return texts
+
+
+def inference_summary() -> str:
+    """CK in a ResNet-50 beside the best dense engine of each precision."""
+    run = _run(_SHOWN)
+    dense = ["dense network", *_rival_texts(run).values()]
     rows = [
+        [_label(row), *shares(row, run)]
+        for row in _ours(run)
+        if row["method"].startswith("ck") and not row["method"].startswith("ck-0.6")
+    ]
+    return table(["ResNet-50", *(f"of the {name}" for name in _RIVALS)], [dense, *rows])
+
+
+def _label(row: Row) -> str:
+    """An engine of this package and what it skips."""
+    return f"{ENGINES[row['engine']].label}, {method_label(row['method'])}"
+
+
+def inference_engines() -> str:
+    """All engines on a ResNet-50 with batch size 1 and two threads."""
+    run = _run(_SHOWN)
+    engines = list(ENGINES)
+    rows = sorted(
+        run["rows"], key=lambda row: (engines.index(row["engine"]), _ORDER[row["method"]])
+    )
+    cells = [
         [
-            _ENGINES[engine],
-            "dense" if row["method"] == "dense" else _METHODS[row["method"]],
-            f"{row['best_ms']:.2f}",
-            f"{row['median_ms']:.2f}",
-            f"{row['best_ms'] / rival:.2f}x",
+            *(ENGINES[row["engine"]].label, row["precision"], method_label(row["method"])),
+            *(f"{row['best_ms']:.2f}", f"{row['median_ms']:.2f}", *shares(row, run)),
             f"{row['deviation']:.0e}",
         ]
-        for engine in _ENGINES
-        for row in _rows(model="resnet50", batch=1, threads=2, engine=engine)
+        for row in rows
     ]
-    header = ["engine", "zeros", "best [ms]", "median [ms]", "of the faster dense runtime"]
-    return table([*header, "largest difference"], rows)
+    header = ["engine", "precision", "zeros", "best [ms]", "median [ms]"]
+    return table([*header, *(f"of the {name}" for name in _RIVALS), "largest difference"], cells)
 
 
-def inference() -> str:
-    """Times relative to the faster dense runtime's, by network, batch size and threads."""
-    places = sorted({(row["model"], row["batch"], row["threads"]) for row in _rows()})
-    dense = ["dense runtime [ms]", "torch, eager", "torch.compile", "dense here"]
-    header = ["network", "batch", "threads", *dense, *_METHODS.values()]
-    return table(header, [_shares(*place) for place in places])
+def inference_of(model: str) -> str:
+    """A network: the dense engines, then this package's times as multiples of each of them."""
+    runs = _runs(model)
+    places = [f"batch {run['batch']}, threads: {run['threads']}" for run in runs]
+    dense = [[name, *(_rival_texts(run)[key] for run in runs)] for key, name in _LABELS.items()]
+    for engine in ("eager", "compile"):
+        dense.append([ENGINES[engine].label, *(_cell(run, engine, DENSE) for run in runs)])
+    own = {(row["engine"], row["method"]): _label(row) for run in runs for row in _ours(run)}
+    ours = [[label, *(_cell(run, *key) for run in runs)] for key, label in own.items()]
+    return table([MODELS[model], *places], [*dense, *ours])
 
 
-def _shares(model: str, batch: int, threads: int) -> list[str]:
-    rival = _dense(model, batch, threads)
-    rows = list(_rows(model=model, batch=batch, threads=threads))
-    own = {row["method"]: row["best_ms"] for row in rows if row["engine"] == "sparse"}
-    dense = {row["engine"]: row["best_ms"] for row in rows if row["method"] == "dense"}
-    times = [dense["eager"], dense["compile"], *(own[method] for method in ("dense", *_METHODS))]
-    dense_ms = f"{rival['best_ms']:.2f} ({_RUNTIMES[rival['engine']]})"
-    shares = [f"{time / rival['best_ms']:.2f}x" for time in times]
-    return [model, str(batch), str(threads), dense_ms, *shares]
+def _cell(run: Run, engine: str, method: str) -> str:
+    """The three multiples of a case, or a dash if it was not measured."""
+    for row in run["rows"]:
+        if (row["engine"], row["method"]) == (engine, method):
+            return " / ".join(shares(row, run))
+    return "–"
+
+
+def inference_runs() -> str:
+    """When, where and with what each run was measured."""
+    rows = []
+    for model, name in MODELS.items():
+        for run in _runs(model):
+            versions = ", ".join(
+                f"{package} {number}" for package, number in run["versions"].items()
+            )
+            place = [name, str(run["batch"]), str(run["threads"]), run["date"], run["cpu"]]
+            rows.append([*place, str(run.get("load_average", "–")), versions])
+    header = ["network", "batch", "threads", "date", "CPU", "load average", "versions"]
+    return table(header, rows)
 
 
 def roofline() -> str:
-    """The work that remains for a ResNet-50, batch size 1, and the speed of the machine."""
+    """The work that remains for a ResNet-50 in float32, batch 1, and the speed of the machine."""
     peaks = {row["threads"]: row for row in record_of(_PEAKS)}
     rows = []
     for threads in (1, 2):
-        for row in _rows(model="resnet50", batch=1, threads=threads, engine="sparse"):
-            rate = row["gflop_left"] / row["best_ms"] * 1e3
-            least_ms = row["gflop_left"] / peaks[threads]["convolution_gflop_per_s"] * 1e3
-            moved_ms = row["megabytes"] / peaks[threads]["copied_gb_per_s"]
-            zeros = "dense" if row["method"] == "dense" else _METHODS[row["method"]]
-            share = percent_text(least_ms / row["best_ms"], 0)
-            cells = [f"{row['gflop_left']:.2f}", f"{row['best_ms']:.2f}", f"{rate:.0f}", share]
-            rows.append([str(threads), zeros, *cells, f"{row['megabytes']:.0f}", f"{moved_ms:.1f}"])
+        run = _run(Place("resnet50", batch=1, threads=threads))
+        _check_same_cpu(run, peaks[threads])
+        own = [row for row in _ours(run) if row["precision"] == FLOAT32]  # as the peaks are
+        rows += [_roofline_cells(row, threads, peaks[threads]) for row in own]
     header = ["threads", "zeros", "GFLOP left", "best [ms]", "GFLOP/s", "of the peak"]
     return table([*header, "moved [MB]", "copied in [ms]"], rows)
+
+
+def _check_same_cpu(run: Run, peaks: Row) -> None:
+    if run["cpu"] != peaks["cpu"]:
+        raise ValueError(
+            f"{_RECORDS} has {place_of(run)} of {run['cpu']}, and {_PEAKS} is of {peaks['cpu']}: "
+            f"run inference.py --peaks --json {_PEAKS} on the machine of the first"
+        )
+
+
+def _roofline_cells(row: Row, threads: int, peaks: dict[str, Any]) -> list[str]:
+    rate = row["gflop_left"] / row["best_ms"] * 1e3
+    least_ms = row["gflop_left"] / peaks["convolution_gflop_per_s"] * 1e3
+    moved_ms = row["megabytes"] / peaks["copied_gb_per_s"]
+    share = percent_text(least_ms / row["best_ms"], 0)
+    cells = [f"{row['gflop_left']:.2f}", f"{row['best_ms']:.2f}", f"{rate:.0f}", share]
+    zeros = method_label(row["method"])
+    return [str(threads), zeros, *cells, f"{row['megabytes']:.0f}", f"{moved_ms:.1f}"]
 
 
 def peak(threads: int, key: str) -> str:
@@ -101,7 +171,16 @@ def peak(threads: int, key: str) -> str:
     return next(f"{row[key]:.0f}" for row in record_of(_PEAKS) if row["threads"] == threads)
 
 
-def share_of_dense(method: str) -> str:
-    """A pruned ResNet-50's time relative to the faster dense runtime's; batch 1, two threads."""
-    (row,) = _rows(model="resnet50", batch=1, threads=2, method=method, engine="sparse")
-    return f"{row['best_ms'] / _dense('resnet50', 1, 2)['best_ms']:.2f}x"
+def share_of_dense(precision: str, method: str) -> str:
+    """A pruned ResNet-50's time of the best dense engine's; batch 1, two threads.
+
+    Args:
+        precision: of the dense engine: float32, default or int8.
+        method: of this package's float32 engine.
+    """
+    run = _run(_SHOWN)
+    rival = rivals(run)[precision]
+    for row in _ours(run):
+        if (row["engine"], row["method"]) == (SPARSE, method):
+            return "not measured" if rival is None else f"{row['best_ms'] / rival['best_ms']:.2f}x"
+    raise ValueError(f"{_RECORDS} has no {method} in its run of {_SHOWN}")

@@ -45,7 +45,15 @@ from measured import (
     strict_share,
     wire,
 )
-from runtimes import inference, inference_resnet50, peak, roofline, share_of_dense
+from runtimes import (
+    inference_engines,
+    inference_of,
+    inference_runs,
+    inference_summary,
+    peak,
+    roofline,
+    share_of_dense,
+)
 
 from starfire_prune.utils.files import write_text
 
@@ -206,8 +214,12 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "loading": loading,
     "wire": wire,
     "overhead": overhead,
-    "inference-resnet50": inference_resnet50,
-    "inference": inference,
+    "inference-summary": inference_summary,
+    "inference-engines": inference_engines,
+    "inference-resnet50": partial(inference_of, "resnet50"),
+    "inference-resnet18": partial(inference_of, "resnet18"),
+    "inference-mobilenetv2": partial(inference_of, "mobilenetv2_100"),
+    "inference-runs": inference_runs,
     "roofline": roofline,
 }
 NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
@@ -225,9 +237,10 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
     "overhead.fixed": partial(added_share, "fixed"),
     "overhead.era": partial(added_share, "era"),
     **{
-        f"inference.{method}": partial(share_of_dense, method)
-        for method in ("ck-0.7-g1", "ck-0.8-g1", "ck-0.9-g1", "ck-0.8-g4", "window-0.8-g1")
+        f"inference.{method}": partial(share_of_dense, "float32", method)
+        for method in ("ck-0.8-4x1", "window-0.8-1x1")
     },
+    "inference.int8.ck-0.8-1x1": partial(share_of_dense, "int8", "ck-0.8-1x1"),
     "peak.matrix": partial(peak, 1, "matrix_gflop_per_s"),
     "peak.convolution": partial(peak, 1, "convolution_gflop_per_s"),
     "peak.copied": partial(peak, 1, "copied_gb_per_s"),
