@@ -128,7 +128,9 @@ def test_outputs_that_ignore_the_input_are_unexplained(inference):
 def test_an_engine_with_another_network_ends_the_benchmark(inference, cases, monkeypatch):
     torch.manual_seed(0)
     model, images = nn.Linear(3, 5), torch.randn(4, 3)
-    monkeypatch.setattr(inference, "network", lambda name, method: model)
+    nn.init.constant_(model.bias, 10.0)
+    average = model(images).mean(0)
+    monkeypatch.setattr(inference, "network", lambda *names: model)
     inference.expected_outputs.cache_clear()
     case = cases.Case(cases.Place("resnet18", 1, 2), "dense", "openvino-int8")
     with torch.no_grad():
@@ -137,8 +139,9 @@ def test_an_engine_with_another_network_ends_the_benchmark(inference, cases, mon
         message = r"resnet18/dense/b1/t2/openvino-int8: outputs in bfloat16 differ .* by 0\.2 of "
         with pytest.raises(SystemExit, match=message):
             inference.checked(case, "bfloat16", lambda x: 0.8 * model(x), images)
-        with pytest.raises(SystemExit, match=r"at most 0\.5 is explained by the precision"):
-            inference.checked(case, "int8", lambda x: model(-x), images)
+        for wrong in (lambda x: 0 * x @ torch.ones(3, 5) + average, lambda x: model(x) + 100):
+            with pytest.raises(SystemExit, match=r"at most 0\.5 is explained by the precision"):
+                inference.checked(case, "int8", wrong, images)
     inference.expected_outputs.cache_clear()
 
 
