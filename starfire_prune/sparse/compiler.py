@@ -19,11 +19,16 @@ from starfire_prune.sparse.ops import load_kernels
 from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.exporting import exported_program
-from starfire_prune.structure.graph import dense_copy, without_autocast
+from starfire_prune.structure.graph import dense_copy, place_of, without_autocast
+from starfire_prune.utils.errors import TraceError
 from starfire_prune.utils.marks import check_finished
 from starfire_prune.utils.modules import unwrap
 
 __all__ = ["compile"]
+
+
+aten = torch.ops.aten
+_AS_STRIDED = aten.as_strided.default
 
 
 def compile(
@@ -54,7 +59,7 @@ def compile(
     Raises:
         PruningError: If a pruner of the model has not finished (`Pruner.check_finished`).
         TraceError: If `torch.export` can't trace the model; the message names a part of it that can
-            be compiled, if there is one.
+            be compiled, if there is one. Also if the model uses `as_strided`.
 
     Example:
         >>> from starfire_prune import ck_structured, sparse
@@ -74,8 +79,8 @@ def compile(
         load_kernels()
     except BuildError as error:
         warnings.warn(f"the model runs on torch, as dense: {error}", RuntimeWarning, stacklevel=2)
-        return CompiledModel(graph, example, str(error), names)
-    return CompiledModel(_with_segments(graph), example, names=names)
+        return CompiledModel(_free_of_strides(graph), example, str(error), names)
+    return CompiledModel(_free_of_strides(_with_segments(graph)), example, names=names)
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -93,6 +98,23 @@ def _export(model: nn.Module, example: tuple[Any, ...]) -> Any:
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":  # CompiledModel checks inputs
             graph.graph.erase_node(node)
+        elif node.target is _AS_STRIDED:
+            raise TraceError(
+                f"`{node.target}` in {place_of(node)} reads its input by the strides that it has "
+                f"in torch, which differ in a compiled model: use reshape, permute or indexing "
+                f"instead, or compile the parts of the model before and after it"
+            )
+    graph.recompile()
+    return graph
+
+
+def _free_of_strides(graph: fx.GraphModule) -> fx.GraphModule:
+    """Let views copy where they must: tensors have other strides than in the trace.
+
+    Kernels write their outputs in row-major order, and inputs may be in any memory format.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
     graph.recompile()
     return graph
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from starfire_prune import sparse
 from starfire_prune.sparse import BuildError, load_kernels, program_format
 from starfire_prune.sparse.ops import sparse_inference
+from starfire_prune.utils.errors import TraceError
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -102,6 +103,18 @@ def test_autocast_changes_nothing():
         output = compiled(IMAGES)
     assert output.dtype == torch.float32
     assert torch.equal(output, compiled(IMAGES))
+
+
+def test_views_of_outputs_in_another_memory_format_copy():
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    assert same(lambda x: x.permute(0, 2, 3, 1).view(1, 32, -1), images)
+
+
+def test_operations_that_depend_on_strides_are_refused():
+    model = nn.Sequential(Net(lambda x: x.as_strided((1, 16), (4096, 1))))
+    text = "`aten.as_strided.default` in 0 reads its input by the strides that it has in torch, "
+    with pytest.raises(TraceError, match=text):
+        sparse.compile(model, IMAGES)
 
 
 # Values
