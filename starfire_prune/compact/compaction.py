@@ -8,6 +8,7 @@ the dependency graph of Torch-Pruning (`pip install "starfire-prune[compact]"`).
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -143,7 +144,8 @@ def compact(
     expected = [_output(smaller, trial) for trial in trials]
     fold = fold_in_place(smaller, analysis, merge=True)
     unfolded = {layer.name: layer.reason for layer in fold.layers if layer.reason is not None}
-    surgery = _cut(pruning, smaller, example, required_outputs(analysis.graph), unfolded)
+    required = required_outputs(analysis.graph, prunable_layers(smaller))
+    surgery = _cut(pruning, smaller, example, required, unfolded)
     _share_again(shared)
     after, outputs = _run(smaller, example, trials)
     deviation = _deviation(expected, outputs, _tolerance(smaller, expected))
@@ -265,9 +267,19 @@ def _run(
         return _sizes(model, example), [_output(model, trial) for trial in trials]
     except Exception as error:  # the forward pass may raise errors of every kind
         raise RuntimeError(
-            f"the compacted model does not run ({error}): its forward pass may contain numbers of "
-            f"channels; use fold_constants, which keeps all shapes"
+            f"the compacted model does not run in {_failing_module(model, error)} ({error}): its "
+            f"forward pass may contain numbers of channels; use fold_constants, which keeps all "
+            f"shapes"
         ) from error
+
+
+def _failing_module(model: nn.Module, error: BaseException) -> str:
+    """The innermost module in whose forward pass an error was raised."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    frames = traceback.walk_tb(error.__traceback__)
+    found = [names.get(id(frame.f_locals.get("self"))) for frame, _ in frames]
+    inner = [name for name in found if name is not None]
+    return f"module {inner[-1]}" if inner else "the model"
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ These are the layers whose output channels are read by something other than a la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from starfire_prune.structure.abstract_values import shape_of
 from starfire_prune.structure.graph import Graph, is_known, layer_of, place_of
 from starfire_prune.structure.ops import CONVOLUTIONS, LINEAR
 from starfire_prune.structure.rules import MIXING, RULES
+from starfire_prune.utils.modules import clean_name
 
 __all__ = ["required_outputs"]
 
@@ -25,17 +26,25 @@ aten = torch.ops.aten
 _CONCATENATION = aten.cat.default
 
 
-def required_outputs(graph: Graph) -> dict[str, str]:
+def required_outputs(graph: Graph, names: Iterable[str] = ()) -> dict[str, str]:
     """The layers whose output channels must all be kept, and why.
 
     An output channel can be removed if only weights of layers read it, also through operations that
     treat each channel separately. The model's output, norms over channels, reshaping other than
-    flattening, splitting, and operations without a rule need all channels.
+    flattening, splitting, and operations without a rule need all channels. So does a layer that
+    computes its weight, by parameters that are not cut with it.
+
+    Args:
+        graph: The model's graph in eval mode.
+        names: Names of all the model's layers.
 
     Returns:
         The reason by the layer's name.
     """
-    required: dict[str, str] = {}
+    layers = (layer_of(graph, node) for node in graph.nodes)
+    read = {clean_name(name) for name in layers if name is not None}
+    unread = "no operation of the model reads its weight as it is"
+    required = {name: unread for name in names if name not in read}
     given = _given(graph)
     for node in graph.nodes:
         name = layer_of(graph, node)

@@ -240,8 +240,34 @@ class WrittenIn(nn.Module):
 
 
 def test_models_with_numbers_of_channels_written_in_are_refused():
-    with pytest.raises(RuntimeError, match=r"does not run .* use fold_constants"):
+    with pytest.raises(RuntimeError, match=r"does not run in the model \(.* use fold_constants"):
         compact(WrittenIn(), images(size=8))
+    model = nn.Sequential(nn.Identity(), WrittenIn())
+    with pytest.raises(RuntimeError, match=r"does not run in module 1 \("):
+        compact(model, images(size=8))
+
+
+class Scaled(nn.Conv2d):
+    """A convolution that computes its weight by a gain for each of its filters."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1, bias=False)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight * self.gain, None)
+
+
+def test_a_layer_that_computes_its_weight_keeps_all_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        half_dead(Scaled(3, 4)), half_dead(nn.Conv2d(4, 6, 1)), nn.Conv2d(6, 2, 1)
+    )
+    smaller, report = compact(model, images())
+    assert report["0"].outputs == (4, 4)
+    assert report["0"].reason == "no operation of the model reads its weight as it is"
+    assert report["1"].outputs == (6, 4)
+    torch.testing.assert_close(smaller(images()), model(images()))
 
 
 class Network(nn.Module):
