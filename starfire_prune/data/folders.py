@@ -17,6 +17,7 @@ from starfire_prune.data.images import (
     LabelledImages,
     Source,
     existing_folder,
+    is_hidden,
     normalized,
 )
 from starfire_prune.data.preprocessing import Transform
@@ -83,14 +84,10 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """The files and folders in a folder, without hidden ones, in the order of their names."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(filter(_is_visible, entries), key=lambda entry: entry.name)
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
+            return sorted(visible, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}") from error
-
-
-def _is_visible(entry: os.DirEntry[str]) -> bool:
-    """Whether people put a file there, not their system or an editor, such as `.DS_Store`."""
-    return not entry.name.startswith((".", "__MACOSX"))
 
 
 def _check_same_classes(

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from starfire_prune.data.preprocessing import Preprocessing
 
-__all__ = ["Classes", "Datasets", "LabelledImages", "Source", "existing_folder", "normalized"]
+__all__ = [
+    "Classes",
+    "Datasets",
+    "LabelledImages",
+    "Source",
+    "existing_folder",
+    "is_hidden",
+    "normalized",
+]
 
 
 Item = TypeVar("Item")
@@ -181,6 +189,16 @@ def existing_folder(name: str, root: Path | None) -> Path:
     if not root.is_dir():
         raise DataError(f"root {root} is a file: give the folder of data set {name!r}")
     return root
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a system or an editor put a file or folder of this name there, not people.
+
+    Example:
+        >>> is_hidden(".DS_Store"), is_hidden("__MACOSX"), is_hidden("ant")
+        (True, True, False)
+    """
+    return name.startswith((".", "__MACOSX"))
 
 
 def normalized(name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import random
 import re
 import tarfile
@@ -26,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from starfire_prune.data.decode import decode_image
 from starfire_prune.data.errors import DataError
-from starfire_prune.data.images import Classes
+from starfire_prune.data.images import Classes, is_hidden
 from starfire_prune.data.preprocessing import Transform
 from starfire_prune.utils.optional import import_optional
 
@@ -228,9 +227,15 @@ def _files(path: str) -> Generator[tuple[str, str, Callable[[], bytes]], None, N
     with _open(path) as tar:
         for member in tar:
             name = _NAME.fullmatch(member.name)
-            if member.isfile() and name and not os.path.basename(name[1]).startswith("__"):
+            if member.isfile() and name and not _is_left_out(name[1]):
                 content: Any = tar.extractfile(member)
                 yield name[1], name[2].lower(), content.read
+
+
+def _is_left_out(key: str) -> bool:
+    """Whether a sample is hidden, as in image folders, or holds what WebDataset says of a shard."""
+    *folders, name = key.split("/")
+    return name.startswith("__") or any(is_hidden(folder) for folder in folders if folder != ".")
 
 
 @contextmanager

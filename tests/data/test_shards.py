@@ -203,6 +203,13 @@ def test_samples_may_be_in_folders_and_stand_beside_other_files(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "__MACOSX", ".Trash-1000", "a/.hidden"])
+def test_hidden_folders_are_left_out(tmp_path, folder):
+    files = {f"{folder}/0.jpg": b"", "./0.jpg": b"0", "..a/1.jpg": b"", "1.jpg": b"1"}
+    shard = Shard(str(write_tar(tmp_path / "0.tar", files)), 2)
+    assert [sample.files["jpg"] for sample in read_shard(shard, 0, 2)] == [b"0", b"1"]
+
+
 @pytest.mark.parametrize("length", [5, 7])
 def test_a_shard_of_another_length_is_named(tmp_path, length):
     (shard,) = write_shards(tmp_path, "train", [6])
