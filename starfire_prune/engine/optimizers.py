@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 
 from starfire_prune.engine.fixed import FixedMasks
 from starfire_prune.utils.modules import layer_weight
+from starfire_prune.utils.text import first_few
 
 __all__ = ["WithOptimizer", "check_optimizer"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class WithOptimizer:
@@ -63,8 +67,20 @@ def check_optimizer(
             "where no mask holds: train with an optimizer of first order"
         )
     held = {id(parameter) for group in groups for parameter in group["params"]}
-    if not held.intersection(id(layer_weight(module)) for module in layers.values()):
+    weights = {name: layer_weight(module) for name, module in layers.items()}
+    missing = [name for name, weight in weights.items() if id(weight) not in held]
+    if len(missing) == len(layers):
         raise ValueError(
             f"`optimizer` (a {kind}) holds no weight of the pruned layers, such as that of "
             f"{next(iter(layers))}: build it from the parameters of the model that is pruned"
+        )
+    trained = [name for name in missing if weights[name].requires_grad]
+    if trained:
+        _LOGGER.warning(
+            "`optimizer` (a %s) holds the weights of %d of the %d pruned layers, not that of %s: "
+            "state that another optimizer keeps of them is not zeroed",
+            kind,
+            len(layers) - len(missing),
+            len(layers),
+            first_few(trained),
         )

@@ -93,6 +93,20 @@ def test_an_optimizer_without_the_models_parameters_is_refused():
         run.train_until(13)
 
 
+def test_an_optimizer_with_only_some_of_the_weights_is_noticed(caplog):
+    model = SmallNet()
+    names = [name for name, _ in model.named_parameters() if name != "stem.weight"]
+    optimizer = torch.optim.SGD([model.get_parameter(name) for name in names], lr=0.1)
+    settings = {"method": "ck", "amount": 0.6, "era_updates": [0, 1]}
+    pruner = Pruner(model, settings, optimizer=optimizer)
+    (message,) = caplog.messages
+    n = len(pruner.layers)
+    assert message == (
+        f"`optimizer` (a SGD) holds the weights of {n - 1} of the {n} pruned layers, not that of "
+        f"stem: state that another optimizer keeps of them is not zeroed"
+    )
+
+
 def test_what_is_not_an_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"^`optimizer` \(a list\) must be a torch.optim.Optimizer"):
         Run().pruner.optimizer = []  # type: ignore[assignment]
