@@ -255,7 +255,8 @@ class Scaled(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight * self.gain, None)
+        output: Tensor = self._conv_forward(input, self.weight * self.gain, None)
+        return output
 
 
 def test_a_layer_that_computes_its_weight_keeps_all_channels():
