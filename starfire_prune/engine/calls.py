@@ -105,6 +105,7 @@ class _CallHook:
     """A forward pre-hook that notes a call, also while `torch.compile` traces it."""
 
     only_observes = True
+    __name__ = "note_call"  # as functions have one, which tools read of any hook
 
     def __init__(
         self, note: Callable[[], None] | None = None, module: nn.Module | None = None
@@ -127,6 +128,14 @@ class _CallHook:
             self._note()
             return
         _remove(self, module._forward_pre_hooks)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """What scripting reads first of a hook."""
+        raise PruningError(
+            "torch.jit.script can't compile the hooks that watch the first update: script the "
+            "model after the first step(), or build the pruner with an `example_input`"
+        )
 
     def _hooks(self) -> object:
         """The dictionary of hooks that holds this one."""

@@ -47,6 +47,7 @@ class Progress:
 
     Attributes:
         state: The phase and all counts, with empty masks.
+        is_detached: Whether the pruner is detached from its model.
 
     Raises:
         TypeError, ValueError: If `updates_per_epoch` is missing or not a number of updates.
@@ -66,7 +67,7 @@ class Progress:
             raise ValueError(f"`updates_per_epoch` (={updates_per_epoch}) must be at least 1")
         self.pruning, self.updates_per_epoch = pruning, updates_per_epoch
         self.state = PrunerState(pruning.model_dump(mode="json"), updates_per_epoch)
-        self._is_detached = self._has_warned = False
+        self.is_detached = self._has_warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
         memo[id(self)] = twin = copy.copy(self)  # the settings and the state can't change
@@ -145,11 +146,11 @@ class Progress:
 
     def detach(self) -> None:
         """Note that the pruner is detached from its model."""
-        self._is_detached = True
+        self.is_detached = True
 
     def check_attached(self) -> None:
         """Raise PruningError if the pruner is detached from its model."""
-        if self._is_detached:
+        if self.is_detached:
             raise PruningError(
                 "the pruner is detached from its model since pruner.remove(): pass the model "
                 "without it, or build another Pruner"

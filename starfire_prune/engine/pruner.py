@@ -87,11 +87,11 @@ class Pruner(Scheduled, WithOptimizer):
         ValueError: For patterns that match nothing, layers that patterns name and that can't be
             pruned as asked or would lose all their weights, FSDP-sharded parameters, and a missing
             `example_input`.
+        PruningError: If another pruner of one of the layers has not finished.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Flatten(), nn.Linear(10, 10))
-        >>> settings = {"method": "ck", "amount": 0.6, "era": [0, 1]}
-        >>> pruner = Pruner(model, settings, updates_per_epoch=1)
+        >>> pruner = Pruner(model, {"method": "ck", "amount": 0.6, "era_updates": [0, 1]})
         >>> pruner.step()
         >>> pruner.phase, pruner.sparsity().network
         ('fixed', 0.6)
@@ -121,12 +121,12 @@ class Pruner(Scheduled, WithOptimizer):
         self._model = unwrap(model)
         self._fixed: FixedMasks | None = None
         self.optimizer = optimizer
+        self._attached = Attached(self._model, self._modules(), self._progress)
         self._mirrors: list[dict[str, nn.Module]] = []
         self._era = Era(self.layers.values(), self.pruning.resolution, self._zero_inputs)
         keep_buffers_from_ddp(model, self._modules().values(), "weight_mask")
         self._calls = None if selection.calls_are_known else CallWatch(self._modules())
         self._earlier = EarlierPruning(() if prune_again else selection.layers)
-        self._attached = Attached(self._model, self._modules())
         self._mark_layers()
 
     def __repr__(self) -> str:
@@ -146,11 +146,13 @@ class Pruner(Scheduled, WithOptimizer):
             ValueError: For weights that are NaN or infinite, with the layer's name.
             PruningError: At the first update, if the model reads a weight without calling its layer
                 or carries an earlier pruning; at the end of the era, if a layer has lost all its
-                weights; in the fixed phase, if parameters were replaced or not trained.
+                weights; in the fixed phase, if parameters were replaced or not trained; in
+                inference mode, or if a layer got a parametrization.
             RanksError: At the end of the era, if the masks of distributed ranks differ.
         """
         if not updated:
             return
+        self._attached.check_update()
         if self._calls is not None:
             self._calls.finish()
             self._calls = None
@@ -254,8 +256,7 @@ class Pruner(Scheduled, WithOptimizer):
         the keys and the order of the pruned model's. Make the copy, mirror it, and update it
         after `step()`: `pruner.mirror(ema.module)`.
 
-        Returns:
-            `model`.
+        Returns: `model`.
 
         Raises:
             ValueError: If it lacks a pruned layer or has another shape there, and if it is the
@@ -285,9 +286,8 @@ class Pruner(Scheduled, WithOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """All that is not in the model, as plain numbers, strings and bool tensors."""
         masks = {name: mask.clone() for name, mask in self.masks().items()}
-        return dataclasses.replace(
-            self._progress.state, masks=masks, applied=dict(self._era.applied)
-        ).to_dict()
+        state, applied = self._progress.state, dict(self._era.applied)
+        return dataclasses.replace(state, masks=masks, applied=applied).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict()`, before or after the model's own state dict.

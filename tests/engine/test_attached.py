@@ -1,11 +1,13 @@
 """Layers that are replaced, shared or left untrained after a pruner was built are noticed."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from starfire_prune import Pruner, save_pruned
 from starfire_prune.utils.errors import PruningError
@@ -84,3 +86,62 @@ def test_lbfgs_is_refused_since_it_moves_pruned_weights_within_a_step():
     optimizer = torch.optim.LBFGS(model.parameters())
     with pytest.raises(TypeError, match="LBFGS"):
         Pruner(model, CK, updates_per_epoch=2, optimizer=optimizer)
+
+
+def test_a_second_pruner_of_a_model_is_refused_until_the_first_has_ended():
+    model, pruner = make()
+    message = (
+        "layer stem is pruned by another Pruner, which has not finished: use that one, or call its "
+        "remove() before building another"
+    )
+    with pytest.raises(PruningError, match=f"^{re.escape(message)}$"):
+        Pruner(model, CK, updates_per_epoch=2)
+    pruner.remove()
+    second = Pruner(model, {**CK, "era": [0, 1]}, updates_per_epoch=2)
+    train(model, sgd(model), second, range(2))
+    third = Pruner(model, CK, updates_per_epoch=2, prune_again=True)
+    assert third.phase == "dense"
+
+
+def test_a_pruner_whose_building_failed_or_that_is_gone_is_not_in_the_way():
+    model = SmallNet()
+    with pytest.raises(ValueError, match="holds no weight") as error:
+        Pruner(model, CK, updates_per_epoch=2, optimizer=sgd(SmallNet()))
+    pruner = Pruner(model, CK, updates_per_epoch=2)
+    assert error.value is not None
+    del pruner
+    assert Pruner(model, CK, updates_per_epoch=2).phase == "dense"
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_step_in_inference_mode_is_refused(epochs):
+    model, pruner = make()
+    for epoch in range(epochs):
+        train(model, sgd(model), pruner, range(2))
+        pruner.end_epoch(epoch)
+    with torch.inference_mode(), pytest.raises(PruningError, match=r"inference_mode\(\) would"):
+        pruner.step()
+    train(model, sgd(model), pruner, range(1))
+
+
+@pytest.mark.parametrize("add", [parametrizations.weight_norm, parametrizations.orthogonal])
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_parametrization_of_a_pruned_layer_is_an_error_at_the_next_step(add, epochs):
+    model, pruner = make()
+    for epoch in range(epochs):
+        train(model, sgd(model), pruner, range(2))
+        pruner.end_epoch(epoch)
+    add(model.get_submodule("body"))
+    with pytest.raises(PruningError, match=r"^layer body has no parameter `weight` any more"):
+        pruner.step()
+    with pytest.raises(PruningError, match=r"^layer body has no parameter `weight` any more"):
+        pruner.check()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripting_before_the_first_update_says_what_to_do():
+    model, _ = make()
+    names = [hook.__name__ for hook in model.get_submodule("stem")._forward_pre_hooks.values()]
+    assert names == ["note_call"]
+    with pytest.raises(PruningError, match=r"script the model after the first step\(\)"):
+        torch.jit.script(model)
