@@ -18,7 +18,8 @@ from starfire_prune.compact.compaction import CompactReport, compact
 from starfire_prune.serialization.architecture import Shapes, build_architecture
 from starfire_prune.serialization.container import MAX_BYTES
 from starfire_prune.serialization.entries import decode_tensors
-from starfire_prune.serialization.pruned import StrPath, read_pruned_file, save_pruned
+from starfire_prune.serialization.files import StrPath
+from starfire_prune.serialization.pruned import read_pruned_file, save_pruned
 from starfire_prune.serialization.state import check_tied
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import CheckpointError, DamageError, ExportError

@@ -14,9 +14,9 @@ from torch import nn
 from starfire_prune.export.image_settings import ImageSettings, class_names, image_settings
 from starfire_prune.recipe.sections import Data
 from starfire_prune.runs.weights import find_weights
+from starfire_prune.serialization.files import FileFormat
 from starfire_prune.serialization.metadata import is_finished_pruning
 from starfire_prune.serialization.pruned import (
-    FileFormat,
     convert_pruned,
     is_pruned_file,
     load_pruned_model,

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from starfire_prune.quantization.names import inputs_of, is_batch_norm, node_names, weight_name
+from starfire_prune.quantization.names import (
+    bias_name,
+    inputs_of,
+    is_batch_norm,
+    node_names,
+    scale_name,
+    weight_name,
+    zero_point_name,
+)
 from starfire_prune.quantization.scheme import (
     LARGEST_WEIGHT,
     QuantizedInput,
@@ -87,13 +95,14 @@ def _set_weight(module: fx.GraphModule, layer: fx.Node, weight: QuantizedWeight)
             f"{target} has the shape {tuple(weight.values.shape)}, but {tuple(own.shape)} in the "
             f"model"
         )
-    prefix = target.removesuffix("weight")
     zeros = torch.zeros(weight.values.shape[0], dtype=torch.int64)
     with module.graph.inserting_before(layer):
         values = _add_tensor(module, target, weight.values)
-        scales = _add_tensor(module, f"{target}_scale", weight.scales)
-        zero_points = _add_tensor(module, f"{target}_zero_point", zeros)
-        bias = None if weight.bias is None else _add_tensor(module, f"{prefix}bias", weight.bias)
+        scales = _add_tensor(module, scale_name(target), weight.scales)
+        zero_points = _add_tensor(module, zero_point_name(target), zeros)
+        bias = None
+        if weight.bias is not None:
+            bias = _add_tensor(module, bias_name(target), weight.bias)
         read = module.graph.call_function(
             DEQUANTIZE_CHANNELS,
             (values, scales, zero_points, 0, -LARGEST_WEIGHT, LARGEST_WEIGHT, torch.int8),

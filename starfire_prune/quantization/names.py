@@ -1,8 +1,9 @@
 """Names of the nodes of exported graphs that depend on the model only, not on torch's version.
 
 A layer has its module's name, and any other operation the name of the module that calls it with
-its own: `layer1.0.conv1`, `layer1.0.act1.relu`, `layer1.0.add`. Operations that quantize have no
-names, so a quantized graph has the names of its float graph, without batch norms that are folded.
+its own: `layer1.0.conv1`, `layer1.0.act1.relu`, `layer1.0.add`. Further calls end in `#1`, `#2`.
+The output is `return`, which is no module's name. Operations that quantize have no names, so a
+quantized graph has the names of its float graph, without batch norms that are folded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from starfire_prune.utils.quantized_ops import (
     QUANTIZE_CHANNELS,
 )
 
-__all__ = ["LAYERS", "inputs_of", "is_batch_norm", "node_names", "weight_name"]
+__all__ = [
+    "LAYERS",
+    "bias_name",
+    "inputs_of",
+    "is_batch_norm",
+    "node_names",
+    "scale_name",
+    "weight_name",
+    "zero_point_name",
+]
 
 
 LAYERS = (*CONVOLUTIONS, LINEAR)
@@ -35,11 +45,11 @@ def node_names(graph: fx.Graph) -> dict[str, fx.Node]:
     counts: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == "output":
-            names["output"] = node
+            names["return"] = node
         elif node.op == "call_function" and node.target not in _UNNAMED:
             name = _name_of(node)
             counts[name] += 1
-            names[name if counts[name] == 1 else f"{name}_{counts[name] - 1}"] = node
+            names[name if counts[name] == 1 else f"{name}#{counts[name] - 1}"] = node
     return names
 
 
@@ -66,6 +76,21 @@ def weight_name(node: fx.Node) -> str | None:
     ):
         source = source.args[0]
     return str(source.target) if source.op == "get_attr" else None
+
+
+def scale_name(weight: str) -> str:
+    """The name of the scales of a weight, such as `layer1.0.conv1.weight_scale`."""
+    return f"{weight}_scale"
+
+
+def zero_point_name(weight: str) -> str:
+    """The name of the zero points of a weight, such as `layer1.0.conv1.weight_zero_point`."""
+    return f"{weight}_zero_point"
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias that belongs to a weight, such as `layer1.0.conv1.bias`."""
+    return f"{weight.removesuffix('weight')}bias" if weight.endswith("weight") else f"{weight}_bias"
 
 
 def is_batch_norm(node: fx.Node) -> bool:

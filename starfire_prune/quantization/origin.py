@@ -17,9 +17,10 @@ from starfire_prune.utils.modules import (
     weight_key,
 )
 
-__all__ = ["Origin", "model_on_meta", "origin_of", "pruned_weights", "set_origin"]
+__all__ = ["Method", "Origin", "model_on_meta", "origin_of", "pruned_weights", "set_origin"]
 
 
+Method = Literal["post_training", "training"]
 _KEY = "starfire_prune.origin"  # in the module's `meta`, which copies keep
 
 
@@ -40,7 +41,7 @@ class Origin:
     masks: Mapping[str, Tensor]
     input_shape: tuple[int, ...]
     images: int
-    method: Literal["post_training", "training"]
+    method: Method
     versions: Mapping[str, str]
 
 

@@ -81,9 +81,10 @@ def quantize(
     torchao.mark_sources(module)
     prepared = pt2e.prepare_pt2e(copy.deepcopy(module), settings)
     count = _calibrate(prepared, itertools.chain((first,), images))
-    quantized = assemble(module, read_scheme(pt2e.convert_pt2e(prepared, fold_quantize=False)))
+    quantized = assemble(module, read_scheme(torchao.converted(prepared)))
     versions = {name: version(name) for name in ("torch", "torchao")}
-    shape, masks = tuple(first.shape[1:]), pruned_weights(dense)
+    shape, state = tuple(first.shape[1:]), quantized.state_dict()
+    masks = {name: mask for name, mask in pruned_weights(dense).items() if name in state}
     origin = Origin(model_on_meta(dense), masks, shape, count, "post_training", versions)
     check_masks(set_origin(quantized, origin))
     return quantized

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from starfire_prune.quantization.names import is_batch_norm
 from starfire_prune.quantization.scheme import LARGEST_WEIGHT
 from starfire_prune.utils.optional import import_optional
 
-__all__ = ["mark_sources", "package", "quantizer"]
+__all__ = ["batch_norm", "converted", "mark_sources", "package", "quantizer"]
 
 
 _PT2E = "torchao.quantization.pt2e"
@@ -82,6 +83,25 @@ def quantizer(*, trains: bool, reduced_range: bool) -> Any:
     )
     config = x86.QuantizationConfig(activations, activations, weights, None, trains)
     return x86.X86InductorQuantizer().set_global(config)
+
+
+def converted(prepared: fx.GraphModule) -> fx.GraphModule:
+    """The quantized graph of a model that was calibrated after training; the model is changed.
+
+    Where batch norms are left, which no layer precedes, torchao would look for those of training.
+    That traces a hundred patterns in half a minute, so such batch norms are hidden from it.
+    """
+    for node in prepared.graph.nodes:
+        if is_batch_norm(node):
+            node.target = batch_norm
+    prepared.recompile()
+    return package().convert_pt2e(prepared, fold_quantize=False)  # type: ignore[no-any-return]
+
+
+def batch_norm(*arguments: Any) -> Tensor:
+    """`aten.batch_norm` under another target, but of the same name."""
+    normalized: Tensor = torch.ops.aten.batch_norm.default(*arguments)
+    return normalized
 
 
 def mark_sources(module: fx.GraphModule) -> None:

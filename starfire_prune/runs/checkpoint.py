@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from starfire_prune.serialization.pruned import is_writer
+from starfire_prune.serialization.files import is_writer
 from starfire_prune.utils.errors import CheckpointError
 from starfire_prune.utils.files import reason, replaced_folder, writing
 from starfire_prune.utils.modules import unwrap

@@ -1,4 +1,4 @@
-"""Safetensors files of pruned models, compressed and with checksums."""
+"""Safetensors files of pruned and of quantized models, compressed and with checksums."""
 
 from starfire_prune.serialization.inspect import inspect_pruned
 from starfire_prune.serialization.pruned import (
@@ -8,6 +8,7 @@ from starfire_prune.serialization.pruned import (
     load_pruned_model,
     save_pruned,
 )
+from starfire_prune.serialization.quantized import load_quantized, save_quantized
 
 __all__ = [
     "convert_pruned",
@@ -15,5 +16,7 @@ __all__ = [
     "load_masks",
     "load_pruned",
     "load_pruned_model",
+    "load_quantized",
     "save_pruned",
+    "save_quantized",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "FORMAT_VERSION",
     "METADATA_KEY",
     "MODEL_KEY",
+    "QUANTIZATION_KEY",
     "RECIPE_KEY",
     "check_version",
     "is_finished_pruning",
@@ -33,6 +34,7 @@ __all__ = [
 FORMAT_VERSION = 1
 METADATA_KEY = "starfire_prune"
 MODEL_KEY = "starfire_prune.model"
+QUANTIZATION_KEY = "starfire_prune.quantization"
 RECIPE_KEY = "starfire_prune.recipe"
 
 

@@ -8,15 +8,12 @@ before anything is returned (docs/format.md). Nothing in a file is executed.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from starfire_prune.serialization.architecture import (
     architecture_of,
@@ -27,7 +24,6 @@ from starfire_prune.serialization.container import (
     MAX_BYTES,
     parse_json,
     read_tensor_file,
-    write_tensor_file,
 )
 from starfire_prune.serialization.entries import (
     TENSORS_KEY,
@@ -36,9 +32,18 @@ from starfire_prune.serialization.entries import (
     fill_tensors,
     read_entries,
 )
+from starfire_prune.serialization.files import (
+    FileFormat,
+    StrPath,
+    check_format,
+    is_writer,
+    loading,
+    write_state,
+)
 from starfire_prune.serialization.metadata import (
     METADATA_KEY,
     MODEL_KEY,
+    QUANTIZATION_KEY,
     RECIPE_KEY,
     check_version,
     metadata_text,
@@ -51,9 +56,8 @@ from starfire_prune.serialization.state import (
     masks_of_zeros,
     plain_state_dict,
 )
-from starfire_prune.serialization.store import store_tensors
-from starfire_prune.utils.errors import CheckpointError, CodecError, DamageError
-from starfire_prune.utils.files import reason, replaced_file, writing
+from starfire_prune.utils.errors import CheckpointError, DamageError
+from starfire_prune.utils.files import reason
 from starfire_prune.utils.marks import check_finished, is_finished
 from starfire_prune.utils.modules import clean_name, unwrap
 
@@ -62,7 +66,6 @@ if TYPE_CHECKING:
     from starfire_prune.recipe.sections import Recipe
 
 __all__ = [
-    "FileFormat",
     "PrunedFile",
     "convert_pruned",
     "is_pruned_file",
@@ -73,11 +76,6 @@ __all__ = [
     "read_pruned_file",
     "save_pruned",
 ]
-
-
-FileFormat = Literal["dense", "compressed"]
-StrPath = str | os.PathLike[str]
-_NO_MEMORY = re.compile("DefaultCPUAllocator|not enough memory|out of memory")  # torch's texts
 
 
 def save_pruned(
@@ -125,7 +123,7 @@ def save_pruned(
     Example:
         >>> save_pruned(model, "model.safetensors", "compressed")  # doctest: +SKIP
     """
-    _check_format(format, deflate)
+    check_format(format, deflate)
     path = Path(path)
     if pruner is not None:
         pruner.check()
@@ -144,7 +142,7 @@ def save_pruned(
     arguments = architecture_of(unwrap(model), recipe_settings, architecture)
     if arguments:
         metadata[MODEL_KEY] = metadata_text(arguments, "architecture")
-    _write(path, state, masks, metadata, compress=format == "compressed", deflate=deflate)
+    write_state(path, state, masks, metadata, compress=format == "compressed", deflate=deflate)
 
 
 def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor]:
@@ -165,7 +163,7 @@ def load_pruned(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tenso
         >>> model.load_state_dict(load_pruned("model.safetensors"))  # doctest: +SKIP
     """
     entries = read_pruned_file(path, max_bytes=max_bytes).entries
-    with _loading(Path(path)):
+    with loading(Path(path)):
         return decode_tensors(entries)
 
 
@@ -196,7 +194,9 @@ def load_pruned_model(
     """
     path = Path(path)
     file = read_pruned_file(path, max_bytes=max_bytes)
-    with _loading(path):
+    with loading(path):
+        if QUANTIZATION_KEY in file.metadata:
+            raise DamageError("it holds a quantized model: load it by load_quantized")
         if model is None:
             shapes = {name: entry.shape for name, entry in file.entries.items()}
             model = build_architecture(file.model, shapes, max_bytes)
@@ -224,7 +224,7 @@ def load_masks(path: StrPath, *, max_bytes: int = MAX_BYTES) -> dict[str, Tensor
         >>> apply_masks(model, load_masks("model.safetensors"))  # doctest: +SKIP
     """
     file = read_pruned_file(path, max_bytes=max_bytes)
-    with _loading(Path(path)):
+    with loading(Path(path)):
         return file.masks()
 
 
@@ -251,15 +251,16 @@ def convert_pruned(
     Example:
         >>> convert_pruned("export/model.safetensors", "small.safetensors")  # doctest: +SKIP
     """
-    _check_format(format, deflate)
+    check_format(format, deflate)
     file = read_pruned_file(source, max_bytes=max_bytes)
-    with _loading(Path(source)):
+    with loading(Path(source)):
         state = {name: entry.decode() for name, entry in file.entries.items()}
         masks = file.masks()
     keys = (METADATA_KEY, RECIPE_KEY, MODEL_KEY, *sorted(file.metadata))  # as save_pruned has them
     metadata = {key: file.metadata[key] for key in keys if key in file.metadata}
     del metadata[TENSORS_KEY]
-    _write(Path(path), state, masks, metadata, compress=format == "compressed", deflate=deflate)
+    path, compress = Path(path), format == "compressed"
+    write_state(path, state, masks, metadata, compress=compress, deflate=deflate)
 
 
 class PrunedFile:
@@ -277,7 +278,7 @@ class PrunedFile:
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         file = read_tensor_file(path)
-        with _loading(path):
+        with loading(path):
             self.path, self.metadata, self.size_bytes = path, file.metadata, file.size_bytes
             self.pruning = self._content(METADATA_KEY) or {}
             check_version(self.pruning)
@@ -344,30 +345,6 @@ def read_metadata(path: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"{path} can't be read: {reason(error)}; export it again") from error
 
 
-def is_writer() -> bool:
-    """Whether this process is the first rank, or the only one."""
-    is_distributed = distributed.is_available() and distributed.is_initialized()
-    return not is_distributed or distributed.get_rank() == 0
-
-
-def _write(
-    path: Path,
-    state: Mapping[str, Tensor],
-    masks: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    *,
-    compress: bool,
-    deflate: bool,
-) -> None:
-    try:
-        tensors, table = store_tensors(state, masks, compress=compress, deflates=deflate)
-        header = {"format": "pt", **metadata, TENSORS_KEY: table}
-        with writing(path), replaced_file(path) as temporary, temporary.open("wb") as file:
-            write_tensor_file(file, tensors, header)
-    except (CodecError, DamageError) as error:
-        raise CheckpointError(f"{path} can't be written: {error}") from error
-
-
 def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     """Decode all tensors into a model's, after checking that they fit."""
     own = {clean_name(name): value for name, value in unwrap(model).state_dict().items()}
@@ -378,23 +355,3 @@ def _fill(model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
     if mismatch := describe_mismatch(shapes, held):
         raise DamageError(f"it is of another model: it {mismatch}")
     fill_tensors(own, entries)
-
-
-def _check_format(format: str, deflate: bool) -> None:
-    if format not in ("dense", "compressed"):
-        raise ValueError(f"`format` (={format!r}) must be 'dense' or 'compressed'")
-    if deflate and format == "dense":
-        raise ValueError("`deflate` needs format='compressed': other readers can't inflate")
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Turn errors in a file's content into a CheckpointError that names the file."""
-    try:
-        yield
-    except (CodecError, DamageError) as error:
-        raise CheckpointError(f"{path} can't be loaded: {reason(error)}") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
-            raise
-        raise CheckpointError(f"{path} can't be loaded: there is not enough memory") from error

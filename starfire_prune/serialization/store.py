@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from starfire_prune.serialization.codec import bits_of, deflate, encode, pack_bits
@@ -62,7 +63,7 @@ def _store(
     if code is None:
         raise DamageError(f"tensor {name!r} has the dtype {tensor.dtype}, which can't be stored")
     encoded = encode(tensor, "dense")
-    if compress and tensor.is_floating_point():
+    if compress and (tensor.is_floating_point() or tensor.dtype == torch.int8):
         smallest = encode(tensor)
         if smallest.size_bytes + ENTRY_BYTES < encoded.size_bytes:
             encoded = smallest
