@@ -22,6 +22,7 @@ __all__ = [
     "Options",
     "add_output",
     "add_overrides",
+    "count_argument",
     "name_argument",
     "options_given",
     "parse",
@@ -143,6 +144,13 @@ def name_argument(text: str) -> str:
 def path_argument(text: str) -> Path:
     """The type of an option that names a folder or a file."""
     return Path(name_argument(text))
+
+
+def count_argument(text: str) -> int:
+    """The type of an option that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
 
 
 def add_overrides(options: Options, text: str) -> None:

@@ -11,6 +11,7 @@ from starfire_prune.cli.common import (
     Command,
     Options,
     add_overrides,
+    count_argument,
     name_argument,
     path_argument,
 )
@@ -55,9 +56,9 @@ def _add_inputs(options: Options) -> None:
     text = "folder of the images; replaces data.root"
     add("--data", type=path_argument, metavar="FOLDER", help=text)
     text = "evaluate N evenly spaced images (of shards the first N); default: all"
-    add("--limit", type=_count, metavar="N", help=text)
+    add("--limit", type=count_argument, metavar="N", help=text)
     text = "images per batch; default: the recipe's for evaluation"
-    add("--batch-size", type=_count, metavar="N", help=text)
+    add("--batch-size", type=count_argument, metavar="N", help=text)
 
 
 def _number(text: str) -> float:
@@ -71,12 +72,6 @@ def _number(text: str) -> float:
             f"{shown!r} is not a number such as 0.03 or 4/255 (runs come before the options)"
         )
     return number
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> None:

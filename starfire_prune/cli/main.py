@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import starfire_prune
-from starfire_prune.cli import evaluate, export, recipes, report, sweep, train
+from starfire_prune.cli import evaluate, export, quantize, recipes, report, sweep, train
 from starfire_prune.cli.common import USAGE_ERROR, Command, parse, run_command
 from starfire_prune.utils.text import did_you_mean
 
@@ -18,6 +18,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
     "export": export.COMMAND,
+    "quantize": quantize.COMMAND,
     "report": report.COMMAND,
     "sweep": sweep.COMMAND,
     "recipes": recipes.COMMAND,

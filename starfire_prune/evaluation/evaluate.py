@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from starfire_prune.data import DataError, Datasets, build_loader
@@ -29,7 +29,13 @@ from starfire_prune.utils.limits import explained_limits
 from starfire_prune.utils.tally import Tally
 from starfire_prune.utils.text import first_line
 
-__all__ = ["chosen_device", "evaluate_weights"]
+__all__ = [
+    "chosen_device",
+    "evaluate_weights",
+    "evenly_spaced",
+    "load_datasets_of",
+    "validation_loader",
+]
 
 
 _PRECISIONS: Final = {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}
@@ -72,7 +78,7 @@ def evaluate_weights(
     """
     device = device or chosen_device()
     recipe = trained.recipe
-    loader, total = _validation(trained, limit, batch_size)
+    loader, total = validation_loader(trained, limit, batch_size)
     model = _model(trained, device)
     attacker = model if source is None else _source(source, trained, device)
     spaces = {name: _space(recipe, name) for name in {attack.space for attack in attacks}}
@@ -213,21 +219,30 @@ def _repeatable() -> Iterator[None]:
 # Data and models
 
 
-def _validation(
-    trained: WeightsWithRecipe, limit: int | None, batch_size: int | None
+def validation_loader(
+    trained: WeightsWithRecipe, limit: int | None = None, batch_size: int | None = None
 ) -> tuple[DataLoader[tuple[Tensor, Tensor]], int]:
     """A loader of the validation images, or of evenly spaced ones, and their total number."""
     data = trained.recipe.data
-    val = _datasets(trained).val
+    val = load_datasets_of(trained).val
     total = len(val)  # type: ignore[arg-type]
-    if limit is not None and limit < total and not isinstance(val, IterableDataset):
-        val = Subset(val, [index * total // limit for index in range(limit)])
+    if limit is not None and not isinstance(val, IterableDataset):
+        val = evenly_spaced(val, limit)
     size = batch_size or data.eval_batch_size or data.batch_size
     loader = build_loader(val, size, train=False, workers=data.workers)
     return cast("DataLoader[tuple[Tensor, Tensor]]", loader), total
 
 
-def _datasets(trained: WeightsWithRecipe) -> Datasets:
+def evenly_spaced(images: Dataset[tuple[Tensor, int]], count: int) -> Dataset[tuple[Tensor, int]]:
+    """So many images of a data set with a length, evenly spaced; all of them if it has fewer."""
+    total = len(images)  # type: ignore[arg-type]
+    if count >= total:
+        return images
+    return Subset(images, [index * total // count for index in range(count)])
+
+
+def load_datasets_of(trained: WeightsWithRecipe) -> Datasets:
+    """Load the data sets of a recipe; an error names the options that give other data."""
     root = trained.recipe.data.root
     try:
         return recipe_datasets(trained.recipe)

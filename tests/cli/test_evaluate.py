@@ -275,9 +275,10 @@ def test_a_transfer_attack_follows_the_source(skilled, other):
 
 def test_a_limit_takes_evenly_spaced_images(run):
     subject = find_weights(run)
-    loader, total = robustness._validation(subject, 5, None)
-    assert (len(loader.dataset), total) == (5, 24)  # type: ignore[arg-type]
-    assert loader.dataset.indices == [0, 4, 9, 14, 19]  # type: ignore[attr-defined]
+    loader, total = robustness.validation_loader(subject, 5)
+    images: Any = loader.dataset
+    assert (len(images), total) == (5, 24)
+    assert images.indices == [0, 4, 9, 14, 19]
     assert {result.images for result in measured(run, Attack("fgsm", 0.1), limit=5)} == {5}
     assert {result.images for result in measured(run, limit=1000)} == {24}
 

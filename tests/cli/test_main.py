@@ -45,7 +45,7 @@ def test_the_version_is_the_packages(starfire):
     ("word", "message"),
     [
         ("trian", "there is no command 'trian'; did you mean train?"),
-        ("xyz", "there is no command 'xyz'; the commands are train, evaluate, export, report, "),
+        ("xyz", "there is no command 'xyz'; the commands are train, evaluate, export, quantize, "),
         ("--resume", "error: unrecognized arguments: --resume"),
     ],
 )
