@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from starfire_prune.sparse.build import BuildError
 from starfire_prune.sparse.lowering import Lowering
 from starfire_prune.sparse.module import CompiledModel, Segment
 from starfire_prune.sparse.ops import load_kernels
+from starfire_prune.sparse.quantized import Constant, constants_of
 from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.exporting import exported_program
@@ -123,7 +124,7 @@ class _SupportedOperators(OperatorSupportBase):
     """Reports to torch's partitioner what the kernels support, on batches of one size."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self._constants = _constants(graph)
+        self._constants = constants_of(graph)
         shapes = (shape_of(node) for node in graph.graph.find_nodes(op="placeholder"))
         self._batch = next((shape[0] for shape in shapes if len(shape) in (2, 4)), None)
 
@@ -136,24 +137,13 @@ class _SupportedOperators(OperatorSupportBase):
         )
 
 
-def _constants(graph: fx.GraphModule) -> dict[fx.Node, Tensor]:
-    """The tensors that a graph's nodes refer to."""
-    found = {}
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            value = operator.attrgetter(node.target)(graph)
-            if isinstance(value, Tensor):
-                found[node] = value
-    return found
-
-
 def _with_segments(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with all supported operations replaced by segments."""
     partitioner = CapabilityBasedPartitioner(
         graph, _SupportedOperators(graph), allows_single_node_partition=True
     )
     fused = partitioner.fuse_partitions(partitioner.propose_partitions())
-    constants = _constants(fused)
+    constants = constants_of(fused)
     for node in fused.graph.find_nodes(op="call_module"):
         partition = fused.get_submodule(str(node.target))
         if isinstance(partition, fx.GraphModule):
@@ -167,7 +157,7 @@ def _replace(
     graph: fx.GraphModule,
     node: fx.Node,
     partition: fx.GraphModule,
-    constants: dict[fx.Node, Tensor],
+    constants: Mapping[fx.Node, Constant],
 ) -> None:
     """Replace a partition of the graph by a segment."""
     names = partition.graph.find_nodes(op="placeholder")
@@ -180,7 +170,7 @@ def _replace(
 
 
 def _segment(
-    partition: fx.GraphModule, inputs: list[fx.Node], constants: dict[fx.Node, Tensor]
+    partition: fx.GraphModule, inputs: list[fx.Node], constants: Mapping[fx.Node, Constant]
 ) -> Segment:
     lowering = Lowering(constants)
     values = [lowering.add_input(node) for node in inputs]
@@ -189,7 +179,8 @@ def _segment(
             lowering.lower(node)
     results: Any = partition.graph.output_node().args[0]
     results = list(results) if isinstance(results, (list, tuple)) else [results]
-    program = schedule(lowering.ops, values, [lowering.values[node] for node in results])
+    ops = lowering.finished_ops(results)
+    program = schedule(ops, values, [lowering.values[node] for node in results])
     shapes = [tuple(node.meta["val"].shape) for node in results]
     output_shapes = [size for shape in shapes for size in (len(shape), *shape[1:])]
     constant_bytes = torch.from_numpy(program.constants.to_array())

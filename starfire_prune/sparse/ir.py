@@ -11,16 +11,75 @@ from numpy.typing import NDArray
 
 from starfire_prune.sparse.layout import Window
 
-__all__ = ["Convolution", "Copy", "Flatten", "Layer", "Linear", "Mean", "Op", "Pooling", "Value"]
+__all__ = [
+    "Convolution",
+    "Copy",
+    "Dequantize",
+    "Flatten",
+    "Layer",
+    "Linear",
+    "Mean",
+    "Op",
+    "Pooling",
+    "Quantization",
+    "Quantize",
+    "Value",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How bytes stand for real numbers: `(byte - zero_point) * scale`.
+
+    Attributes:
+        scale: The step, positive.
+        zero_point: The byte that stands for zero.
+        low: The smallest byte.
+        high: The largest byte.
+    """
+
+    scale: float
+    zero_point: int
+    low: int = 0
+    high: int = 255
+
+    @property
+    def fill(self) -> int:
+        """The bits of a lane of four zeros."""
+        return self.zero_point * 0x01010101
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """An intermediate result: `channels` of `height` x `width` for each image of the batch."""
+    """An intermediate result: `channels` of `height` x `width` for each image of the batch.
+
+    Attributes:
+        channels: Number of channels.
+        height: Height in pixels.
+        width: Width in pixels.
+        quantization: The quantization, of a value that is stored in bytes; None if it is in floats.
+    """
 
     channels: int
     height: int = 1
     width: int = 1
+    quantization: Quantization | None = None
+
+    @property
+    def bytes_as(self) -> Quantization:
+        """The quantization of a value that is stored in bytes.
+
+        Raises:
+            ValueError: If it is stored in floats.
+        """
+        if self.quantization is None:
+            raise ValueError(f"{self} is not quantized")
+        return self.quantization
+
+    @property
+    def stored_channels(self) -> int:
+        """Number of channels in memory: bytes of four neighbouring channels share a lane."""
+        return self.channels if self.quantization is None else -(-self.channels // 4)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -54,14 +113,25 @@ class Op:
 
 @dataclasses.dataclass(eq=False)
 class Layer(Op):
-    """A layer with a weight `(K, C / groups, R, S)` or `(K, C)` and a bias `(K,)`, in float64."""
+    """A layer with a weight `(K, C / groups, R, S)` or `(K, C)` and a bias `(K,)`, in float64.
+
+    Attributes:
+        weight: The weight, in float64 or in int8.
+        bias: The bias, in float64.
+        weight_scale: The scales of a weight in int8, `(K,)`, if the layer multiplies integers: its
+            source is quantized. Otherwise None.
+    """
 
     weight: NDArray[Any] = dataclasses.field(kw_only=True)
     bias: NDArray[Any] = dataclasses.field(kw_only=True)
+    weight_scale: NDArray[Any] | None = dataclasses.field(kw_only=True, default=None)
 
     def rescale(self, scale: NDArray[Any], shift: NDArray[Any]) -> None:
         """Multiply its output channels by `scale` and add `shift`, both `(K,)`."""
-        self.weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+        if self.weight_scale is None:
+            self.weight = self.weight * scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+        else:
+            self.weight_scale = self.weight_scale * scale
         self.bias = self.bias * scale + shift
 
 
@@ -82,6 +152,12 @@ class Convolution(Layer):
         """Whether it is a linear layer, on images of one pixel."""
         return self.is_pointwise and self.output.size == (1, 1) and self.residual is None
 
+    @property
+    def stores_bytes(self) -> bool:
+        """Whether it can store its result in bytes: it multiplies integers, and adds bytes only."""
+        floats_added = self.residual is not None and self.residual.quantization is None
+        return self.weight_scale is not None and not self.is_linear and not floats_added
+
 
 class Linear(Layer):
     """A linear layer."""
@@ -98,6 +174,14 @@ class Pooling(Op):
 
 class Mean(Op):
     """The mean of each channel."""
+
+
+class Quantize(Op):
+    """The bytes that stand for a value, in its output's quantization."""
+
+
+class Dequantize(Op):
+    """The floats that a quantized value stands for."""
 
 
 class Flatten(Op):

@@ -1,5 +1,7 @@
 """Memory layouts of intermediate results.
 
+Sizes are in lanes of 32 bits: floats, or the bytes of four channels of a quantized value (a quad).
+
 `TILES` are for 1x1 convolutions: the flattened image is cut into tiles of up to 112 pixels, and a
 tile has the pixels of all channels, so that it stays in the cache while all output channels use it.
 `PLANES` are for sliding windows: each channel is padded once and, where the window has a stride,
@@ -54,7 +56,7 @@ class Geometry:
         before: Padding above and to the left.
         row: Floats from row to row of a phase.
         plane: Floats from phase to phase.
-        fill: Value of the padding.
+        fill: Bits of the padding's lanes.
     """
 
     kind: int
@@ -65,7 +67,7 @@ class Geometry:
     before: tuple[int, int] = (0, 0)
     row: int = 0
     plane: int = 0
-    fill: float = 0.0
+    fill: int = 0
 
     @property
     def channel(self) -> int:
@@ -101,12 +103,18 @@ def tiles(height: int, width: int) -> Geometry:
     return Geometry(TILES, height, width, tile=LANES * -(-vectors // number))
 
 
-def padded(height: int, width: int, window: Window, fill: float = 0.0) -> Geometry:
+def padded(height: int, width: int, window: Window, fill: int = 0) -> Geometry:
     """Planes for a window: padded, with a phase for each step of its stride.
 
     The padding to the right of a row may serve as the padding to the left of the next one. A row
     has 4 or 8 floats, several of which fill a register, or a multiple of 16. Planes of longer rows
     have 16 additional floats, so that the same place in other channels is in other cache sets.
+
+    Args:
+        height: Height of the image.
+        width: Width of the image.
+        window: The window.
+        fill: Bits of the padding's lanes.
     """
     (above, left), (below, right) = window.before, window.after
     stride_h, stride_w = window.stride

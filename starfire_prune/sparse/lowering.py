@@ -1,10 +1,14 @@
-"""Lowers a graph to IR ops: folds batch norms, and fuses activations and additions."""
+"""Lowers a graph to IR ops: folds batch norms, and fuses activations, additions and quantization.
+
+A layer multiplies integers if its source and its weight are quantized; maximum pooling keeps a
+value quantized. Other operations read floats: a quantized value is dequantized for them.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +19,22 @@ from torch import fx
 from starfire_prune.sparse.ir import (
     Convolution,
     Copy,
+    Dequantize,
     Flatten,
     Layer,
     Linear,
     Mean,
     Op,
     Pooling,
+    Quantization,
+    Quantize,
     Value,
+)
+from starfire_prune.sparse.quantized import (
+    QuantizedWeight,
+    is_dequantize,
+    is_quantize,
+    quantization_of,
 )
 from starfire_prune.sparse.supported import (
     ALIASES,
@@ -53,6 +66,7 @@ class Lowering:
         self.values: dict[fx.Node, Value] = {}
         self._constants = constants
         self._producers: dict[Value, Op] = {}
+        self._dequantized: dict[Value, Value] = {}
 
     def add_input(self, node: fx.Node) -> Value:
         """Make a node an input."""
@@ -61,10 +75,33 @@ class Lowering:
 
     def lower(self, node: fx.Node) -> None:
         """Turn a node into an op, or fuse it into a previous one."""
-        self.values[node] = RULES[node.target](self, node)
+        if is_quantize(node):
+            self.values[node] = self._quantized(node)
+        elif is_dequantize(node):
+            self.values[node] = self._stored(node)
+        else:
+            self.values[node] = RULES[node.target](self, node)
 
-    def _new_value(self, shape: tuple[int, ...]) -> Value:
-        return Value(*shape[1:])
+    def finished_ops(self, outputs: Sequence[fx.Node]) -> list[Op]:
+        """All ops, in an order in which they can run.
+
+        Args:
+            outputs: Nodes whose values are needed in floats.
+        """
+        for node in outputs:
+            self.values[node] = self._floats(self.values[node])
+        for op in list(self.ops):
+            mixed = op.residual is not None and op.output.quantization is None
+            if mixed and op.residual.quantization is not None:  # type: ignore[union-attr]
+                index = self.ops.index(op)
+                rest, self.ops = self.ops[index:], self.ops[:index]
+                op.residual = self._floats(op.residual)  # type: ignore[arg-type]
+                self.ops += rest
+        return self.ops
+
+    def _new_value(self, shape: tuple[int, ...], quantization: Quantization | None = None) -> Value:
+        height, width = shape[2:] or (1, 1)
+        return Value(shape[1], height, width, quantization)
 
     def _add(self, op: Op) -> Value:
         self.ops.append(op)
@@ -75,34 +112,72 @@ class Lowering:
         """A parameter in float64."""
         if node is None:
             return None
-        values: NDArray[Any] = self._constants[node].detach().to(torch.float64).numpy()
+        value = self._constants[node]
+        if isinstance(value, QuantizedWeight):
+            return value.dequantized().numpy()
+        values: NDArray[Any] = value.detach().to(torch.float64).numpy()
         return values
 
-    def _source(self, node: fx.Node) -> Value:
+    def _stored(self, node: fx.Node) -> Value:
+        """The value of a node's source, as it is stored."""
         source: Any = node.args[0]
         return self.values[source]
 
+    def _source(self, node: fx.Node) -> Value:
+        """The value of a node's source, in floats."""
+        return self._floats(self._stored(node))
+
+    def _floats(self, value: Value) -> Value:
+        if value.quantization is None:
+            return value
+        if value not in self._dequantized:
+            floats = Value(value.channels, *value.size)
+            self._dequantized[value] = self._add(Dequantize(value, floats))
+        return self._dequantized[value]
+
     def _fusable(self, node: Any) -> Any:
         """The op that computes a node's value, if the value's only user can be fused into it."""
-        op = self._producers.get(self.values[node])
-        open_ended = isinstance(op, (Layer, Copy, Pooling)) and not op.is_clamped
-        return op if open_ended and _count_users(node) == 1 else None
+        op = self._producer_for_one(node)
+        if not isinstance(op, (Layer, Copy, Pooling)) or op.is_clamped:
+            return None
+        return op if op.output.quantization is None else None
+
+    def _producer_for_one(self, node: Any) -> Op | None:
+        """The op that computes a node's value, if it has one user."""
+        return self._producers.get(self.values[node]) if _count_users(node) == 1 else None
+
+    def _quantized(self, node: fx.Node) -> Value:
+        """A value in bytes: of the op that computes it where possible, or of one more op."""
+        quantization, source = quantization_of(node), self._stored(node)
+        if source.quantization == quantization:
+            return source
+        op = self._producer_for_one(node.args[0])
+        if isinstance(op, Convolution) and op.stores_bytes:
+            op.output.quantization = quantization
+            return op.output
+        floats = self._floats(source)
+        return self._add(Quantize(floats, Value(floats.channels, *floats.size, quantization)))
 
     def _layer(self, node: fx.Node) -> Value:
-        weight: Any = self._constant(node.args[1])
+        source, output = self._stored(node), self._new_value(shape_of(node))
+        constant: Any = self._constants[node.args[1]]  # type: ignore[index]
+        parts: dict[str, Any] = {}
+        if isinstance(constant, QuantizedWeight) and source.quantization is not None:
+            parts["weight"] = constant.values.numpy()
+            parts["weight_scale"] = constant.scales.to(torch.float64).numpy()
+        else:
+            source, parts["weight"] = self._floats(source), self._constant(node.args[1])
         bias = self._constant(argument_of(node, 2, "bias", None))
-        source, output = self._source(node), self._new_value(shape_of(node))
-        bias = np.zeros(len(weight)) if bias is None else bias
+        parts["bias"] = np.zeros(len(parts["weight"])) if bias is None else bias
         if node.target is aten.linear.default:
-            return self._add(Linear(source, output, weight=weight, bias=bias))
+            return self._add(Linear(source, output, **parts))
         window = convolution_window(node)
         groups = argument_of(node, 6, "groups", 1)
         if window.is_pointwise and window.stride != (1, 1):
-            thinned = Value(source.channels, output.height, output.width)
+            thinned = Value(source.channels, *output.size, source.quantization)
             source = self._add(Copy(source, thinned, stride=window.stride))
             window = window._replace(stride=(1, 1))
-        layer = Convolution(source, output, weight=weight, bias=bias, groups=groups, window=window)
-        return self._add(layer)
+        return self._add(Convolution(source, output, groups=groups, window=window, **parts))
 
     def _batch_norm(self, node: fx.Node) -> Value:
         weight, bias, mean, var = (self._constant(argument) for argument in node.args[1:5])
@@ -133,29 +208,31 @@ class Lowering:
             fusable = isinstance(op, Convolution) and op.residual is None
             if fusable and one is not other:
                 self.ops.remove(op)  # the added value may be computed after it
-                op.residual = self.values[added]  # type: ignore[index]
+                stored = self.values[added]  # type: ignore[index]
+                op.residual = stored if op.weight_scale is not None else self._floats(stored)
                 return self._add(op)
-        source = self._source(node)
+        source, residual = self._source(node), self._floats(self.values[other])  # type: ignore[index]
         output = Value(source.channels, *source.size)
-        return self._add(Copy(source, output, self.values[other]))  # type: ignore[index]
+        return self._add(Copy(source, output, residual))
 
     def _concatenation(self, node: fx.Node) -> Value:
         output, first = self._new_value(shape_of(node)), 0
         sources: Any = node.args[0]
         for each in sources:
-            source = self.values[each]
+            source = self._floats(self.values[each])
             self.ops.append(Copy(source, output, first=first))
             first += source.channels
         return output
 
     def _pooling(self, node: fx.Node) -> Value:
-        window, source = pooling_window(node), self._source(node)
+        window, source = pooling_window(node), self._stored(node)
         average = node.target is not aten.max_pool2d.default
+        source = self._floats(source) if average else source
         producer = self._producers.get(source)
         positive = average or (producer is not None and min(producer.low, producer.high) >= 0)
         fill = 0.0 if positive else -math.inf
         scale = 1 / math.prod(window.size) if average else None
-        output = self._new_value(shape_of(node))
+        output = self._new_value(shape_of(node), source.quantization)
         return self._add(Pooling(source, output, window=window, fill=fill, scale=scale))
 
     def _mean(self, node: fx.Node) -> Value:
@@ -165,13 +242,12 @@ class Lowering:
         return self._mean(node) if shape_of(node)[2:] == (1, 1) else self._pooling(node)
 
     def _flatten(self, node: fx.Node) -> Value:
-        source = self._source(node)
-        if source.size == (1, 1):
-            return source
-        return self._add(Flatten(source, self._new_value(shape_of(node))))
+        if self._stored(node).size == (1, 1):
+            return self._stored(node)
+        return self._add(Flatten(self._source(node), self._new_value(shape_of(node))))
 
     def _alias(self, node: fx.Node) -> Value:
-        return self._source(node)
+        return self._stored(node)
 
 
 def _count_users(node: fx.Node) -> int:

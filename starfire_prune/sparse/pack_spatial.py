@@ -16,7 +16,7 @@ from starfire_prune.sparse.program_format import LANES, RECTANGLE_RUN
 __all__ = ["SpatialWeights", "pack_spatial", "rectangles", "rows_per_register"]
 
 
-Floats = NDArray[np.float32]
+Weights = NDArray[Any]  # in lanes: float32, or the quads of int8 weights in int32
 MAX_RECTANGLE_ROWS, MAX_RECTANGLE_COLUMNS = 4, 3  # the largest rectangle that has a kernel
 L1_BYTES = 28 << 10  # size of an input-channel tile, which stays in the L1 cache
 L2_LINE_CYCLES = 2.0  # to load a cache line from the L2 cache
@@ -29,7 +29,7 @@ class SpatialWeights(NamedTuple):
     starts: NDArray[np.int32]
     runs: NDArray[Any]
     offsets: NDArray[np.int32]
-    weights: Floats
+    weights: Weights
     input_tiles: int
 
 
@@ -39,7 +39,7 @@ class _Rectangle(NamedTuple):
     Attributes:
         taps: Indices of the taps in the window, `(rows, columns)`.
         offset: Offset of the first tap's input, in floats.
-        row_stride: Floats from the input of a row to that of the next one.
+        row_stride: Weights from the input of a row to that of the next one.
     """
 
     taps: NDArray[np.int64]
@@ -65,7 +65,7 @@ class _Entries(NamedTuple):
     shape: tuple[int, ...]
     runs: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    weights: Floats
+    weights: Weights
 
 
 class _PlacedRectangle(NamedTuple):
@@ -86,7 +86,7 @@ class _Cover(NamedTuple):
 
 
 def pack_spatial(
-    weight: Floats, groups: int, geometry: Geometry, window: Window, rows: int
+    weight: Weights, groups: int, geometry: Geometry, window: Window, rows: int
 ) -> SpatialWeights:
     """Pack a weight `(K, C / groups, R, S)` for planes of that geometry.
 
@@ -96,7 +96,7 @@ def pack_spatial(
     all output channels of a work item, whose sums are spilled to memory between the tiles.
 
     Args:
-        weight: The weight, in float32.
+        weight: The weight in lanes: in float32, or the quads of int8 weights in int32.
         groups: Groups of the convolution.
         geometry: Layout of its input.
         window: Window of its taps.

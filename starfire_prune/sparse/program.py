@@ -76,7 +76,7 @@ class _Slot:
         return compatible and self.until < buffer.first
 
     def fields(self) -> list[int]:
-        return [self.image, self.slack, float_bits(self.geometry.fill)]
+        return [self.image, self.slack, self.geometry.fill]
 
 
 class Program:

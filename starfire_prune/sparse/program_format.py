@@ -22,6 +22,7 @@ __all__ = [
     "MAX_TILE",
     "OUTPUT",
     "PLANES",
+    "QUAD_TILE",
     "RECTANGLE_RUN",
     "REGISTER_TILE",
     "SUM",
@@ -52,6 +53,18 @@ class Opcode(enum.IntEnum):
     POOL = 4
     MEAN = 5
     LINEAR = 6
+    QUANTIZE = 7
+    DEQUANTIZE = 8
+    BYTE_COPY = 9
+    BYTE_POINTWISE = 10
+    BYTE_SPATIAL = 11
+    BYTE_POOL = 12
+    BYTE_LINEAR = 13
+
+    @property
+    def structure(self) -> str:
+        """The name of its structure in C++."""
+        return "".join(word.title() for word in self.name.split("_"))
 
 
 HEADER_FIELDS, SLOT_FIELDS, VIEW_FIELDS = 6, 3, 16
@@ -62,12 +75,26 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.POOL: 9,
     Opcode.MEAN: 2,
     Opcode.LINEAR: 9,
+    Opcode.QUANTIZE: 6,
+    Opcode.DEQUANTIZE: 4,
+    Opcode.BYTE_COPY: 4,
+    Opcode.BYTE_POINTWISE: 16,
+    Opcode.BYTE_SPATIAL: 20,
+    Opcode.BYTE_POOL: 5,
+    Opcode.BYTE_LINEAR: 10,
 }
 REGISTER_TILE: Final = np.dtype([("channel", "<i4", 4), ("count", "<i8"), ("start", "<i8")])
 RECTANGLE_RUN: Final = np.dtype(
     [("rows", "<i4"), ("columns", "<i4"), ("count", "<i8"), ("offsets", "<i8"), ("weights", "<i8")]
 )
-_STRUCTURES: Final = {"RegisterTile": REGISTER_TILE, "RectangleRun": RECTANGLE_RUN}
+QUAD_TILE: Final = np.dtype(
+    [("indices", "<i8"), ("weights", "<i8"), ("counts", "<i4", 4), ("shared", "<i8")]
+)
+_STRUCTURES: Final = {
+    "RegisterTile": REGISTER_TILE,
+    "RectangleRun": RECTANGLE_RUN,
+    "QuadTile": QUAD_TILE,
+}
 # By the C++ expression that must have this value
 FORMAT: Final[dict[str, int]] = {
     "MAGIC": MAGIC,
@@ -87,7 +114,7 @@ FORMAT: Final[dict[str, int]] = {
     "sizeof(Header)": 8 * HEADER_FIELDS,
     "sizeof(Slot)": 8 * SLOT_FIELDS,
     "sizeof(View)": 8 * VIEW_FIELDS,
-    **{f"sizeof({code.name.title()})": 8 * size for code, size in OPERATION_FIELDS.items()},
+    **{f"sizeof({code.structure})": 8 * size for code, size in OPERATION_FIELDS.items()},
     **{f"sizeof({name})": dtype.itemsize for name, dtype in _STRUCTURES.items()},
     **{
         f"offsetof({name}, {field})": dtype.fields[field][1]  # type: ignore[index]

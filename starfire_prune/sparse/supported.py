@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from starfire_prune.sparse.layout import Window
+from starfire_prune.sparse.quantized import Constant, is_dequantize, is_quantize
 
 __all__ = [
     "argument_of",
@@ -39,7 +40,7 @@ BOUNDS: dict[Any, tuple[float, float]] = {  # defaults of activations
 MAX_STRIDE = 4
 MAX_IMAGE_FLOATS = 2**29  # floats of padded images are counted in 32 bits
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-Constants = Mapping[fx.Node, Tensor]
+Constants = Mapping[fx.Node, Constant]
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
@@ -115,13 +116,13 @@ def pooling_window(node: fx.Node) -> Window:
 # ---------------------------------------------------------------------------------------------
 
 
-def _is_image(node: Any) -> bool:
-    """Whether it is a batch of images or vectors, in float32 on the CPU."""
+def _is_image(node: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether it is a batch of images or vectors of a dtype on the CPU."""
     shape = shape_of(node)
     if len(shape) not in (2, 4) or 0 in shape:
         return False
     value: Tensor = node.meta["val"]
-    return value.dtype == torch.float32 and value.device.type == "cpu"
+    return value.dtype == dtype and value.device.type == "cpu"
 
 
 def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
@@ -225,6 +226,10 @@ def is_supported(node: fx.Node, constants: Constants) -> bool:
         node: A node of an exported graph.
         constants: The tensors of the nodes that are constant.
     """
+    if is_quantize(node):
+        return _is_image(node, torch.uint8) and _is_image(node.args[0])
+    if is_dequantize(node):
+        return _is_image(node) and _is_image(node.args[0], torch.uint8)
     rule = RULES.get(node.target)
     if node.op != "call_function" or rule is None:
         return False

@@ -35,8 +35,12 @@ struct Context {
 using RunItems = void (*)(const Context& context, int64_t opcode, const void* operation,
                           int64_t begin, int64_t end);
 
-// The kernels for an instruction set of 512, 256 or 128 bits, or for the widest one of this machine
-// where `isa` is 0 or wider.
-RunItems kernels_for(int64_t isa);
+// Instruction sets, the wider ones last. AVX512 has dot products of bytes (VNNI) where the kernels for
+// bytes are concerned; AVX_VNNI is AVX2 with them.
+enum Isa : int64_t { WIDEST = 0, PORTABLE = 128, AVX2 = 256, AVX_VNNI = 257, AVX512 = 512 };
+
+// The kernels of an instruction set, or of the widest one below it that this machine has.
+RunItems float_kernels(int64_t isa);
+RunItems byte_kernels(int64_t isa);
 
 }  // namespace starfire

@@ -29,16 +29,6 @@ static void run_copy(const Context& c, const Copy& o, int64_t begin, int64_t end
   c.release(copy);
 }
 
-// Segments for the pixels [pixel, pixel + count) of a flattened image.
-INLINE void pixel_segments(Segments& segments, const View& view, int64_t pixel, int64_t count) {
-  for (int64_t done = 0; done < count;) {
-    int64_t h = (pixel + done) / view.width, w = (pixel + done) % view.width;
-    int64_t length = view.kind == TILES ? count - done : minimum(count - done, view.width - w);
-    row_segments(segments, view, h, w, length, done, 1);
-    done += length;
-  }
-}
-
 // Computes an output-channel tile for one pixel tile. The results are sums, or finished outputs in
 // their place where the output has the same pixel tiles.
 static void pointwise_tile(const Context& c, const Pointwise& o, const PointwiseArguments& common,
@@ -102,72 +92,23 @@ static void run_pointwise(const Context& c, const Pointwise& o, int64_t begin, i
   }
 }
 
-constexpr int64_t SUMS = (MAX_ROWS + 4) * LANES;  // of one output channel of a spatial convolution
-
-// Adds the contribution of an input-channel tile to an output channel's sums.
-INLINE void spatial_channel(const Context& c, const Spatial& o, const float* from, int64_t rows,
-                            int64_t input_tile, int64_t channel, float* sums) {
-  const int32_t* starts = c.constants<int32_t>(o.starts_at) + input_tile * o.channels + channel;
-  const RectangleRun* runs = c.constants<RectangleRun>(o.runs_at);
-  if (input_tile == 0) {
-    Vector bias = splat(c.constants<float>(o.bias_at)[channel]);
-    for (int64_t i = 0; i < SUMS; i += LANES) store(sums + i, bias);
-  }
-  for (int64_t r = 0; r < rows;) {
-    int64_t size = kernel_rows(rows - r);
-    for (int32_t i = starts[0]; i < starts[1]; ++i)
-      spatial_kernel(size, runs[i], o.row_stride == LANES)(
-          from + r * o.row_stride, o.row_stride,
-          c.constants<int32_t>(o.offsets_at) + runs[i].offsets,
-          c.constants<float>(o.weights_at) + runs[i].weights, runs[i].count, sums + r * LANES);
-    r += size;
-  }
-}
-
 static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64_t end) {
-  const View &source = c.views[o.source], &destination = c.views[o.destination];
-  int64_t all_rows = ceil_div(destination.height, o.image_rows);
-  int64_t row_tiles = ceil_div(all_rows, o.rows);
-  int64_t column_tiles = o.image_rows > 1 ? 1 : ceil_div(destination.width, LANES);
-  int64_t output_tiles = ceil_div(o.channels, o.output_tile_size);
   alignas(64) float sums[MAX_SPILLED * SUMS + 48];
   Epilogue e = epilogue(o);
-  Segments segments;
-  for (int64_t item = begin, last = -1; item < end; ++item) {
-    int64_t output_tile = item % output_tiles, place = item / output_tiles;
-    int64_t column_tile = place % column_tiles, row_tile = place / column_tiles % row_tiles;
-    int64_t image = place / column_tiles / row_tiles;
-    int64_t first = row_tile * o.rows, rows = minimum(o.rows, all_rows - first);
-    if (place != last) {
-      segments.count = 0;
-      int64_t w = column_tile * LANES, length = minimum(LANES, destination.width - w);
-      int64_t end_row = minimum(destination.height, (first + rows) * o.image_rows);
-      for (int64_t h = first * o.image_rows; h < end_row; ++h) {
-        int64_t at = (h / o.image_rows - first) * LANES + h % o.image_rows * source.row;
-        row_segments(segments, destination, h, w, length, at, 1);
-      }
-      last = place;
-    }
-    const float* from = channel_of(source, c.image(o.source, image), 0) + first * o.row_stride +
-                        column_tile * LANES;
-    int64_t start = output_tile * o.output_tile_size;
-    int64_t stop = minimum(start + o.output_tile_size, o.channels);
+  SpatialItem item(c, o);
+  for (int64_t i = begin; i < end; ++i) {
+    item.move_to(i);
     for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
-      for (int64_t k = start; k < stop; ++k) {
-        float* channel_sums = sums + (o.input_tiles > 1 ? (k - start) * SUMS : 0);
-        spatial_channel(c, o, from, rows, input_tile, k, channel_sums);
+      for (int64_t k = item.start; k < item.stop; ++k) {
+        float* channel_sums = sums + (o.input_tiles > 1 ? (k - item.start) * SUMS : 0);
+        if (input_tile == 0) fill_sums(channel_sums, c.constants<float>(o.bias_at)[k]);
+        spatial_channel<Floats>(c, o, item, input_tile, k, channel_sums);
         if (input_tile < o.input_tiles - 1) continue;
-        if (o.residual >= 0)
-          e.residual = channel_of(c.views[o.residual], c.image(o.residual, image), k);
-        float* to = channel_of(destination, c.image(o.destination, image), k);
-        store_segments(segments, channel_sums, to, e);
+        if (o.residual >= 0) e.residual = item.channel(o.residual, k);
+        store_segments(item.segments, channel_sums, item.channel(o.destination, k), e);
       }
     }
   }
-}
-
-INLINE Vector load_window(const float* from, int64_t step) {
-  return step == 2 ? load_even(from) : load(from);
 }
 
 static void run_pool(const Context& c, const Pool& o, int64_t begin, int64_t end) {
@@ -291,11 +232,6 @@ INLINE WeightRow weight_row(const Context& c, const Linear& o, int64_t channel, 
   const int32_t* starts = c.constants<int32_t>(o.starts_at);
   return {c.constants<int32_t>(o.indices_at) + starts[channel], weights + starts[channel],
           starts[channel + 1] - starts[channel]};
-}
-
-INLINE float clamped(float value, const Epilogue& e) {
-  value = value < e.low[0] ? e.low[0] : value;
-  return value > e.high[0] ? e.high[0] : value;
 }
 
 static void linear_images(const Context& c, const Linear& o, int64_t begin, int64_t end) {

@@ -48,7 +48,21 @@ struct View {
   int64_t image;                       // floats from image to image
 };
 
-enum Opcode : int64_t { COPY = 1, POINTWISE, SPATIAL, POOL, MEAN, LINEAR };
+enum Opcode : int64_t {
+  COPY = 1,
+  POINTWISE,
+  SPATIAL,
+  POOL,
+  MEAN,
+  LINEAR,
+  QUANTIZE,
+  DEQUANTIZE,
+  BYTE_COPY,
+  BYTE_POINTWISE,
+  BYTE_SPATIAL,
+  BYTE_POOL,
+  BYTE_LINEAR
+};
 
 // destination = clamp(source[stride_h * h, stride_w * w] * scale[c] + shift[c] + residual)
 struct Copy {
@@ -102,6 +116,66 @@ struct Mean {
 // A linear layer: a dense matrix, or rows of (index, weight) where `starts_at` is not negative.
 struct Linear {
   int64_t source, destination, bias_at, starts_at, indices_at, weights_at, channels, low, high;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Operations on quantized values
+// ---------------------------------------------------------------------------------------------
+//
+// A channel of a quantized view is a quad: each of its lanes has the unsigned bytes of four
+// neighbouring channels of a pixel, the first one in the lowest bits.
+
+// bytes = clamp(round(source * inverse_scale) + zero_point), ties to even; the floats' bits
+struct Quantize {
+  int64_t source, destination, inverse_scale, zero_point, low, high;
+};
+
+// destination = (bytes - zero_point) * scale
+struct Dequantize {
+  int64_t source, destination, scale, zero_point;
+};
+
+// destination = source[stride_h * h, stride_w * w]
+struct ByteCopy {
+  int64_t source, destination, stride_h, stride_w;
+};
+
+// The results of an int32 sum for output channel k:
+//   value = clamp(sum * scale[k] + shift[k] + residual * residual_scale)
+// each product and sum in a fused multiply-add. It is rounded to a byte, ties to even, if `to_bytes`
+// is not 0. The residual is quantized if the output is. `narrow`: no sum of two products exceeds the
+// range of int16, so that AVX2 may add products in pairs.
+
+// A 1x1 convolution. For each pair of an output-channel tile and an input-channel tile there are
+// output_tile_size / 4 quad tiles. `channels`: output channels.
+struct BytePointwise {
+  int64_t source, destination, residual, shift_at, tiles_at, indices_at, weights_at;
+  int64_t channels, output_tile_size, input_tile_size, low, high;
+  int64_t scale_at, residual_scale, to_bytes, narrow;
+};
+
+// Four output channels of a quad, and the input quads they read: each has a list of its own, one
+// after the other, or (`shared`) all have one, with four weights for each entry.
+struct QuadTile {
+  int64_t indices, weights;  // positions of the first ones in the layer's arrays
+  int32_t counts[4];         // entries of each list; if shared, of the first one only
+  int64_t shared;
+};
+
+// A convolution on planes, as Spatial: its `bias_at` is that of the shift.
+struct ByteSpatial {
+  Spatial convolution;
+  int64_t scale_at, residual_scale, to_bytes, narrow;
+};
+
+// The maximum over `count` taps at these offsets, as Pool.
+struct BytePool {
+  int64_t source, destination, offsets_at, count, step;
+};
+
+// A linear layer with a dense matrix, whose rows have a multiple of 64 bytes; its output is float.
+struct ByteLinear {
+  int64_t source, destination, shift_at, scale_at, weights_at, channels, row, low, high, narrow;
 };
 
 }  // namespace starfire

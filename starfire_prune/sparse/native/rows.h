@@ -1,5 +1,5 @@
 // Reading and writing image rows in any layout, and the epilogue that finishes an output row.
-// Compiled once for each instruction set like kernels.h.
+// Compiled once for each instruction set.
 
 namespace STARFIRE_ISA {
 
@@ -62,6 +62,16 @@ INLINE void row_segments(Segments& segments, const View& view, int64_t h, int64_
   }
 }
 
+// Segments for the pixels [pixel, pixel + count) of a flattened image.
+INLINE void pixel_segments(Segments& segments, const View& view, int64_t pixel, int64_t count) {
+  for (int64_t done = 0; done < count;) {
+    int64_t h = (pixel + done) / view.width, w = (pixel + done) % view.width;
+    int64_t length = view.kind == TILES ? count - done : minimum(count - done, view.width - w);
+    row_segments(segments, view, h, w, length, done, 1);
+    done += length;
+  }
+}
+
 struct Epilogue {
   const float* scale;  // of this channel, or null
   const float* shift;
@@ -76,6 +86,18 @@ INLINE Vector load_steps(const float* from, int64_t step, int64_t count) {
   float values[LANES] = {};
   for (int64_t j = 0; j < minimum(LANES, count); ++j) values[j] = from[j * step];
   return load(values);
+}
+
+INLINE Vector load_any_steps(const float* from, int64_t step, int64_t count) {
+  if (step == 1) return load(from);
+  return step == 2 ? load_even(from) : load_steps<0>(from, step, count);
+}
+
+INLINE void store_lanes(float* to, const Vector& value, int64_t left) {
+  if (left >= LANES)
+    store(to, value);
+  else
+    store_first(to, value, left);
 }
 
 // Applies the epilogue and stores a segment. Reads up to 32 floats past the end of the source.
@@ -97,11 +119,21 @@ INLINE void store_segment(const Segment& s, const float* source, float* destinat
       residual += LANES;
     }
     value = clamp(value, e.low, e.high);
-    if (left >= LANES)
-      store(to, value);
-    else
-      store_first(to, value, left);
+    store_lanes(to, value, left);
     from += LANES * s.step, to += LANES;
+  }
+}
+
+// Copies lanes as they are, whatever their bits are.
+INLINE void copy_segments(const Segments& segments, const float* source, float* destination) {
+  for (int i = 0; i < segments.count; ++i) {
+    const Segment s = segments.segment[i];
+    const float* from = source + s.from;
+    float* to = destination + s.to;
+    for (int64_t left = s.count; left > 0; left -= LANES) {
+      store_lanes(to, load_any_steps(from, s.step, left), left);
+      from += LANES * s.step, to += LANES;
+    }
   }
 }
 
@@ -129,6 +161,15 @@ INLINE float as_float(int64_t bits) {
 template <class Operation>
 INLINE Epilogue epilogue(const Operation& o) {
   return {nullptr, nullptr, nullptr, broadcast(as_float(o.low)), broadcast(as_float(o.high))};
+}
+
+INLINE float clamped(float value, const Epilogue& e) {
+  value = value < e.low[0] ? e.low[0] : value;
+  return value > e.high[0] ? e.high[0] : value;
+}
+
+INLINE Vector load_window(const float* from, int64_t step) {
+  return step == 2 ? load_even(from) : load(from);
 }
 
 // All columns of an image row, contiguous; up to 32 floats past the end may be read. `copy` is used

@@ -28,13 +28,23 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
   switch (opcode) {
     case COPY:
     case POOL:
+    case QUANTIZE:
+    case DEQUANTIZE:
+    case BYTE_COPY:
+    case BYTE_POOL:
       return c.batch * destination.channels * destination.height;
     case POINTWISE: {
       auto o = static_cast<const Pointwise*>(operation);
       return c.batch * ceil_div(source.height * source.width, source.tile) *
              ceil_div(o->channels, o->output_tile_size);
     }
-    case SPATIAL: {
+    case BYTE_POINTWISE: {
+      auto o = static_cast<const BytePointwise*>(operation);
+      return c.batch * ceil_div(source.height * source.width, source.tile) *
+             ceil_div(o->channels, o->output_tile_size);
+    }
+    case SPATIAL:
+    case BYTE_SPATIAL: {  // which begins with a Spatial
       auto o = static_cast<const Spatial*>(operation);
       int64_t row_tiles = ceil_div(ceil_div(destination.height, o->image_rows), o->rows);
       int64_t column_tiles = o->image_rows > 1 ? 1 : ceil_div(destination.width, LANES);
@@ -42,6 +52,8 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
     }
     case MEAN:
       return c.batch * source.channels;
+    case BYTE_LINEAR:
+      return static_cast<const ByteLinear*>(operation)->channels;
     default:
       return static_cast<const Linear*>(operation)->channels;
   }
@@ -55,6 +67,13 @@ int64_t count_fields(int64_t opcode) {
     case POOL: return sizeof(Pool) / sizeof(int64_t);
     case MEAN: return sizeof(Mean) / sizeof(int64_t);
     case LINEAR: return sizeof(Linear) / sizeof(int64_t);
+    case QUANTIZE: return sizeof(Quantize) / sizeof(int64_t);
+    case DEQUANTIZE: return sizeof(Dequantize) / sizeof(int64_t);
+    case BYTE_COPY: return sizeof(ByteCopy) / sizeof(int64_t);
+    case BYTE_POINTWISE: return sizeof(BytePointwise) / sizeof(int64_t);
+    case BYTE_SPATIAL: return sizeof(ByteSpatial) / sizeof(int64_t);
+    case BYTE_POOL: return sizeof(BytePool) / sizeof(int64_t);
+    case BYTE_LINEAR: return sizeof(ByteLinear) / sizeof(int64_t);
     default: return -1;
   }
 }
@@ -121,7 +140,7 @@ struct Program {
   }
 
   void run(at::TensorList inputs, at::TensorList outputs, const at::Tensor& constants,
-           int64_t batch, float* workspace, RunItems run_items) const {
+           int64_t batch, float* workspace, int64_t isa) const {
     std::vector<float*> slot_bases, bases;
     for (int64_t i = 0; i < header->slots; ++i) {
       slot_bases.push_back(workspace);
@@ -140,6 +159,7 @@ struct Program {
     for (int64_t i = 0; i < header->operations; ++i) {
       int64_t opcode = *at;
       const int64_t* fields = at + 1;
+      RunItems run_items = opcode < QUANTIZE ? float_kernels(isa) : byte_kernels(isa);
       at::parallel_for(0, count_items(context, opcode, fields), 1, [&](int64_t begin, int64_t end) {
         run_items(context, opcode, fields, begin, end);
       });
@@ -154,7 +174,7 @@ at::Tensor new_workspace(const at::Tensor& program_tensor, int64_t batch) {
   at::Tensor workspace = at::empty({program.workspace_floats(batch)}, at::kFloat);
   auto floats = workspace.mutable_data_ptr<float>();
   for (int64_t i = 0; i < program.header->slots; ++i) {
-    float value;
+    float value;  // its bits may be anything
     std::memcpy(&value, &program.slots[i].fill, sizeof value);
     for (int64_t end = program.slot_floats(i, batch); end > 0; --end) *floats++ = value;
   }
@@ -208,8 +228,7 @@ std::vector<at::Tensor> sparse_inference(at::TensorList inputs, const at::Tensor
   at::Tensor workspace = given_workspace ? *given_workspace : new_workspace(program_tensor, batch);
   TORCH_CHECK_VALUE(workspace.numel() >= program.workspace_floats(batch), "workspace (= ",
                     workspace.numel(), " floats) is too small for ", batch, " images");
-  program.run(sources, outputs, constants, batch, workspace.mutable_data_ptr<float>(),
-              kernels_for(isa));
+  program.run(sources, outputs, constants, batch, workspace.mutable_data_ptr<float>(), isa);
   return outputs;
 }
 
@@ -221,9 +240,16 @@ c10::Dict<std::string, int64_t> program_format() {
       ENTRY(MAGIC), ENTRY(LANES), ENTRY(MAX_TILE), ENTRY(MAX_OUTPUT_TILE), ENTRY(MAX_ROWS),
       ENTRY(MAX_SPILLED), ENTRY(PLANES), ENTRY(TILES), ENTRY(WORKSPACE), ENTRY(INPUT),
       ENTRY(OUTPUT), ENTRY(COPY), ENTRY(POINTWISE), ENTRY(SPATIAL), ENTRY(POOL), ENTRY(MEAN),
-      ENTRY(LINEAR), ENTRY(MAXIMUM), ENTRY(SUM), ENTRY(sizeof(Header)), ENTRY(sizeof(Slot)),
+      ENTRY(LINEAR), ENTRY(QUANTIZE), ENTRY(DEQUANTIZE), ENTRY(BYTE_COPY),
+      ENTRY(BYTE_POINTWISE), ENTRY(BYTE_SPATIAL), ENTRY(BYTE_POOL), ENTRY(BYTE_LINEAR),
+      ENTRY(MAXIMUM), ENTRY(SUM), ENTRY(sizeof(Header)), ENTRY(sizeof(Slot)),
       ENTRY(sizeof(View)), ENTRY(sizeof(Copy)), ENTRY(sizeof(Pointwise)), ENTRY(sizeof(Spatial)),
       ENTRY(sizeof(Pool)), ENTRY(sizeof(Mean)), ENTRY(sizeof(Linear)),
+      ENTRY(sizeof(Quantize)), ENTRY(sizeof(Dequantize)), ENTRY(sizeof(ByteCopy)),
+      ENTRY(sizeof(BytePointwise)), ENTRY(sizeof(ByteSpatial)), ENTRY(sizeof(BytePool)),
+      ENTRY(sizeof(ByteLinear)), ENTRY(sizeof(QuadTile)), ENTRY(offsetof(QuadTile, indices)),
+      ENTRY(offsetof(QuadTile, weights)), ENTRY(offsetof(QuadTile, counts)),
+      ENTRY(offsetof(QuadTile, shared)),
       ENTRY(sizeof(RegisterTile)), ENTRY(offsetof(RegisterTile, channel)),
       ENTRY(offsetof(RegisterTile, count)), ENTRY(offsetof(RegisterTile, start)),
       ENTRY(sizeof(RectangleRun)), ENTRY(offsetof(RectangleRun, rows)),

@@ -1,0 +1,182 @@
+"""Emits the operations of a program on quantized values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starfire_prune.sparse.ir import (
+    Convolution,
+    Copy,
+    Dequantize,
+    Layer,
+    Linear,
+    Op,
+    Pooling,
+    Quantization,
+    Quantize,
+)
+from starfire_prune.sparse.layout import offset_of, plain
+from starfire_prune.sparse.pack_quads import is_narrow, pack_byte_rows, pack_quads, quads_of
+from starfire_prune.sparse.pack_spatial import pack_spatial
+from starfire_prune.sparse.program_format import Opcode
+from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
+from starfire_prune.sparse.stored_values import StoredValues, geometry_of
+
+__all__ = ["EMITTERS", "Requantization", "requantization"]
+
+
+Doubles = NDArray[np.float64]
+
+
+class Requantization(NamedTuple):
+    """How the int32 sums of a layer become results, see native/program.h.
+
+    Attributes:
+        scale: Factor of each output channel's sum, `(K,)`.
+        shift: Summand of each output channel, `(K,)`.
+        residual_scale: Factor of the added value.
+        low: Lower bound of results.
+        high: Upper bound of results.
+        to_bytes: Whether results are rounded to bytes.
+    """
+
+    scale: Doubles
+    shift: Doubles
+    residual_scale: float
+    low: float
+    high: float
+    to_bytes: bool
+
+
+def requantization(op: Layer) -> Requantization:
+    """How the sums of products of integers of a layer become its results.
+
+    A sum has the products of bytes and weights. The bytes' zero point, with which images are padded
+    too, adds the same to all sums of an output channel, which the shift removes.
+    """
+    source, output = op.source.bytes_as, op.output.quantization
+    weight_sums = op.weight.reshape(len(op.weight), -1).sum(1, dtype=np.int64)
+    scale: Doubles = source.scale * np.asarray(op.weight_scale, np.float64)
+    shift: Doubles = op.bias - scale * source.zero_point * weight_sums
+    if output is None:
+        return Requantization(scale, shift, 1.0, op.low, op.high, False)
+    residual_scale = 0.0
+    shift = shift / output.scale + output.zero_point
+    if op.residual is not None:
+        added = op.residual.bytes_as
+        residual_scale = added.scale / output.scale
+        shift = shift - added.zero_point * residual_scale
+    low, high = (_byte_of(bound, output) for bound in (op.low, op.high))
+    return Requantization(scale / output.scale, shift, residual_scale, low, high, True)
+
+
+def _byte_of(bound: float, quantization: Quantization) -> float:
+    """The byte that stands for a bound."""
+    if math.isinf(bound):
+        return float(quantization.high if bound > 0 else quantization.low)
+    byte = round(bound / quantization.scale) + quantization.zero_point
+    return float(min(max(byte, quantization.low), quantization.high))
+
+
+def _emit_quantize(values: StoredValues, op: Quantize) -> None:
+    source, output, _ = values.views(op, None)
+    quantization = op.output.bytes_as
+    bounds = (quantization.zero_point, quantization.low, quantization.high)
+    fields = (source, output, 1.0 / quantization.scale, *map(float, bounds))
+    values.program.add(Opcode.QUANTIZE, *fields)
+
+
+def _emit_dequantize(values: StoredValues, op: Dequantize) -> None:
+    source, output, _ = values.views(op, None)
+    quantization = op.source.bytes_as
+    scale, zero_point = quantization.scale, float(quantization.zero_point)
+    values.program.add(Opcode.DEQUANTIZE, source, output, scale, zero_point)
+
+
+def _emit_copy(values: StoredValues, op: Copy) -> None:
+    source, output, _ = values.views(op, None)
+    values.program.add(Opcode.BYTE_COPY, source, output, *op.stride)
+
+
+def _emit_pooling(values: StoredValues, op: Pooling) -> None:
+    geometry = geometry_of(op)
+    source, output, _ = values.views(op, geometry)
+    taps = np.ndindex(op.window.size)
+    offsets = [offset_of(geometry, tap, op.window.dilation) for tap in taps]
+    offsets_at = values.constant(offsets, np.int32)
+    columns = op.window.stride[1] // geometry.phases[1]
+    values.program.add(Opcode.BYTE_POOL, source, output, offsets_at, len(offsets), columns)
+
+
+def _emit_convolution(values: StoredValues, op: Convolution) -> None:
+    if op.is_linear:
+        _emit_linear(values, op)
+    elif op.is_pointwise:
+        _emit_pointwise(values, op)
+    else:
+        _emit_spatial(values, op)
+
+
+def _is_narrow(op: Layer, groups: int = 1) -> bool:
+    return is_narrow(op.weight, groups, op.source.bytes_as.high)
+
+
+def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
+    geometry = geometry_of(op)
+    views = values.views(op, geometry)
+    packed = pack_quads(quads_of(op.weight[:, :, 0, 0], 1), geometry.tile)
+    result = requantization(op)
+    padding = (0, -len(op.bias) % packed.output_tile_size)
+    values.program.add(
+        Opcode.BYTE_POINTWISE,
+        *views,
+        values.constant(np.pad(result.shift, padding)),
+        values.constant(packed.tiles, packed.tiles.dtype),
+        values.constant(packed.indices, np.uint16),
+        values.constant(packed.weights, np.int32),
+        *(len(op.bias), packed.output_tile_size, packed.input_tile_size),
+        *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
+        *(result.residual_scale, result.to_bytes, _is_narrow(op)),
+    )
+
+
+def _emit_spatial(values: StoredValues, op: Convolution) -> None:
+    geometry = geometry_of(op)
+    views = values.views(op, geometry)
+    tiling = spatial_tiling(op, geometry)
+    result = requantization(op)
+    packed = pack_spatial(quads_of(op.weight, op.groups), 1, geometry, op.window, tiling.rows)
+    values.program.add(
+        Opcode.BYTE_SPATIAL,
+        *views,
+        values.constant(result.shift),
+        *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
+        *(result.low, result.high, values.constant(result.scale)),
+        *(result.residual_scale, result.to_bytes, _is_narrow(op, op.groups)),
+    )
+
+
+def _emit_linear(values: StoredValues, op: Layer) -> None:
+    source, output, _ = values.views(op, plain(1, 1))
+    rows = pack_byte_rows(op.weight.reshape(len(op.weight), -1))
+    result = requantization(op)
+    values.program.add(
+        *(Opcode.BYTE_LINEAR, source, output, values.constant(result.shift)),
+        *(values.constant(result.scale), values.constant(rows, np.int8)),
+        *(*rows.shape, result.low, result.high, _is_narrow(op)),
+    )
+
+
+EMITTERS: Mapping[type[Op], Callable[[StoredValues, Any], None]] = {
+    Convolution: _emit_convolution,
+    Copy: _emit_copy,
+    Dequantize: _emit_dequantize,
+    Linear: _emit_linear,
+    Pooling: _emit_pooling,
+    Quantize: _emit_quantize,
+}

@@ -1,0 +1,9 @@
+// All code for operations on quantized values of one instruction set.
+
+#include "vectors.h"
+#include "math_bytes.h"
+#include "byte_kernels.h"
+#include "spatial.h"
+#include "rows.h"
+#include "spatial_items.h"
+#include "byte_operations.h"

@@ -1,0 +1,230 @@
+// The innermost loops of 1x1 convolutions of bytes, and the step from sums to results. Compiled once
+// for each instruction set.
+
+namespace STARFIRE_ISA {
+
+// What turns the sums of all output channels into results.
+struct Requantization {
+  const float *scale, *shift;  // of each output channel
+  Register residual_scale, low, high;
+  bool to_bytes;
+};
+
+// The results of an output channel, for sums and a residual (null if there is none) in lanes.
+INLINE Vector result_of(const Requantization& r, const Vector& sum, int64_t channel,
+                        const float* residual) {
+  Vector value = fused(floats_of_ints(sum), broadcast(r.scale[channel]), splat(r.shift[channel]));
+  if (residual) {
+    Vector added = load(residual);
+    value = fused(r.to_bytes ? byte_of(added, channel % 4) : added, r.residual_scale, value);
+  }
+  return clamp(value, r.low, r.high);
+}
+
+// An output-channel tile and an input-channel tile, on one pixel tile.
+struct BytePointwiseArguments {
+  const char* source;       // first quad of the input-channel tile
+  const uint16_t* indices;  // the layer's, in multiples of 64 bytes
+  const float* weights;     // the layer's: four bytes each
+  const QuadTile* tiles;
+  int64_t count;            // number of quad tiles
+  int64_t size;             // lanes from channel to channel, in sums, targets and residuals
+  bool is_first;            // whether sums start at zero
+  float* sums;
+  float* target;            // destination of finished outputs; null to store sums
+  const float* residual;    // may be null
+  int64_t channels;         // output channels of the tile that exist
+  Requantization requantization;
+};
+using BytePointwiseKernel = void (*)(const BytePointwiseArguments&);
+
+#if ISA == 512
+constexpr int MAX_BYTE_VECTORS = 7, MAX_SHARED_VECTORS = 4;
+#elif ISA == 256
+constexpr int MAX_BYTE_VECTORS = 3, MAX_SHARED_VECTORS = 1;
+#else
+constexpr int MAX_BYTE_VECTORS = 1, MAX_SHARED_VECTORS = 1;
+#endif
+
+INLINE const float* quad_at(const BytePointwiseArguments& a, uint16_t index) {
+  return reinterpret_cast<const float*>(a.source + (static_cast<int64_t>(index) << 6));
+}
+
+template <int VECTORS>
+INLINE void start_sums(const BytePointwiseArguments& a, int64_t channel, Vector (&sums)[VECTORS]) {
+  UNROLL for (int v = 0; v < VECTORS; ++v)
+    sums[v] = a.is_first ? splat(0.0f) : load(a.sums + channel * a.size + v * LANES);
+}
+
+// Stores sums, or results of floats, or puts bytes into the lanes of `quads`.
+template <int VECTORS>
+INLINE void finish_channel(const BytePointwiseArguments& a, int64_t channel,
+                           const Vector (&sums)[VECTORS], Vector (&quads)[VECTORS]) {
+  const Requantization& r = a.requantization;
+  if (!a.target) {
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      store(a.sums + channel * a.size + v * LANES, sums[v]);
+    return;
+  }
+  const float* residual = nullptr;
+  if (a.residual) residual = a.residual + (r.to_bytes ? channel / 4 : channel) * a.size;
+  if (!r.to_bytes && channel >= a.channels) return;
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    Vector value = result_of(r, sums[v], channel, residual ? residual + v * LANES : nullptr);
+    if (r.to_bytes)
+      put_byte(quads[v], value, channel % 4);
+    else
+      store(a.target + channel * a.size + v * LANES, value);
+  }
+}
+
+template <int VECTORS>
+INLINE void finish_quad(const BytePointwiseArguments& a, int64_t quad,
+                        const Vector (&quads)[VECTORS]) {
+  if (!a.target || !a.requantization.to_bytes || 4 * quad >= a.channels) return;
+  UNROLL for (int v = 0; v < VECTORS; ++v)
+    store(a.target + quad * a.size + v * LANES, quads[v]);
+}
+
+// Four output channels with a list each. Entries take turns at CHAINS sets of accumulators, so that
+// with few vectors a product does not wait for the previous one.
+template <class Math, int VECTORS>
+INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile, int64_t quad) {
+  constexpr int CHAINS = ISA != 512 ? 1 : VECTORS > 5 ? 2 : VECTORS > 2 ? 3 : 4;
+  const uint16_t* indices = a.indices + tile.indices;
+  const float* weights = a.weights + tile.weights;
+  Vector quads[VECTORS];
+  UNROLL for (int v = 0; v < VECTORS; ++v) quads[v] = splat(0.0f);
+  for (int j = 0; j < 4; ++j) {
+    Vector sums[CHAINS][VECTORS];
+    start_sums(a, 4 * quad + j, sums[0]);
+    UNROLL for (int c = 1; c < CHAINS; ++c)
+      UNROLL for (int v = 0; v < VECTORS; ++v) sums[c][v] = splat(0.0f);
+    const uint16_t* end = indices + tile.counts[j];
+    for (; indices + CHAINS <= end; indices += CHAINS, weights += CHAINS) {
+      UNROLL for (int c = 0; c < CHAINS; ++c) {
+        const float* x = quad_at(a, indices[c]);
+        typename Math::Factor factor = Math::factor(broadcast(weights[c]));
+        UNROLL for (int v = 0; v < VECTORS; ++v)
+          Math::multiply_add(sums[c][v], factor, load(x + v * LANES));
+      }
+    }
+    for (; indices < end; ++indices, ++weights) {
+      const float* x = quad_at(a, *indices);
+      typename Math::Factor factor = Math::factor(broadcast(*weights));
+      UNROLL for (int v = 0; v < VECTORS; ++v)
+        Math::multiply_add(sums[0][v], factor, load(x + v * LANES));
+    }
+    UNROLL for (int c = 1; c < CHAINS; ++c)
+      UNROLL for (int v = 0; v < VECTORS; ++v) sums[0][v] = Math::add(sums[0][v], sums[c][v]);
+    finish_channel(a, 4 * quad + j, sums[0], quads);
+  }
+  finish_quad(a, quad, quads);
+}
+
+// Four output channels with one list.
+template <class Math, int VECTORS>
+INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, int64_t quad) {
+  const uint16_t* indices = a.indices + tile.indices;
+  const uint16_t* end = indices + tile.counts[0];
+  const float* weights = a.weights + tile.weights;
+  Vector sums[4][VECTORS], quads[VECTORS];
+  UNROLL for (int j = 0; j < 4; ++j) start_sums(a, 4 * quad + j, sums[j]);
+  for (; indices < end; ++indices, weights += 4) {
+    const float* x = quad_at(a, *indices);
+    typename Math::Factor factors[4];
+    UNROLL for (int j = 0; j < 4; ++j) factors[j] = Math::factor(broadcast(weights[j]));
+    UNROLL for (int v = 0; v < VECTORS; ++v) {
+      Vector value = load(x + v * LANES);
+      UNROLL for (int j = 0; j < 4; ++j) Math::multiply_add(sums[j][v], factors[j], value);
+    }
+  }
+  UNROLL for (int v = 0; v < VECTORS; ++v) quads[v] = splat(0.0f);
+  UNROLL for (int j = 0; j < 4; ++j) finish_channel(a, 4 * quad + j, sums[j], quads);
+  finish_quad(a, quad, quads);
+}
+
+// The arguments for the pixels after the first `vectors` ones.
+INLINE BytePointwiseArguments after(const BytePointwiseArguments& a, int64_t vectors) {
+  BytePointwiseArguments rest = a;
+  rest.source += vectors * LANES * sizeof(float);
+  rest.sums += vectors * LANES;
+  if (a.target) rest.target += vectors * LANES;
+  if (a.residual) rest.residual += vectors * LANES;
+  return rest;
+}
+
+template <class Math, int VECTORS>
+void byte_pointwise(const BytePointwiseArguments& arguments) {
+  constexpr int FIRST = VECTORS < MAX_SHARED_VECTORS ? VECTORS : MAX_SHARED_VECTORS;
+  constexpr int PARTS_LEFT = (VECTORS - FIRST + MAX_SHARED_VECTORS - 1) / MAX_SHARED_VECTORS;
+  const BytePointwiseArguments a = arguments;  // a copy, which stores can't alias
+  for (int64_t quad = 0; quad < a.count; ++quad) {
+    const QuadTile tile = a.tiles[quad];
+    if (!tile.shared) {
+      separate_quad<Math, VECTORS>(a, tile, quad);
+      continue;
+    }
+    shared_quad<Math, FIRST>(a, tile, quad);
+    if constexpr (PARTS_LEFT == 1)
+      shared_quad<Math, VECTORS - FIRST>(after(a, FIRST), tile, quad);
+    else if constexpr (PARTS_LEFT > 1)
+      for (int part = 1; part <= PARTS_LEFT; ++part)  // FIRST vectors each
+        shared_quad<Math, FIRST>(after(a, part * FIRST), tile, quad);
+  }
+}
+
+template <class Math>
+BytePointwiseKernel byte_pointwise_kernel(int64_t vectors) {
+  constexpr int MAX = MAX_BYTE_VECTORS;
+  switch (vectors) {
+    case 7: return byte_pointwise<Math, MAX < 7 ? MAX : 7>;
+    case 6: return byte_pointwise<Math, MAX < 6 ? MAX : 6>;
+    case 5: return byte_pointwise<Math, MAX < 5 ? MAX : 5>;
+    case 4: return byte_pointwise<Math, MAX < 4 ? MAX : 4>;
+    case 3: return byte_pointwise<Math, MAX < 3 ? MAX : 3>;
+    case 2: return byte_pointwise<Math, MAX < 2 ? MAX : 2>;
+    default: return byte_pointwise<Math, 1>;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Maximum and dot product
+// ---------------------------------------------------------------------------------------------
+
+INLINE Vector maximum_of_bytes(const Vector& one, const Vector& other) {
+  typedef uint8_t ByteRegister __attribute__((vector_size(ISA / 8)));
+  Vector result;
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+    auto a = reinterpret_cast<ByteRegister>(one.part[i]);
+    auto b = reinterpret_cast<ByteRegister>(other.part[i]);
+    result.part[i] = reinterpret_cast<Register>(a > b ? a : b);
+  }
+  return result;
+}
+
+INLINE int64_t total_of_ints(const Vector& vector) {
+  float lanes[LANES];
+  int32_t values[LANES];
+  int64_t sum = 0;
+  store(lanes, vector);
+  __builtin_memcpy(values, lanes, sizeof values);
+  for (int i = 0; i < LANES; ++i) sum += values[i];
+  return sum;
+}
+
+// The sum of products of `lanes` lanes, a multiple of 16.
+template <class Math>
+INLINE int64_t byte_product(const float* x, const float* weights, int64_t lanes) {
+  Vector sums[2] = {splat(0.0f), splat(0.0f)};
+  for (int64_t i = 0; i < lanes; i += LANES) {
+    Vector bytes = load(x + i), factors = load(weights + i);
+    Vector& sum = sums[i / LANES % 2];
+    UNROLL for (int p = 0; p < PARTS; ++p)
+      sum.part[p] =
+          Math::add_products(sum.part[p], Math::factor(factors.part[p]), bytes.part[p]);
+  }
+  return total_of_ints(Math::add(sums[0], sums[1]));
+}
+
+}  // namespace STARFIRE_ISA

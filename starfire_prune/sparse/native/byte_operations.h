@@ -1,0 +1,280 @@
+// The operations of a program on quantized values, compiled once for each instruction set. Each
+// function runs the work items [begin, end) of an operation on one thread.
+
+namespace STARFIRE_ISA {
+
+constexpr int64_t MAX_COPIED = LANES * 64;  // lanes of a row whose segments are found at once
+
+// Stores a row of lanes in a channel, as it is.
+INLINE void store_row(const View& view, const float* row, int64_t h, int64_t step, float* to) {
+  for (int64_t w = 0; w < view.width; w += MAX_COPIED) {
+    Segments segments;
+    row_segments(segments, view, h, w, minimum(MAX_COPIED, view.width - w), w * step, step);
+    copy_segments(segments, row, to);
+  }
+}
+
+// The image, channel and row of a work item, one for each row of each channel of a view.
+struct RowItem {
+  int64_t image, channel, h;
+
+  RowItem(const View& view, int64_t item) {
+    h = item % view.height;
+    channel = item / view.height % view.channels;
+    image = item / view.height / view.channels;
+  }
+};
+
+static void run_quantize(const Context& c, const Quantize& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const float zero = as_float(o.zero_point), nearest = 12582912.0f;  // 1.5 * 2^23: no fractions
+  Register factor = broadcast(as_float(o.inverse_scale));
+  Register low = broadcast(as_float(o.low) - zero), high = broadcast(as_float(o.high) - zero);
+  int64_t stride = source.width + 48;
+  float *copy = c.scratch(2 * stride), *quads = copy + stride;
+  for (int64_t number = begin; number < end; ++number) {
+    RowItem item(destination, number);
+    for (int64_t w = 0; w < source.width; w += LANES) store(quads + w, splat(0.0f));
+    for (int64_t j = 0; j < minimum(4, source.channels - 4 * item.channel); ++j) {
+      float* channel = channel_of(source, c.image(o.source, item.image), 4 * item.channel + j);
+      const float* row = row_of(source, channel, item.h, copy);
+      for (int64_t w = 0; w < source.width; w += LANES) {
+        Vector value = load(row + w), packed = load(quads + w);
+        UNROLL for (int i = 0; i < PARTS; ++i) value.part[i] *= factor;
+        value = clamp(value, low, high);
+        UNROLL for (int i = 0; i < PARTS; ++i)
+          value.part[i] = value.part[i] + nearest - nearest + zero;
+        put_byte(packed, value, j);
+        store(quads + w, packed);
+      }
+    }
+    float* to = channel_of(destination, c.image(o.destination, item.image), item.channel);
+    store_row(destination, quads, item.h, 1, to);
+  }
+  c.release(copy);
+}
+
+static void run_dequantize(const Context& c, const Dequantize& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  Register scale = broadcast(as_float(o.scale)), zero = broadcast(as_float(o.zero_point));
+  int64_t stride = source.width + 48;
+  float *copy = c.scratch(2 * stride), *floats = copy + stride;
+  for (int64_t number = begin; number < end; ++number) {
+    RowItem item(destination, number);
+    float* channel = channel_of(source, c.image(o.source, item.image), item.channel / 4);
+    const float* row = row_of(source, channel, item.h, copy);
+    for (int64_t w = 0; w < source.width; w += LANES) {
+      Vector value = byte_of(load(row + w), static_cast<int>(item.channel % 4));
+      UNROLL for (int i = 0; i < PARTS; ++i) value.part[i] = (value.part[i] - zero) * scale;
+      store(floats + w, value);
+    }
+    float* to = channel_of(destination, c.image(o.destination, item.image), item.channel);
+    store_row(destination, floats, item.h, 1, to);
+  }
+  c.release(copy);
+}
+
+static void run_byte_copy(const Context& c, const ByteCopy& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  float* copy = c.scratch(source.width + 48);
+  for (int64_t number = begin; number < end; ++number) {
+    RowItem item(destination, number);
+    float* channel = channel_of(source, c.image(o.source, item.image), item.channel);
+    const float* row = row_of(source, channel, item.h * o.stride_h, copy);
+    float* to = channel_of(destination, c.image(o.destination, item.image), item.channel);
+    store_row(destination, row, item.h, o.stride_w, to);
+  }
+  c.release(copy);
+}
+
+static void run_byte_pool(const Context& c, const BytePool& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const int32_t* offsets = c.constants<int32_t>(o.offsets_at);
+  float pooled[LANES + 32];
+  for (int64_t number = begin; number < end; ++number) {
+    RowItem item(destination, number);
+    const float* row =
+        channel_of(source, c.image(o.source, item.image), item.channel) + item.h * source.row;
+    float* to = channel_of(destination, c.image(o.destination, item.image), item.channel);
+    for (int64_t w = 0; w < destination.width; w += LANES) {
+      Vector largest = load_window(row + w * o.step + offsets[0], o.step);
+      for (int64_t t = 1; t < o.count; ++t)
+        largest = maximum_of_bytes(load_window(row + w * o.step + offsets[t], o.step), largest);
+      store(pooled, largest);
+      Segments segments;
+      row_segments(segments, destination, item.h, w, minimum(LANES, destination.width - w), 0, 1);
+      copy_segments(segments, pooled, to);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Convolutions
+// ---------------------------------------------------------------------------------------------
+
+template <class Operation>
+INLINE Requantization requantization(const Context& c, const Operation& o, int64_t shift_at,
+                                     int64_t low, int64_t high) {
+  return {c.constants<float>(o.scale_at),         c.constants<float>(shift_at),
+          broadcast(as_float(o.residual_scale)),  broadcast(as_float(low)),
+          broadcast(as_float(high)),              o.to_bytes != 0};
+}
+
+// Computes an output-channel tile for one pixel tile.
+static void byte_pointwise_tile(const Context& c, const BytePointwise& o,
+                                const BytePointwiseArguments& common, int64_t quads,
+                                int64_t vectors, int64_t output_tile) {
+  int64_t input_tiles = ceil_div(quads, o.input_tile_size);
+  BytePointwiseArguments a = common;
+  a.count = o.output_tile_size / 4;
+  for (int64_t i = 0; i < input_tiles; ++i) {
+    a.tiles = c.constants<QuadTile>(o.tiles_at) + (output_tile * input_tiles + i) * a.count;
+    a.is_first = i == 0;
+    bool last = i == input_tiles - 1;
+    for (int64_t v = 0; v < vectors; v += MAX_BYTE_VECTORS) {
+      int64_t skipped = v * LANES, count = minimum(MAX_BYTE_VECTORS, vectors - v);
+      a.source = common.source + (i * o.input_tile_size * common.size + skipped) * sizeof(float);
+      a.sums = common.sums + skipped;
+      a.target = last ? common.target + skipped : nullptr;
+      a.residual = common.residual ? common.residual + skipped : nullptr;
+      (o.narrow ? byte_pointwise_kernel<NarrowBytes>(count)
+                : byte_pointwise_kernel<Bytes>(count))(a);
+    }
+  }
+}
+
+static void run_byte_pointwise(const Context& c, const BytePointwise& o, int64_t begin,
+                               int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t output_tiles = ceil_div(o.channels, o.output_tile_size);
+  int64_t pixels = source.height * source.width, pixel_tiles = ceil_div(pixels, source.tile);
+  bool direct = destination.kind == TILES;
+  alignas(64) float sums[MAX_OUTPUT_TILE * MAX_TILE], results[MAX_OUTPUT_TILE * MAX_TILE + 48];
+  Segments segments;
+  BytePointwiseArguments a{};
+  a.indices = c.constants<uint16_t>(o.indices_at), a.weights = c.constants<float>(o.weights_at);
+  a.size = source.tile, a.sums = sums;
+  const Requantization all = requantization(c, o, o.shift_at, o.low, o.high);
+  a.requantization = all;
+  for (int64_t item = begin, last = -1; item < end; ++item) {
+    int64_t output_tile = item % output_tiles, tile = item / output_tiles % pixel_tiles;
+    int64_t image = item / output_tiles / pixel_tiles;
+    int64_t pixel = tile * source.tile, count = minimum(source.tile, pixels - pixel);
+    int64_t first = output_tile * o.output_tile_size;
+    int64_t first_stored = all.to_bytes ? first / 4 : first;
+    int64_t to = tile * destination.total * destination.tile;
+    auto channel = [&](int64_t view, int64_t k) {
+      return channel_of(c.views[view], c.image(view, image), first_stored + k);
+    };
+    a.source = reinterpret_cast<const char*>(channel_of(source, c.image(o.source, image), 0) +
+                                             tile * source.total * source.tile);
+    a.channels = minimum(o.output_tile_size, o.channels - first);
+    a.target = direct ? channel(o.destination, 0) + to : results;
+    a.residual = o.residual >= 0 ? channel(o.residual, 0) + to : nullptr;  // only if direct
+    a.requantization.scale = all.scale + first, a.requantization.shift = all.shift + first;
+    byte_pointwise_tile(c, o, a, source.channels, ceil_div(count, LANES), output_tile);
+    if (direct) continue;
+    if (tile != last) {
+      segments.count = 0;
+      pixel_segments(segments, destination, pixel, count);
+      last = tile;
+    }
+    int64_t stored = all.to_bytes ? ceil_div(a.channels, 4) : a.channels;
+    for (int64_t k = 0; k < stored; ++k)
+      copy_segments(segments, results + k * source.tile, channel(o.destination, k));
+  }
+}
+
+// Stores the results of up to four output channels from `channel`, a multiple of 4, on: their sums
+// are SUMS floats apart. `to` and `residual` are those of the quad, or of the first channel.
+INLINE void finish_sums(const Segments& segments, const Requantization& r, int64_t channel,
+                        int64_t count, const float* sums, float* to, const float* residual,
+                        int64_t stride) {
+  for (int i = 0; i < segments.count; ++i) {
+    const Segment s = segments.segment[i];
+    for (int64_t done = 0; done < s.count; done += LANES) {
+      const float* from = sums + s.from + done * s.step;
+      int64_t at = s.to + done, left = s.count - done;
+      Vector quads = splat(0.0f);
+      for (int64_t j = 0; j < count; ++j) {
+        const float* added = residual ? residual + at + (r.to_bytes ? 0 : j * stride) : nullptr;
+        Vector value = result_of(r, load_any_steps(from + j * SUMS, s.step, left), channel + j, added);
+        if (r.to_bytes)
+          put_byte(quads, value, j);
+        else
+          store_lanes(to + j * stride + at, value, left);
+      }
+      if (r.to_bytes) store_lanes(to + at, quads, left);
+    }
+  }
+}
+
+static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int64_t begin,
+                             int64_t end) {
+  const Spatial& o = operation.convolution;
+  const View& destination = c.views[o.destination];
+  alignas(64) float sums[MAX_SPILLED * SUMS + 48];
+  const Requantization r = requantization(c, operation, o.bias_at, o.low, o.high);
+  int64_t stride = channel_of(destination, nullptr, 1) - channel_of(destination, nullptr, 0);
+  SpatialItem item(c, o);
+  for (int64_t i = begin; i < end; ++i) {
+    item.move_to(i);
+    for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
+      for (int64_t k = item.start; k < item.stop; ++k) {
+        int64_t slot = o.input_tiles > 1 ? k - item.start : k % 4;
+        float* channel_sums = sums + slot * SUMS;
+        if (input_tile == 0) fill_sums(channel_sums, 0.0f);
+        if (operation.narrow)
+          spatial_channel<NarrowBytes>(c, o, item, input_tile, k, channel_sums);
+        else
+          spatial_channel<Bytes>(c, o, item, input_tile, k, channel_sums);
+        if (input_tile < o.input_tiles - 1 || (k % 4 < 3 && k < item.stop - 1)) continue;
+        int64_t first = k / 4 * 4, stored = r.to_bytes ? k / 4 : first;
+        const float* residual = o.residual >= 0 ? item.channel(o.residual, stored) : nullptr;
+        finish_sums(item.segments, r, first, k - first + 1, channel_sums - k % 4 * SUMS,
+                    item.channel(o.destination, stored), residual, stride);
+      }
+    }
+  }
+}
+
+static void run_byte_linear(const Context& c, const ByteLinear& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const float *scale = c.constants<float>(o.scale_at), *shift = c.constants<float>(o.shift_at);
+  int64_t at = pixel_at(destination), lanes = o.row / 4;
+  Epilogue e = epilogue(o);
+  float* x = c.scratch(lanes);
+  for (int64_t n = 0; n < c.batch; ++n) {
+    const float* from = channel_of(source, c.image(o.source, n), 0);
+    __builtin_memset(x, 0, lanes * sizeof(float));
+    __builtin_memcpy(x, from, source.channels * sizeof(float));
+    for (int64_t k = begin; k < end; ++k) {
+      const float* weights = c.constants<float>(o.weights_at) + k * lanes;
+      auto sum = static_cast<float>(o.narrow ? byte_product<NarrowBytes>(x, weights, lanes)
+                                             : byte_product<Bytes>(x, weights, lanes));
+      float result = fused({{broadcast(sum)}}, broadcast(scale[k]), splat(shift[k])).part[0][0];
+      channel_of(destination, c.image(o.destination, n), k)[at] = clamped(result, e);
+    }
+  }
+  c.release(x);
+}
+
+static void run_byte_items(const Context& c, int64_t opcode, const void* operation, int64_t begin,
+                           int64_t end) {
+  switch (opcode) {
+    case QUANTIZE: return run_quantize(c, *static_cast<const Quantize*>(operation), begin, end);
+    case DEQUANTIZE:
+      return run_dequantize(c, *static_cast<const Dequantize*>(operation), begin, end);
+    case BYTE_COPY: return run_byte_copy(c, *static_cast<const ByteCopy*>(operation), begin, end);
+    case BYTE_POINTWISE:
+      return run_byte_pointwise(c, *static_cast<const BytePointwise*>(operation), begin, end);
+    case BYTE_SPATIAL:
+      return run_byte_spatial(c, *static_cast<const ByteSpatial*>(operation), begin, end);
+    case BYTE_POOL: return run_byte_pool(c, *static_cast<const BytePool*>(operation), begin, end);
+    case BYTE_LINEAR:
+      return run_byte_linear(c, *static_cast<const ByteLinear*>(operation), begin, end);
+    default: return;
+  }
+}
+
+}  // namespace STARFIRE_ISA

@@ -1,0 +1,9 @@
+// All code for operations on floats of one instruction set.
+
+#include "vectors.h"
+#include "math_floats.h"
+#include "pointwise.h"
+#include "spatial.h"
+#include "rows.h"
+#include "spatial_items.h"
+#include "operations.h"

@@ -1,0 +1,164 @@
+// The arithmetic of convolutions of bytes. A lane holds the unsigned bytes of four input channels (a
+// quad); a factor holds four signed weights in each lane. Sums are int32 and exact.
+
+namespace STARFIRE_ISA {
+
+typedef int32_t IntRegister __attribute__((vector_size(ISA / 8), aligned(4), may_alias));
+
+INLINE IntRegister as_ints(Register value) { return reinterpret_cast<IntRegister>(value); }
+INLINE Register as_lanes(IntRegister value) { return reinterpret_cast<Register>(value); }
+
+// Sums of int32 in vectors, for an arithmetic that adds products of one register.
+template <class Arithmetic>
+struct VectorsOf : Arithmetic {
+  using Factor = typename Arithmetic::Factor;
+
+  INLINE void multiply_add(Vector& sum, const Factor& factor, const Vector& quads) {
+    UNROLL for (int i = 0; i < PARTS; ++i)
+      sum.part[i] = Arithmetic::add_products(sum.part[i], factor, quads.part[i]);
+  }
+  INLINE Vector add(const Vector& one, const Vector& other) {
+    Vector sum;
+    UNROLL for (int i = 0; i < PARTS; ++i)
+      sum.part[i] = as_lanes(as_ints(one.part[i]) + as_ints(other.part[i]));
+    return sum;
+  }
+};
+
+#if ISA == 512
+
+struct DotProducts {
+  using Factor = Register;
+
+  INLINE Factor factor(Register weights) { return weights; }
+  INLINE Register add_products(Register sum, Factor factor, Register quads) {
+    return reinterpret_cast<Register>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
+                                                          reinterpret_cast<__m512i>(quads),
+                                                          reinterpret_cast<__m512i>(factor)));
+  }
+};
+using Bytes = VectorsOf<DotProducts>;
+using NarrowBytes = Bytes;
+
+#elif ISA == 256 && STARFIRE_VNNI
+
+struct DotProducts {
+  using Factor = Register;
+
+  INLINE Factor factor(Register weights) { return weights; }
+  INLINE Register add_products(Register sum, Factor factor, Register quads) {
+    return reinterpret_cast<Register>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum),
+                                                              reinterpret_cast<__m256i>(quads),
+                                                              reinterpret_cast<__m256i>(factor)));
+  }
+};
+using Bytes = VectorsOf<DotProducts>;
+using NarrowBytes = Bytes;
+
+#elif ISA == 256
+
+// For layers in which no sum of two products exceeds the range of int16, at which `vpmaddubsw`
+// saturates. The packer decides it from the weights and from the range of the bytes.
+struct PairsOfProducts {
+  using Factor = Register;
+
+  INLINE Factor factor(Register weights) { return weights; }
+  INLINE Register add_products(Register sum, Factor factor, Register quads) {
+    __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(quads),
+                                         reinterpret_cast<__m256i>(factor));
+    __m256i products = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return as_lanes(as_ints(sum) + reinterpret_cast<IntRegister>(products));
+  }
+};
+
+// For all other layers: even and odd bytes are multiplied as int16.
+struct EvenAndOdd {
+  struct Factor {
+    __m256i even, odd;
+  };
+
+  INLINE Factor factor(Register weights) {
+    __m256i bytes = reinterpret_cast<__m256i>(weights);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+  }
+  INLINE Register add_products(Register sum, const Factor& factor, Register quads) {
+    __m256i bytes = reinterpret_cast<__m256i>(quads);
+    __m256i even_bytes = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+    __m256i even = _mm256_madd_epi16(even_bytes, factor.even);
+    __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), factor.odd);
+    return as_lanes(as_ints(sum) + reinterpret_cast<IntRegister>(even) +
+                    reinterpret_cast<IntRegister>(odd));
+  }
+};
+using Bytes = VectorsOf<EvenAndOdd>;
+using NarrowBytes = VectorsOf<PairsOfProducts>;
+
+#else
+
+struct OneByOne {
+  using Factor = Register;
+
+  INLINE Factor factor(Register weights) { return weights; }
+  INLINE Register add_products(Register sum, Factor factor, Register quads) {
+    IntRegister bytes = as_ints(quads), weights = as_ints(factor), total = as_ints(sum);
+    UNROLL for (int j = 0; j < 4; ++j)
+      total += ((bytes >> (8 * j)) & 255) * ((weights << (24 - 8 * j)) >> 24);
+    return as_lanes(total);
+  }
+};
+using Bytes = VectorsOf<OneByOne>;
+using NarrowBytes = Bytes;
+
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// From sums to results
+// ---------------------------------------------------------------------------------------------
+
+INLINE Vector floats_of_ints(const Vector& ints) {
+  Vector floats;
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    floats.part[i] = __builtin_convertvector(as_ints(ints.part[i]), Register);
+  return floats;
+}
+
+// one * factor + other, rounded once
+INLINE Vector fused(const Vector& one, Register factor, const Vector& other) {
+  Vector result;
+#if ISA == 512
+  result.part[0] = reinterpret_cast<Register>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(one.part[0]), reinterpret_cast<__m512>(factor),
+      reinterpret_cast<__m512>(other.part[0])));
+#elif ISA == 256
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    result.part[i] = reinterpret_cast<Register>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(one.part[i]), reinterpret_cast<__m256>(factor),
+        reinterpret_cast<__m256>(other.part[i])));
+#else
+  for (int i = 0; i < PARTS; ++i)  // the product is exact in double precision
+    for (int j = 0; j < WIDTH; ++j)
+      result.part[i][j] = static_cast<float>(static_cast<double>(one.part[i][j]) * factor[j] +
+                                             other.part[i][j]);
+#endif
+  return result;
+}
+
+// Byte `channel` (0 to 3) of each lane, as a float.
+INLINE Vector byte_of(const Vector& quads, int channel) {
+  Vector result;
+  UNROLL for (int i = 0; i < PARTS; ++i)
+    result.part[i] = as_lanes((as_ints(quads.part[i]) >> (8 * channel)) & 255);
+  return floats_of_ints(result);
+}
+
+// Rounds floats of 0 to 255 to the nearest integer, ties to even, and puts them into byte `channel`
+// of each lane of `quads`, whose bytes from there on are zero.
+INLINE void put_byte(Vector& quads, const Vector& values, int channel) {
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+    // 2^23 is so large that the sum has no bits for fractions
+    IntRegister bytes = as_ints(values.part[i] + 8388608.0f) & 255;
+    quads.part[i] = as_lanes(as_ints(quads.part[i]) | bytes << (8 * channel));
+  }
+}
+
+}  // namespace STARFIRE_ISA
