@@ -15,6 +15,7 @@ from starfire_prune.sparse.ir import (
     Dequantize,
     Layer,
     Linear,
+    Mean,
     Op,
     Pooling,
     Quantization,
@@ -23,7 +24,12 @@ from starfire_prune.sparse.ir import (
 from starfire_prune.sparse.layout import offset_of, plain
 from starfire_prune.sparse.pack_quads import is_narrow, pack_byte_rows, pack_quads, quads_of
 from starfire_prune.sparse.pack_spatial import pack_spatial
-from starfire_prune.sparse.program_format import Opcode
+from starfire_prune.sparse.program_format import (
+    CLAMPED_BYTES,
+    FLOATS,
+    SATURATED_BYTES,
+    Opcode,
+)
 from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
 from starfire_prune.sparse.stored_values import StoredValues, geometry_of
 
@@ -31,6 +37,7 @@ __all__ = ["EMITTERS", "Requantization", "requantization"]
 
 
 Doubles = NDArray[np.float64]
+MAX_CONVERTED = 2.0**30  # conversions of floats to int32 are right up to there
 
 
 class Requantization(NamedTuple):
@@ -42,7 +49,7 @@ class Requantization(NamedTuple):
         residual_scale: Factor of the added value.
         low: Lower bound of results.
         high: Upper bound of results.
-        to_bytes: Whether results are rounded to bytes.
+        results: `FLOATS`, `CLAMPED_BYTES` or `SATURATED_BYTES`.
     """
 
     scale: Doubles
@@ -50,7 +57,7 @@ class Requantization(NamedTuple):
     residual_scale: float
     low: float
     high: float
-    to_bytes: bool
+    results: int
 
 
 def requantization(op: Layer) -> Requantization:
@@ -64,7 +71,7 @@ def requantization(op: Layer) -> Requantization:
     scale: Doubles = source.scale * np.asarray(op.weight_scale, np.float64)
     shift: Doubles = op.bias - scale * source.zero_point * weight_sums
     if output is None:
-        return Requantization(scale, shift, 1.0, op.low, op.high, False)
+        return Requantization(scale, shift, 1.0, op.low, op.high, FLOATS)
     residual_scale = 0.0
     shift = shift / output.scale + output.zero_point
     if op.residual is not None:
@@ -72,7 +79,17 @@ def requantization(op: Layer) -> Requantization:
         residual_scale = added.scale / output.scale
         shift = shift - added.zero_point * residual_scale
     low, high = (_byte_of(bound, output) for bound in (op.low, op.high))
-    return Requantization(scale / output.scale, shift, residual_scale, low, high, True)
+    scale = scale / output.scale
+    largest = _largest_results(op, scale, shift) + 255 * residual_scale
+    saturated = (low, high) == (0.0, 255.0) and largest < MAX_CONVERTED
+    results = SATURATED_BYTES if saturated else CLAMPED_BYTES
+    return Requantization(scale, shift, residual_scale, low, high, results)
+
+
+def _largest_results(op: Layer, scale: Doubles, shift: Doubles) -> float:
+    """A bound of the size of all results, before they are rounded."""
+    sizes = np.abs(op.weight.reshape(len(op.weight), -1).astype(np.int64)).sum(1)
+    return float((255 * sizes * np.abs(scale) + np.abs(shift)).max(initial=0.0))
 
 
 def _byte_of(bound: float, quantization: Quantization) -> float:
@@ -96,6 +113,13 @@ def _emit_dequantize(values: StoredValues, op: Dequantize) -> None:
     quantization = op.source.bytes_as
     scale, zero_point = quantization.scale, float(quantization.zero_point)
     values.program.add(Opcode.DEQUANTIZE, source, output, scale, zero_point)
+
+
+def _emit_mean(values: StoredValues, op: Mean) -> None:
+    source, output, _ = values.views(op, None)
+    quantization = op.source.bytes_as
+    scale, zero_point = quantization.scale, float(quantization.zero_point)
+    values.program.add(Opcode.BYTE_MEAN, source, output, scale, zero_point)
 
 
 def _emit_copy(values: StoredValues, op: Copy) -> None:
@@ -141,7 +165,7 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
         values.constant(packed.weights, np.int32),
         *(len(op.bias), packed.output_tile_size, packed.input_tile_size),
         *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
-        *(result.residual_scale, result.to_bytes, _is_narrow(op)),
+        *(result.residual_scale, result.results, _is_narrow(op)),
     )
 
 
@@ -157,7 +181,7 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
         values.constant(result.shift),
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
         *(result.low, result.high, values.constant(result.scale)),
-        *(result.residual_scale, result.to_bytes, _is_narrow(op, op.groups)),
+        *(result.residual_scale, result.results, _is_narrow(op, op.groups)),
     )
 
 
@@ -177,6 +201,7 @@ EMITTERS: Mapping[type[Op], Callable[[StoredValues, Any], None]] = {
     Copy: _emit_copy,
     Dequantize: _emit_dequantize,
     Linear: _emit_linear,
+    Mean: _emit_mean,
     Pooling: _emit_pooling,
     Quantize: _emit_quantize,
 }

@@ -1,7 +1,8 @@
 """Lowers a graph to IR ops: folds batch norms, and fuses activations, additions and quantization.
 
 A layer multiplies integers if its source and its weight are quantized; maximum pooling keeps a
-value quantized. Other operations read floats: a quantized value is dequantized for them.
+value quantized, and means are computed of bytes. Other operations read floats: a quantized value is
+dequantized for them.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ class Lowering:
         return self._add(Pooling(source, output, window=window, fill=fill, scale=scale))
 
     def _mean(self, node: fx.Node) -> Value:
-        return self._add(Mean(self._source(node), self._new_value(shape_of(node))))
+        return self._add(Mean(self._stored(node), self._new_value(shape_of(node))))
 
     def _adaptive_pooling(self, node: fx.Node) -> Value:
         return self._mean(node) if shape_of(node)[2:] == (1, 1) else self._pooling(node)

@@ -62,7 +62,8 @@ def pack_quads(quads: Quads, tile: int) -> QuadWeights:
     """Pack the quads `(K, Q)` of a 1x1 convolution for tiles of `tile` pixels.
 
     Each quad tile computes four neighbouring output channels. They share one list of input quads if
-    their masks are so similar that the union of their lists is faster.
+    their masks are so similar that the union of their lists is faster. Other lists are filled up
+    with zeros to an even number of entries, which the kernels take two at a time.
     """
     input_tile = max(1, INPUT_TILE_BYTES // (4 * tile))
     output_tile = min(MAX_OUTPUT_TILE, 4 * -(-len(quads) // 4))
@@ -77,14 +78,15 @@ def pack_quads(quads: Quads, tile: int) -> QuadWeights:
         kept = row != 0
         union = kept.any(0)
         shared = 4 * union.sum() * SHARED_COST <= kept.sum()
-        lists = [union.nonzero()[0]] if shared else [each.nonzero()[0] for each in kept]
+        lists = [union.nonzero()[0]] if shared else [_even(each.nonzero()[0]) for each in kept]
+        packed = row[:, lists[0]].T if shared else _taken(row, kept, lists)
         counts = [len(each) for each in lists]
         tile_fields["indices"], tile_fields["weights"] = at, weights_at
         tile_fields["counts"][: len(counts)] = counts
         tile_fields["shared"] = shared
-        weights.append(row[:, union].T.reshape(-1) if shared else row[kept])
+        weights.append(packed.reshape(-1))
         indices += lists
-        at, weights_at = at + sum(counts), weights_at + len(weights[-1])
+        at, weights_at = at + sum(counts), weights_at + packed.size
     return QuadWeights(
         tiles=tiles,
         indices=(np.concatenate(indices) * (tile // LANES)).astype(np.uint16),
@@ -92,6 +94,20 @@ def pack_quads(quads: Quads, tile: int) -> QuadWeights:
         output_tile_size=output_tile,
         input_tile_size=input_tile,
     )
+
+
+def _even(indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A list with an even number of entries; one that is added repeats the first index."""
+    return np.append(indices, indices[:1]) if len(indices) % 2 else indices
+
+
+def _taken(row: Quads, kept: NDArray[np.bool_], lists: list[NDArray[np.int64]]) -> Quads:
+    """The weights of four lists, one after the other, with zeros for entries that are added."""
+    parts = []
+    for weights, mask, indices in zip(row, kept, lists, strict=True):
+        values = weights[mask]
+        parts += [values, np.zeros(len(indices) - len(values), np.int32)]
+    return np.concatenate(parts)
 
 
 def pack_byte_rows(weight: Integers) -> Integers:

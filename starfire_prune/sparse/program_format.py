@@ -11,6 +11,8 @@ import numpy as np
 from starfire_prune.sparse.build import BuildError
 
 __all__ = [
+    "CLAMPED_BYTES",
+    "FLOATS",
     "FORMAT",
     "INPUT",
     "LANES",
@@ -25,6 +27,7 @@ __all__ = [
     "QUAD_TILE",
     "RECTANGLE_RUN",
     "REGISTER_TILE",
+    "SATURATED_BYTES",
     "SUM",
     "TILES",
     "WORKSPACE",
@@ -42,6 +45,7 @@ MAX_SPILLED: Final = 16  # output channels per work item with input-channel tile
 PLANES, TILES = 0, 1  # kinds of layouts
 WORKSPACE, INPUT, OUTPUT = 0, 1, 2  # places of views
 MAXIMUM, SUM = 0, 1  # modes of pooling
+FLOATS, CLAMPED_BYTES, SATURATED_BYTES = 0, 1, 2  # results of layers that multiply bytes
 
 
 class Opcode(enum.IntEnum):
@@ -60,6 +64,7 @@ class Opcode(enum.IntEnum):
     BYTE_SPATIAL = 11
     BYTE_POOL = 12
     BYTE_LINEAR = 13
+    BYTE_MEAN = 14
 
     @property
     def structure(self) -> str:
@@ -82,6 +87,7 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.BYTE_SPATIAL: 20,
     Opcode.BYTE_POOL: 5,
     Opcode.BYTE_LINEAR: 10,
+    Opcode.BYTE_MEAN: 4,
 }
 REGISTER_TILE: Final = np.dtype([("channel", "<i4", 4), ("count", "<i8"), ("start", "<i8")])
 RECTANGLE_RUN: Final = np.dtype(
@@ -110,6 +116,9 @@ FORMAT: Final[dict[str, int]] = {
     "OUTPUT": OUTPUT,
     "MAXIMUM": MAXIMUM,
     "SUM": SUM,
+    "FLOATS": FLOATS,
+    "CLAMPED_BYTES": CLAMPED_BYTES,
+    "SATURATED_BYTES": SATURATED_BYTES,
     **{opcode.name: opcode.value for opcode in Opcode},
     "sizeof(Header)": 8 * HEADER_FIELDS,
     "sizeof(Slot)": 8 * SLOT_FIELDS,

@@ -7,10 +7,10 @@ namespace STARFIRE_ISA {
 struct Requantization {
   const float *scale, *shift;  // of each output channel
   Register residual_scale, low, high;
-  bool to_bytes;
+  bool to_bytes, is_clamped;
 };
 
-// The results of an output channel, for sums and a residual (null if there is none) in lanes.
+// The results of an output channel in floats, for sums and a residual (null if there is none).
 INLINE Vector result_of(const Requantization& r, const Vector& sum, int64_t channel,
                         const float* residual) {
   Vector value = fused(floats_of_ints(sum), broadcast(r.scale[channel]), splat(r.shift[channel]));
@@ -18,7 +18,7 @@ INLINE Vector result_of(const Requantization& r, const Vector& sum, int64_t chan
     Vector added = load(residual);
     value = fused(r.to_bytes ? byte_of(added, channel % 4) : added, r.residual_scale, value);
   }
-  return clamp(value, r.low, r.high);
+  return r.is_clamped ? clamp(value, r.low, r.high) : value;
 }
 
 // An output-channel tile and an input-channel tile, on one pixel tile.
@@ -56,10 +56,10 @@ INLINE void start_sums(const BytePointwiseArguments& a, int64_t channel, Vector 
     sums[v] = a.is_first ? splat(0.0f) : load(a.sums + channel * a.size + v * LANES);
 }
 
-// Stores sums, or results of floats, or puts bytes into the lanes of `quads`.
+// Stores the sums of an output channel, or its results in floats; or turns sums into rounded results.
 template <int VECTORS>
 INLINE void finish_channel(const BytePointwiseArguments& a, int64_t channel,
-                           const Vector (&sums)[VECTORS], Vector (&quads)[VECTORS]) {
+                           Vector (&sums)[VECTORS]) {
   const Requantization& r = a.requantization;
   if (!a.target) {
     UNROLL for (int v = 0; v < VECTORS; ++v)
@@ -72,54 +72,49 @@ INLINE void finish_channel(const BytePointwiseArguments& a, int64_t channel,
   UNROLL for (int v = 0; v < VECTORS; ++v) {
     Vector value = result_of(r, sums[v], channel, residual ? residual + v * LANES : nullptr);
     if (r.to_bytes)
-      put_byte(quads[v], value, channel % 4);
+      sums[v] = rounded(value);
     else
       store(a.target + channel * a.size + v * LANES, value);
   }
 }
 
+// Stores the bytes of four output channels, from their rounded results.
 template <int VECTORS>
 INLINE void finish_quad(const BytePointwiseArguments& a, int64_t quad,
-                        const Vector (&quads)[VECTORS]) {
+                        const Vector (&results)[4][VECTORS]) {
   if (!a.target || !a.requantization.to_bytes || 4 * quad >= a.channels) return;
   UNROLL for (int v = 0; v < VECTORS; ++v)
-    store(a.target + quad * a.size + v * LANES, quads[v]);
+    store(a.target + quad * a.size + v * LANES,
+          packed({results[0][v], results[1][v], results[2][v], results[3][v]}));
 }
 
-// Four output channels with a list each. Entries take turns at CHAINS sets of accumulators, so that
-// with few vectors a product does not wait for the previous one.
+// Four output channels with a list each, of an even number of entries, which take turns at two sets
+// of accumulators, so that a product waits less often for the previous one.
 template <class Math, int VECTORS>
 INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile, int64_t quad) {
-  constexpr int CHAINS = ISA != 512 ? 1 : VECTORS > 5 ? 2 : VECTORS > 2 ? 3 : 4;
+  constexpr int CHAINS = ISA == 512 ? 2 : 1;
   const uint16_t* indices = a.indices + tile.indices;
   const float* weights = a.weights + tile.weights;
-  Vector quads[VECTORS];
-  UNROLL for (int v = 0; v < VECTORS; ++v) quads[v] = splat(0.0f);
-  for (int j = 0; j < 4; ++j) {
+  Vector results[4][VECTORS];
+  UNROLL for (int j = 0; j < 4; ++j) {
     Vector sums[CHAINS][VECTORS];
     start_sums(a, 4 * quad + j, sums[0]);
     UNROLL for (int c = 1; c < CHAINS; ++c)
       UNROLL for (int v = 0; v < VECTORS; ++v) sums[c][v] = splat(0.0f);
     const uint16_t* end = indices + tile.counts[j];
-    for (; indices + CHAINS <= end; indices += CHAINS, weights += CHAINS) {
-      UNROLL for (int c = 0; c < CHAINS; ++c) {
-        const float* x = quad_at(a, indices[c]);
-        typename Math::Factor factor = Math::factor(broadcast(weights[c]));
+    for (; indices < end; indices += 2, weights += 2) {
+      UNROLL for (int e = 0; e < 2; ++e) {
+        const float* x = quad_at(a, indices[e]);
+        typename Math::Factor factor = Math::factor(broadcast(weights[e]));
         UNROLL for (int v = 0; v < VECTORS; ++v)
-          Math::multiply_add(sums[c][v], factor, load(x + v * LANES));
+          Math::multiply_add(sums[e % CHAINS][v], factor, load(x + v * LANES));
       }
     }
-    for (; indices < end; ++indices, ++weights) {
-      const float* x = quad_at(a, *indices);
-      typename Math::Factor factor = Math::factor(broadcast(*weights));
-      UNROLL for (int v = 0; v < VECTORS; ++v)
-        Math::multiply_add(sums[0][v], factor, load(x + v * LANES));
-    }
-    UNROLL for (int c = 1; c < CHAINS; ++c)
-      UNROLL for (int v = 0; v < VECTORS; ++v) sums[0][v] = Math::add(sums[0][v], sums[c][v]);
-    finish_channel(a, 4 * quad + j, sums[0], quads);
+    UNROLL for (int v = 0; v < VECTORS; ++v)
+      results[j][v] = CHAINS == 1 ? sums[0][v] : Math::add(sums[0][v], sums[CHAINS - 1][v]);
+    finish_channel(a, 4 * quad + j, results[j]);
   }
-  finish_quad(a, quad, quads);
+  finish_quad(a, quad, results);
 }
 
 // Four output channels with one list.
@@ -128,7 +123,7 @@ INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, i
   const uint16_t* indices = a.indices + tile.indices;
   const uint16_t* end = indices + tile.counts[0];
   const float* weights = a.weights + tile.weights;
-  Vector sums[4][VECTORS], quads[VECTORS];
+  Vector sums[4][VECTORS];
   UNROLL for (int j = 0; j < 4; ++j) start_sums(a, 4 * quad + j, sums[j]);
   for (; indices < end; ++indices, weights += 4) {
     const float* x = quad_at(a, *indices);
@@ -139,9 +134,8 @@ INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, i
       UNROLL for (int j = 0; j < 4; ++j) Math::multiply_add(sums[j][v], factors[j], value);
     }
   }
-  UNROLL for (int v = 0; v < VECTORS; ++v) quads[v] = splat(0.0f);
-  UNROLL for (int j = 0; j < 4; ++j) finish_channel(a, 4 * quad + j, sums[j], quads);
-  finish_quad(a, quad, quads);
+  UNROLL for (int j = 0; j < 4; ++j) finish_channel(a, 4 * quad + j, sums[j]);
+  finish_quad(a, quad, sums);
 }
 
 // The arguments for the pixels after the first `vectors` ones.

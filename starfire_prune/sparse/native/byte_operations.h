@@ -25,29 +25,38 @@ struct RowItem {
   }
 };
 
+// Quantizes a row of one channel into int32; `factor` is the inverse scale.
+INLINE void quantize_row(const float* row, int64_t width, Register factor, Register zero_point,
+                         Register low, Register high, float* ints) {
+  for (int64_t w = 0; w < width; w += LANES) {
+    Vector value = load(row + w);
+    UNROLL for (int i = 0; i < PARTS; ++i) value.part[i] *= factor;
+    value = rounded(clamp(value, low, high));
+    UNROLL for (int i = 0; i < PARTS; ++i)
+      value.part[i] = as_lanes(as_ints(value.part[i]) + as_ints(zero_point));
+    store(ints + w, value);
+  }
+}
+
 static void run_quantize(const Context& c, const Quantize& o, int64_t begin, int64_t end) {
   const View &source = c.views[o.source], &destination = c.views[o.destination];
-  const float zero = as_float(o.zero_point), nearest = 12582912.0f;  // 1.5 * 2^23: no fractions
+  const float zero = as_float(o.zero_point);
   Register factor = broadcast(as_float(o.inverse_scale));
+  Register zero_point = as_lanes(IntRegister{} + static_cast<int32_t>(zero));
   Register low = broadcast(as_float(o.low) - zero), high = broadcast(as_float(o.high) - zero);
   int64_t stride = source.width + 48;
-  float *copy = c.scratch(2 * stride), *quads = copy + stride;
+  float *copy = c.scratch(6 * stride), *ints = copy + stride, *quads = copy + 5 * stride;
   for (int64_t number = begin; number < end; ++number) {
     RowItem item(destination, number);
-    for (int64_t w = 0; w < source.width; w += LANES) store(quads + w, splat(0.0f));
-    for (int64_t j = 0; j < minimum(4, source.channels - 4 * item.channel); ++j) {
-      float* channel = channel_of(source, c.image(o.source, item.image), 4 * item.channel + j);
-      const float* row = row_of(source, channel, item.h, copy);
-      for (int64_t w = 0; w < source.width; w += LANES) {
-        Vector value = load(row + w), packed = load(quads + w);
-        UNROLL for (int i = 0; i < PARTS; ++i) value.part[i] *= factor;
-        value = clamp(value, low, high);
-        UNROLL for (int i = 0; i < PARTS; ++i)
-          value.part[i] = value.part[i] + nearest - nearest + zero;
-        put_byte(packed, value, j);
-        store(quads + w, packed);
-      }
+    for (int64_t j = 0; j < 4; ++j) {
+      int64_t k = minimum(4 * item.channel + j, source.channels - 1);  // the last one's again
+      float* channel = channel_of(source, c.image(o.source, item.image), k);
+      quantize_row(row_of(source, channel, item.h, copy), source.width, factor, zero_point, low,
+                   high, ints + j * stride);
     }
+    for (int64_t w = 0; w < source.width; w += LANES)
+      store(quads + w, packed({load(ints + w), load(ints + stride + w),
+                               load(ints + 2 * stride + w), load(ints + 3 * stride + w)}));
     float* to = channel_of(destination, c.image(o.destination, item.image), item.channel);
     store_row(destination, quads, item.h, 1, to);
   }
@@ -117,7 +126,8 @@ INLINE Requantization requantization(const Context& c, const Operation& o, int64
                                      int64_t low, int64_t high) {
   return {c.constants<float>(o.scale_at),         c.constants<float>(shift_at),
           broadcast(as_float(o.residual_scale)),  broadcast(as_float(low)),
-          broadcast(as_float(high)),              o.to_bytes != 0};
+          broadcast(as_float(high)),              o.to_bytes != FLOATS,
+          o.to_bytes != SATURATED_BYTES};
 }
 
 // Computes an output-channel tile for one pixel tile.
@@ -195,16 +205,17 @@ INLINE void finish_sums(const Segments& segments, const Requantization& r, int64
     for (int64_t done = 0; done < s.count; done += LANES) {
       const float* from = sums + s.from + done * s.step;
       int64_t at = s.to + done, left = s.count - done;
-      Vector quads = splat(0.0f);
+      Vector results[4] = {};
       for (int64_t j = 0; j < count; ++j) {
         const float* added = residual ? residual + at + (r.to_bytes ? 0 : j * stride) : nullptr;
-        Vector value = result_of(r, load_any_steps(from + j * SUMS, s.step, left), channel + j, added);
+        Vector value = result_of(r, load_any_steps(from + j * SUMS, s.step, left), channel + j,
+                                 added);
         if (r.to_bytes)
-          put_byte(quads, value, j);
+          results[j] = rounded(value);
         else
           store_lanes(to + j * stride + at, value, left);
       }
-      if (r.to_bytes) store_lanes(to + at, quads, left);
+      if (r.to_bytes) store_lanes(to + at, packed(results), left);
     }
   }
 }
@@ -223,11 +234,11 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
       for (int64_t k = item.start; k < item.stop; ++k) {
         int64_t slot = o.input_tiles > 1 ? k - item.start : k % 4;
         float* channel_sums = sums + slot * SUMS;
-        if (input_tile == 0) fill_sums(channel_sums, 0.0f);
+        bool is_first = input_tile == 0;
         if (operation.narrow)
-          spatial_channel<NarrowBytes>(c, o, item, input_tile, k, channel_sums);
+          spatial_channel<NarrowBytes>(c, o, item, input_tile, k, is_first, channel_sums);
         else
-          spatial_channel<Bytes>(c, o, item, input_tile, k, channel_sums);
+          spatial_channel<Bytes>(c, o, item, input_tile, k, is_first, channel_sums);
         if (input_tile < o.input_tiles - 1 || (k % 4 < 3 && k < item.stop - 1)) continue;
         int64_t first = k / 4 * 4, stored = r.to_bytes ? k / 4 : first;
         const float* residual = o.residual >= 0 ? item.channel(o.residual, stored) : nullptr;
@@ -236,6 +247,50 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
       }
     }
   }
+}
+
+// Adds the bytes of each channel of a quad, in `count` lanes.
+INLINE void add_bytes(const float* lanes, int64_t count, int64_t (&sums)[4]) {
+  Vector parts[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  for (int64_t i = 0; i < count; i += LANES) {
+    Vector quads = splat(0.0f);
+    if (count - i >= LANES) {
+      quads = load(lanes + i);
+    } else {
+      float rest[LANES] = {};
+      __builtin_memcpy(rest, lanes + i, (count - i) * sizeof(float));
+      quads = load(rest);
+    }
+    UNROLL for (int j = 0; j < 4; ++j)
+      UNROLL for (int p = 0; p < PARTS; ++p)
+        parts[j].part[p] = as_lanes(as_ints(parts[j].part[p]) +
+                                    ((as_ints(quads.part[p]) >> (8 * j)) & 255));
+  }
+  for (int j = 0; j < 4; ++j) sums[j] += total_of_ints(parts[j]);
+}
+
+static void run_byte_mean(const Context& c, const ByteMean& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t at = pixel_at(destination), pixels = source.height * source.width;
+  double zeros = static_cast<double>(pixels) * as_float(o.zero_point);
+  double factor = as_float(o.scale) / static_cast<double>(pixels);
+  float* copy = c.scratch(source.width + 48);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t quad = item % source.channels, image = item / source.channels;
+    float* from = channel_of(source, c.image(o.source, image), quad);
+    int64_t sums[4] = {};
+    if (source.kind == TILES) {
+      for (int64_t pixel = 0; pixel < pixels; pixel += source.tile)
+        add_bytes(from + pixel * source.total, minimum(source.tile, pixels - pixel), sums);
+    } else {
+      for (int64_t h = 0; h < source.height; ++h)
+        add_bytes(row_of(source, from, h, copy), source.width, sums);
+    }
+    for (int64_t j = 0; j < minimum(4, destination.channels - 4 * quad); ++j)
+      channel_of(destination, c.image(o.destination, image), 4 * quad + j)[at] =
+          static_cast<float>((static_cast<double>(sums[j]) - zeros) * factor);
+  }
+  c.release(copy);
 }
 
 static void run_byte_linear(const Context& c, const ByteLinear& o, int64_t begin, int64_t end) {
@@ -271,6 +326,7 @@ static void run_byte_items(const Context& c, int64_t opcode, const void* operati
     case BYTE_SPATIAL:
       return run_byte_spatial(c, *static_cast<const ByteSpatial*>(operation), begin, end);
     case BYTE_POOL: return run_byte_pool(c, *static_cast<const BytePool*>(operation), begin, end);
+    case BYTE_MEAN: return run_byte_mean(c, *static_cast<const ByteMean*>(operation), begin, end);
     case BYTE_LINEAR:
       return run_byte_linear(c, *static_cast<const ByteLinear*>(operation), begin, end);
     default: return;

@@ -151,14 +151,57 @@ INLINE Vector byte_of(const Vector& quads, int channel) {
   return floats_of_ints(result);
 }
 
-// Rounds floats of 0 to 255 to the nearest integer, ties to even, and puts them into byte `channel`
-// of each lane of `quads`, whose bytes from there on are zero.
-INLINE void put_byte(Vector& quads, const Vector& values, int channel) {
+// Floats rounded to the nearest int32, ties to even. They are less than 2^31 in size.
+INLINE Vector rounded(const Vector& values) {
+  Vector result;
   UNROLL for (int i = 0; i < PARTS; ++i) {
-    // 2^23 is so large that the sum has no bits for fractions
-    IntRegister bytes = as_ints(values.part[i] + 8388608.0f) & 255;
-    quads.part[i] = as_lanes(as_ints(quads.part[i]) | bytes << (8 * channel));
+#if ISA == 512
+    result.part[i] = reinterpret_cast<Register>(
+        _mm512_cvtps_epi32(reinterpret_cast<__m512>(values.part[i])));
+#elif ISA == 256
+    result.part[i] = reinterpret_cast<Register>(
+        _mm256_cvtps_epi32(reinterpret_cast<__m256>(values.part[i])));
+#else
+    // 1.5 * 2^23 is so large that the sum has no bits for fractions. What exceeds 2^22, which is no
+    // byte, is clamped before.
+    Register value = values.part[i] < -4194304.0f ? broadcast(-4194304.0f) : values.part[i];
+    value = value > 4194303.0f ? broadcast(4194303.0f) : value;
+    result.part[i] = as_lanes(as_ints(value + 12582912.0f) - 0x4B400000);
+#endif
   }
+  return result;
+}
+
+// Lanes with the bytes of four vectors of int32, which saturate at 0 and 255.
+INLINE Vector packed(const Vector (&ints)[4]) {
+  Vector result;
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+#if ISA == 512
+    auto part = [&](int j) { return reinterpret_cast<__m512i>(ints[j].part[i]); };
+    __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(part(0), part(1)),
+                                        _mm512_packs_epi32(part(2), part(3)));
+    const __m512i order = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+    result.part[i] = reinterpret_cast<Register>(_mm512_shuffle_epi8(bytes, order));
+#elif ISA == 256
+    auto part = [&](int j) { return reinterpret_cast<__m256i>(ints[j].part[i]); };
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(part(0), part(1)),
+                                        _mm256_packs_epi32(part(2), part(3)));
+    const __m256i order =
+        _mm256_set_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400, 0x0f0b0703, 0x0e0a0602,
+                         0x0d090501, 0x0c080400);
+    result.part[i] = reinterpret_cast<Register>(_mm256_shuffle_epi8(bytes, order));
+#else
+    IntRegister quads = {};
+    for (int j = 0; j < 4; ++j) {
+      IntRegister bytes = as_ints(ints[j].part[i]);
+      bytes = bytes < 0 ? IntRegister{} : bytes;
+      bytes = bytes > 255 ? IntRegister{} + 255 : bytes;
+      quads |= bytes << (8 * j);
+    }
+    result.part[i] = as_lanes(quads);
+#endif
+  }
+  return result;
 }
 
 }  // namespace STARFIRE_ISA

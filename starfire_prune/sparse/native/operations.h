@@ -102,7 +102,7 @@ static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64
       for (int64_t k = item.start; k < item.stop; ++k) {
         float* channel_sums = sums + (o.input_tiles > 1 ? (k - item.start) * SUMS : 0);
         if (input_tile == 0) fill_sums(channel_sums, c.constants<float>(o.bias_at)[k]);
-        spatial_channel<Floats>(c, o, item, input_tile, k, channel_sums);
+        spatial_channel<Floats>(c, o, item, input_tile, k, false, channel_sums);
         if (input_tile < o.input_tiles - 1) continue;
         if (o.residual >= 0) e.residual = item.channel(o.residual, k);
         store_segments(item.segments, channel_sums, item.channel(o.destination, k), e);

@@ -61,7 +61,8 @@ enum Opcode : int64_t {
   BYTE_POINTWISE,
   BYTE_SPATIAL,
   BYTE_POOL,
-  BYTE_LINEAR
+  BYTE_LINEAR,
+  BYTE_MEAN
 };
 
 // destination = clamp(source[stride_h * h, stride_w * w] * scale[c] + shift[c] + residual)
@@ -142,9 +143,12 @@ struct ByteCopy {
 
 // The results of an int32 sum for output channel k:
 //   value = clamp(sum * scale[k] + shift[k] + residual * residual_scale)
-// each product and sum in a fused multiply-add. It is rounded to a byte, ties to even, if `to_bytes`
-// is not 0. The residual is quantized if the output is. `narrow`: no sum of two products exceeds the
+// each product and sum in a fused multiply-add. If `to_bytes` is not FLOATS, it is rounded, ties to
+// even. For SATURATED_BYTES, bounds of 0 and 255 need no clamping, and no value reaches 2^31, where
+// conversions to int32 end. The residual is quantized if the output is. `narrow`: no sum of two products exceeds the
 // range of int16, so that AVX2 may add products in pairs.
+
+enum Results : int64_t { FLOATS, CLAMPED_BYTES, SATURATED_BYTES };
 
 // A 1x1 convolution. For each pair of an output-channel tile and an input-channel tile there are
 // output_tile_size / 4 quad tiles. `channels`: output channels.
@@ -158,7 +162,7 @@ struct BytePointwise {
 // after the other, or (`shared`) all have one, with four weights for each entry.
 struct QuadTile {
   int64_t indices, weights;  // positions of the first ones in the layer's arrays
-  int32_t counts[4];         // entries of each list; if shared, of the first one only
+  int32_t counts[4];         // entries of each list, an even number; if shared, of the only one
   int64_t shared;
 };
 
@@ -171,6 +175,11 @@ struct ByteSpatial {
 // The maximum over `count` taps at these offsets, as Pool.
 struct BytePool {
   int64_t source, destination, offsets_at, count, step;
+};
+
+// The mean of each channel, in floats.
+struct ByteMean {
+  int64_t source, destination, scale, zero_point;
 };
 
 // A linear layer with a dense matrix, whose rows have a multiple of 64 bytes; its output is float.

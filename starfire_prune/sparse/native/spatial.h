@@ -4,7 +4,7 @@
 namespace STARFIRE_ISA {
 
 using SpatialKernel = void (*)(const float* source, int64_t distance, const int32_t* offsets,
-                               const float* weights, int64_t count, float* sums);
+                               const float* weights, int64_t count, bool is_first, float* sums);
 
 // Adds a rectangle of HEIGHT x COLUMNS weights to ROWS accumulators, reading each input row once.
 // There are CHAINS sets of accumulators, which columns use in turn from FIRST on, so that with few
@@ -34,16 +34,16 @@ INLINE void rectangle(Vector (&rows)[CHAINS][ROWS], const float* x, int64_t dist
   }
 }
 
-// Adds `count` rectangles to ROWS accumulators.
+// Adds `count` rectangles to ROWS accumulators, which start at zero if `is_first`.
 template <class Math, int ROWS, int HEIGHT, int COLUMNS, bool ADJACENT>
 void spatial(const float* source, int64_t distance, const int32_t* offsets, const float* weights,
-             int64_t count, float* sums) {
+             int64_t count, bool is_first, float* sums) {
   constexpr int SIZE = HEIGHT * COLUMNS;
   constexpr int CHAINS = ISA != 512 || ROWS > 4 ? 1 : COLUMNS > 1 ? COLUMNS : 2;
   if constexpr (ADJACENT) distance = LANES;
   Vector rows[CHAINS][ROWS];
   UNROLL for (int i = 0; i < ROWS; ++i) {
-    rows[0][i] = load(sums + i * LANES);
+    rows[0][i] = is_first ? splat(0.0f) : load(sums + i * LANES);
     UNROLL for (int c = 1; c < CHAINS; ++c) rows[c][i] = splat(0.0f);
   }
   int64_t j = 0;

@@ -51,19 +51,22 @@ struct SpatialItem {
   }
 };
 
-// Adds the contribution of an input-channel tile to an output channel's sums.
+// Adds the contribution of an input-channel tile to an output channel's sums, or sets them to it if
+// they have not been set (`is_first`).
 template <class Math>
 INLINE void spatial_channel(const Context& c, const Spatial& o, const SpatialItem& item,
-                            int64_t input_tile, int64_t channel, float* sums) {
+                            int64_t input_tile, int64_t channel, bool is_first, float* sums) {
   const int32_t* starts = c.constants<int32_t>(o.starts_at) + input_tile * o.channels + channel;
   const RectangleRun* runs = c.constants<RectangleRun>(o.runs_at);
+  if (is_first && starts[0] == starts[1]) fill_sums(sums, 0.0f);
   for (int64_t r = 0; r < item.rows;) {
     int64_t size = kernel_rows(item.rows - r);
     for (int32_t i = starts[0]; i < starts[1]; ++i)
       spatial_kernel<Math>(size, runs[i], o.row_stride == LANES)(
           item.from + r * o.row_stride, o.row_stride,
           c.constants<int32_t>(o.offsets_at) + runs[i].offsets,
-          c.constants<float>(o.weights_at) + runs[i].weights, runs[i].count, sums + r * LANES);
+          c.constants<float>(o.weights_at) + runs[i].weights, runs[i].count,
+          is_first && i == starts[0], sums + r * LANES);
     r += size;
   }
 }
