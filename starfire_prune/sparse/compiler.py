@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ def compile(
     these runs in one native call. Other operations, such as SiLU or products, are left to torch,
     between several native calls: see `torch_operations`, `segments` and `reason` of the result.
     Outputs equal those of the model in eval mode up to rounding.
+
+    A quantized model (`starfire_prune.quantization.quantize`) multiplies integers: of int8 weights
+    and bytes, exactly, with int32 sums. Results that are rounded to bytes may differ by one step
+    from those of the quantized model on torch, which rounds between its operations too.
 
     The kernels are built at first use. This needs a C++ compiler (`CXX`, or one in the `PATH`) and
     some seconds. The library is kept in `STARFIRE_SPARSE_CACHE`, by default in the user's cache. If
@@ -81,7 +85,17 @@ def compile(
     except BuildError as error:
         warnings.warn(f"the model runs on torch, as dense: {error}", RuntimeWarning, stacklevel=2)
         return CompiledModel(_free_of_strides(graph), example, str(error), names)
-    return CompiledModel(_free_of_strides(_with_segments(graph)), example, names=names)
+    try:
+        network = _free_of_strides(_with_segments(graph))
+    except _BytesBetweenSegmentsError as error:
+        warnings.warn(f"the model runs on torch: {error}", RuntimeWarning, stacklevel=2)
+        graph = _free_of_strides(_export(model, example))
+        return CompiledModel(graph, example, str(error), names)
+    return CompiledModel(network, example, names=names)
+
+
+class _BytesBetweenSegmentsError(Exception):
+    """A native part of the model would have to read or return bytes."""
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -172,6 +186,7 @@ def _replace(
 def _segment(
     partition: fx.GraphModule, inputs: list[fx.Node], constants: Mapping[fx.Node, Constant]
 ) -> Segment:
+    _check_floats([*inputs, *partition.graph.output_node().all_input_nodes])
     lowering = Lowering(constants)
     values = [lowering.add_input(node) for node in inputs]
     for node in partition.graph.nodes:
@@ -185,3 +200,12 @@ def _segment(
     output_shapes = [size for shape in shapes for size in (len(shape), *shape[1:])]
     constant_bytes = torch.from_numpy(program.constants.to_array())
     return Segment(torch.from_numpy(program.to_array()), constant_bytes, output_shapes)
+
+
+def _check_floats(nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        if node.meta["val"].dtype != torch.float32:
+            raise _BytesBetweenSegmentsError(
+                f"{node.name} is quantized and has readers on both sides of an operation that "
+                f"runs on torch; leave that part of the model in floats"
+            )

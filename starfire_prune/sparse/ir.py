@@ -153,10 +153,14 @@ class Convolution(Layer):
         return self.is_pointwise and self.output.size == (1, 1) and self.residual is None
 
     @property
-    def stores_bytes(self) -> bool:
-        """Whether it can store its result in bytes: it multiplies integers, and adds bytes only."""
-        floats_added = self.residual is not None and self.residual.quantization is None
-        return self.weight_scale is not None and not self.is_linear and not floats_added
+    def can_store_bytes(self) -> bool:
+        """Whether its result, in floats yet, can be stored in bytes.
+
+        It has to multiply integers, and to add nothing but bytes.
+        """
+        adds_floats = self.residual is not None and self.residual.quantization is None
+        is_open = self.weight_scale is not None and self.output.quantization is None
+        return is_open and not self.is_linear and not adds_floats
 
 
 class Linear(Layer):

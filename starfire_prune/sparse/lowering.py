@@ -153,7 +153,7 @@ class Lowering:
         if source.quantization == quantization:
             return source
         op = self._producer_for_one(node.args[0])
-        if isinstance(op, Convolution) and op.stores_bytes:
+        if isinstance(op, Convolution) and op.can_store_bytes:
             op.output.quantization = quantization
             return op.output
         floats = self._floats(source)

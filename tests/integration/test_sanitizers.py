@@ -17,10 +17,10 @@ FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 @pytest.mark.usefixtures("native_kernels")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     compiler = build._compiler()[0]
-    names = ("libasan.so", "libubsan.so")
+    runtimes = ("libasan.so", "libubsan.so")
     found = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
-        for name in names
+        for name in runtimes
     ]
     libraries = [done.stdout.strip() for done in found]
     if not all(Path(library).is_absolute() for library in libraries):
@@ -33,10 +33,11 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         build.CACHE_VARIABLE: str(tmp_path),
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    tests += ["tests/sparse/test_kernels.py", "tests/sparse/test_compiler.py"]
+    names = ("test_kernels", "test_byte_kernels", "test_compiler")
+    tests += [f"tests/sparse/{name}.py" for name in names]
     tests += [
         "-k",
-        "test_kernels or outputs_are or sizes or batches or threads or equal_torch",
+        "test_kernels or byte_kernels or outputs_are or sizes or batches or threads or equal_torch",
     ]
     done = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

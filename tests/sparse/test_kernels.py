@@ -1,8 +1,6 @@
 """The native kernels equal torch for every operation and shape, on each instruction set."""
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +11,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from starfire_prune.sparse import pack_spatial as spatial
-from starfire_prune.sparse.ir import Convolution, Copy, Linear, Mean, Op, Pooling, Value
+from starfire_prune.sparse.ir import Copy, Linear, Mean, Op, Pooling, Value
 from starfire_prune.sparse.layout import Window, padded, plain, tiles
 from starfire_prune.sparse.ops import new_workspace, sparse_inference
 from starfire_prune.sparse.pack_pointwise import pack_pointwise
 from starfire_prune.sparse.pack_spatial import pack_spatial, rectangles
 from starfire_prune.sparse.scheduling import schedule
+from tests.support.convolutions import (
+    BLOCK_SIZES,
+    Case,
+    convolutions,
+    masked,
+    seeds,
+    value_of,
+)
 
 TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
 ISAS = (128, 256, 512)
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 random_shapes = settings(max_examples=60, deadline=None)
-seeds = st.integers(0, 2**16)
-BLOCK_SIZES = {"ck": (1, 1), "4x1": (4, 1), "1x4": (1, 4), "4x4": (4, 4)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,96 +57,10 @@ def run(ops: list[Op], inputs: dict[Value, Tensor], output: Value, isa: int) -> 
     return first
 
 
-def value_of(tensor: Tensor) -> Value:
-    return Value(*tensor.shape[1:])
-
-
 def close(output: Tensor, expected: Tensor, scale: float | None = None) -> bool:
     scale = scale or float(expected.abs().max()) or 1.0
     return output.shape == expected.shape and float((output - expected).abs().max()) <= (
         TOLERANCE * scale
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A convolution and its input."""
-
-    images: Tensor
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def expected(self) -> Tensor:
-        images, weight, bias = (t.double() for t in (self.images, self.weight, self.bias))
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        return functional.conv2d(images, weight, bias, *settings).float()
-
-    def window(self, output: Tensor) -> Window:
-        size, (height, width) = self.weight.shape, self.images.shape[2:]
-        below = self._end(0, output.shape[2]) - height
-        right = self._end(1, output.shape[3]) - width
-        after = (max(below, 0), max(right, 0))
-        return Window((size[2], size[3]), self.stride, self.dilation, self.padding, after)
-
-    def _end(self, axis: int, outputs: int) -> int:
-        """Where the last window ends, in pixels of the image."""
-        reach = (self.weight.shape[2 + axis] - 1) * self.dilation[axis]
-        return (outputs - 1) * self.stride[axis] + reach + 1 - self.padding[axis]
-
-    def op(self, source: Value, output: Value, window: Window, **options: Any) -> Convolution:
-        return Convolution(
-            source,
-            output,
-            weight=self.weight.double().numpy(),
-            bias=self.bias.double().numpy(),
-            groups=self.groups,
-            window=window,
-            **options,
-        )
-
-
-def masked(weight: Tensor, kind: str, density: float, generator: torch.Generator) -> Tensor:
-    """A weight with the zeros of a pruning method: "ck", blocks such as "4x1", or "single" ones."""
-    if kind == "single":
-        return weight * (torch.rand(weight.shape, generator=generator) < density)
-    outputs, inputs = BLOCK_SIZES[kind]
-    shape = (-(-weight.shape[0] // outputs), -(-weight.shape[1] // inputs))
-    mask = torch.rand(shape, generator=generator) < density
-    mask = mask.repeat_interleave(outputs, 0).repeat_interleave(inputs, 1)
-    mask = mask[: weight.shape[0], : weight.shape[1]]
-    return weight * mask.reshape(*mask.shape, *[1] * (weight.ndim - 2))
-
-
-pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
-
-
-@st.composite
-def convolutions(draw: st.DrawFn) -> Case:
-    """Convolutions of any shape whose window fits the image."""
-    size, stride, dilation = (draw(pairs) for _ in range(3))
-    size = draw(st.sampled_from([size, (3, 3), (1, 1), (5, 5), (7, 7)]))
-    padding = (draw(st.integers(0, size[0])), draw(st.integers(0, size[1])))
-    reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-    least = [max(1, r - 2 * p) for r, p in zip(reach, padding, strict=True)]
-    image = [draw(st.integers(low, low + 35)) for low in least]
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    inputs, outputs = groups * draw(st.integers(1, 9)), groups * draw(st.integers(1, 9))
-    generator = torch.Generator().manual_seed(draw(seeds))
-    weight = torch.randn(outputs, inputs // groups, *size, generator=generator)
-    kind = draw(st.sampled_from([*BLOCK_SIZES, "single"]))
-    density = draw(st.sampled_from([0.0, 0.1, 0.3, 0.6, 1.0]))
-    return Case(
-        images=torch.randn(draw(st.integers(1, 3)), inputs, *image, generator=generator),
-        weight=masked(weight, kind, density, generator),
-        bias=torch.randn(outputs, generator=generator),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
     )
 
 

@@ -51,6 +51,7 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
       return c.batch * row_tiles * column_tiles * ceil_div(o->channels, o->output_tile_size);
     }
     case MEAN:
+    case BYTE_MEAN:
       return c.batch * source.channels;
     case BYTE_LINEAR:
       return static_cast<const ByteLinear*>(operation)->channels;
@@ -74,6 +75,7 @@ int64_t count_fields(int64_t opcode) {
     case BYTE_SPATIAL: return sizeof(ByteSpatial) / sizeof(int64_t);
     case BYTE_POOL: return sizeof(BytePool) / sizeof(int64_t);
     case BYTE_LINEAR: return sizeof(ByteLinear) / sizeof(int64_t);
+    case BYTE_MEAN: return sizeof(ByteMean) / sizeof(int64_t);
     default: return -1;
   }
 }
@@ -241,13 +243,14 @@ c10::Dict<std::string, int64_t> program_format() {
       ENTRY(MAX_SPILLED), ENTRY(PLANES), ENTRY(TILES), ENTRY(WORKSPACE), ENTRY(INPUT),
       ENTRY(OUTPUT), ENTRY(COPY), ENTRY(POINTWISE), ENTRY(SPATIAL), ENTRY(POOL), ENTRY(MEAN),
       ENTRY(LINEAR), ENTRY(QUANTIZE), ENTRY(DEQUANTIZE), ENTRY(BYTE_COPY),
-      ENTRY(BYTE_POINTWISE), ENTRY(BYTE_SPATIAL), ENTRY(BYTE_POOL), ENTRY(BYTE_LINEAR),
+      ENTRY(BYTE_POINTWISE), ENTRY(BYTE_SPATIAL), ENTRY(BYTE_POOL), ENTRY(BYTE_LINEAR), ENTRY(BYTE_MEAN),
+      ENTRY(FLOATS), ENTRY(CLAMPED_BYTES), ENTRY(SATURATED_BYTES),
       ENTRY(MAXIMUM), ENTRY(SUM), ENTRY(sizeof(Header)), ENTRY(sizeof(Slot)),
       ENTRY(sizeof(View)), ENTRY(sizeof(Copy)), ENTRY(sizeof(Pointwise)), ENTRY(sizeof(Spatial)),
       ENTRY(sizeof(Pool)), ENTRY(sizeof(Mean)), ENTRY(sizeof(Linear)),
       ENTRY(sizeof(Quantize)), ENTRY(sizeof(Dequantize)), ENTRY(sizeof(ByteCopy)),
       ENTRY(sizeof(BytePointwise)), ENTRY(sizeof(ByteSpatial)), ENTRY(sizeof(BytePool)),
-      ENTRY(sizeof(ByteLinear)), ENTRY(sizeof(QuadTile)), ENTRY(offsetof(QuadTile, indices)),
+      ENTRY(sizeof(ByteLinear)), ENTRY(sizeof(ByteMean)), ENTRY(sizeof(QuadTile)), ENTRY(offsetof(QuadTile, indices)),
       ENTRY(offsetof(QuadTile, weights)), ENTRY(offsetof(QuadTile, counts)),
       ENTRY(offsetof(QuadTile, shared)),
       ENTRY(sizeof(RegisterTile)), ENTRY(offsetof(RegisterTile, channel)),

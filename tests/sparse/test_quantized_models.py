@@ -1,0 +1,174 @@
+"""Quantized models compute on bytes, and operations that can't do so read floats."""
+
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from starfire_prune import ck_structured, sparse
+from starfire_prune.quantization import quantize
+from starfire_prune.sparse.program_format import (
+    HEADER_FIELDS,
+    OPERATION_FIELDS,
+    SLOT_FIELDS,
+    VIEW_FIELDS,
+    Opcode,
+)
+from tests.support.sparse_networks import NARROW
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+quantized = torch.ops.quantized_decomposed  # registered by starfire_prune.quantization
+
+
+def rounded(x: Tensor, scale: float = 2.0**-5, zero_point: int = 128) -> Tensor:
+    """A tensor in uint8 and back, as quantization leaves it in a graph."""
+    how = (scale, zero_point, 0, 255, torch.uint8)
+    result: Tensor = quantized.dequantize_per_tensor(quantized.quantize_per_tensor(x, *how), *how)
+    return result
+
+
+class Layer(nn.Module):
+    """A convolution with an int8 weight."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, inputs: int, outputs: int, size: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randint(-127, 128, (outputs, inputs, size, size), generator=generator)
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scales", torch.rand(outputs, generator=generator) / 2**11 + 2**-14)
+        self.register_buffer("zeros", torch.zeros(outputs, dtype=torch.int64))
+        self.register_buffer("bias", torch.randn(outputs, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = (0, -127, 127, torch.int8)
+        weight = quantized.dequantize_per_channel(self.weight, self.scales, self.zeros, *how)
+        return functional.conv2d(x, weight, self.bias, padding=weight.shape[2] // 2)
+
+
+class Graph(nn.Module):
+    """Two layers and a function that joins them."""
+
+    def __init__(self, forward: Callable[[Layer, Layer, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other = Layer(6, 6), Layer(6, 6, 1, seed=1)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self.one, self.other, x)
+
+
+GRAPHS: dict[str, Callable[[Layer, Layer, Tensor], Tensor]] = {
+    "bytes all the way": lambda one, other, x: rounded(other(rounded(one(rounded(x)).relu()))),
+    "results in floats": lambda one, other, x: one(rounded(x)),
+    "a sum of bytes": lambda one, other, x: rounded(
+        (one(rounded(x)) + rounded(other(rounded(x)))).relu()
+    ),
+    "a sum of bytes in floats": lambda one, other, x: one(rounded(x)) + rounded(other(rounded(x))),
+    "a sum with floats": lambda one, other, x: rounded(one(rounded(x)) + other(x)),
+    "a sum of two layers in floats": lambda one, other, x: rounded(
+        one(rounded(x)) + other(rounded(x))
+    ),
+    "bytes that are read as floats": lambda one, other, x: torch.cat(
+        [rounded(one(rounded(x))), x], 1
+    ),
+    "an input in floats": lambda one, other, x: rounded(one(x)),
+    "bounds": lambda one, other, x: rounded(one(rounded(x)).clamp(-1.0, 2.0)),
+    "a maximum of bytes": lambda one, other, x: other(
+        rounded(functional.max_pool2d(rounded(one(rounded(x))), 2))
+    ),
+    "a mean of bytes": lambda one, other, x: rounded(one(rounded(x))).mean((2, 3)),
+    "an operation on torch": lambda one, other, x: rounded(other(rounded(one(rounded(x)).sin()))),
+    "another step": lambda one, other, x: rounded(rounded(one(rounded(x))), 2.0**-4, 100),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@torch.no_grad()
+def test_outputs_are_within_a_step_of_torchs(name):
+    model = Graph(GRAPHS[name]).eval()
+    images = torch.randn(2, 6, 9, 20, generator=torch.Generator().manual_seed(0))
+    compiled = sparse.compile(model, images)
+    assert compiled.segments
+    expected, outputs = model(images), compiled(images)
+    # Where torch's sum in floats falls beside the middle between two steps, the byte differs
+    differ = ~torch.isclose(outputs, expected, atol=1e-5, rtol=1e-5)
+    assert differ.float().mean() < 0.01
+    assert float((outputs - expected).abs().max()) <= 2 * 2.0**-4
+
+
+def opcodes(compiled: sparse.CompiledModel) -> list[Opcode]:
+    """The operations of the only native part of a model, in their order."""
+    (segment,) = compiled.segments
+    program = segment.program.tolist()
+    found, at = [], HEADER_FIELDS + SLOT_FIELDS * program[1] + VIEW_FIELDS * program[2]
+    while at < len(program):
+        found.append(Opcode(program[at]))
+        at += 1 + OPERATION_FIELDS[found[-1]]
+    return found
+
+
+def test_a_residual_network_leaves_bytes_only_at_its_end():
+    model, images = quantized_network("resnet50")
+    compiled = sparse.compile(model, images)
+    assert compiled.torch_operations == []
+    found = opcodes(compiled)
+    first, *layers, linear, copy = found
+    assert (first, linear, copy) == (Opcode.QUANTIZE, Opcode.BYTE_LINEAR, Opcode.COPY)
+    # The mean is rounded to bytes again
+    assert layers[-2:] == [Opcode.BYTE_MEAN, Opcode.QUANTIZE]
+    assert {*layers[:-2]} == {
+        Opcode.BYTE_COPY,
+        Opcode.BYTE_POINTWISE,
+        Opcode.BYTE_SPATIAL,
+        Opcode.BYTE_POOL,
+    }
+
+
+def quantized_network(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
+    """A narrow network, pruned and quantized, and images for it."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model = NARROW[name]().eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels > 3 and module.groups == 1:
+            ck_structured(module, amount=0.5, block_size=(1, 4))
+    images = torch.randn(batch, 3, 64, 64)
+    module: nn.Module = quantize(model, [images])
+    return module, images
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50", "mobilenetv2", "vgg16_bn"])
+@torch.no_grad()
+def test_networks_give_the_outputs_of_the_quantized_model(name):
+    model, images = quantized_network(name)
+    compiled = sparse.compile(model, images)
+    assert compiled.torch_operations == []
+    expected = model(images)
+    # Bytes that differ by one step in a layer move the outputs by a little
+    assert float((compiled(images) - expected).abs().max() / expected.abs().max()) < 0.05
+    one = compiled(images[:1])
+    assert torch.equal(one, compiled(images)[:1])
+
+
+def test_bytes_that_torch_separates_from_their_readers_are_left_to_torch():
+    def forward(one: Layer, other: Layer, x: Tensor) -> Tensor:
+        first = rounded(one(rounded(x)))
+        return other(first) + other(rounded(first.sin()))
+
+    model, images = Graph(forward).eval(), torch.randn(1, 6, 9, 9)
+    assert torch.allclose(sparse.compile(model, images)(images), model(images), atol=0.1)
+
+
+def test_a_quantized_model_that_is_pickled_computes_the_same():
+    model = Graph(GRAPHS["bytes all the way"]).eval()
+    images = torch.randn(2, 6, 9, 20)
+    compiled = sparse.compile(model, images)
+    again = pickle.loads(pickle.dumps(compiled))
+    assert torch.equal(again(images), compiled(images))
