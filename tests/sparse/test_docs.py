@@ -19,13 +19,15 @@ BLOCKS: list[str] = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 @pytest.mark.usefixtures("native_kernels")
 def test_the_example_runs(capsys):
+    pytest.importorskip("torchao")
     torch.manual_seed(0)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"batches": [torch.rand(4, 3, 64, 64)]}
     for block in BLOCKS:
         exec(block, names)
     assert capsys.readouterr().out.split() == re.findall(r"\)  # (\S+):", "".join(BLOCKS))
     assert names["logits"].shape == (1, 10)
     assert difference(names["model"].eval(), names["fast"], names["images"]) < 1e-4
+    assert names["in_int8"].torch_operations == []
 
 
 @pytest.mark.usefixtures("native_kernels")

@@ -61,7 +61,8 @@ class Graph(nn.Module):
         self._forward = forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward(self.one, self.other, x)
+        result: Tensor = self._forward(self.one, self.other, x)
+        return result
 
 
 GRAPHS: dict[str, Callable[[Layer, Layer, Tensor], Tensor]] = {
@@ -140,8 +141,8 @@ def quantized_network(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
         if isinstance(module, nn.Conv2d) and module.in_channels > 3 and module.groups == 1:
             ck_structured(module, amount=0.5, block_size=(1, 4))
     images = torch.randn(batch, 3, 64, 64)
-    module: nn.Module = quantize(model, [images])
-    return module, images
+    quantized_model: nn.Module = quantize(model, [images])
+    return quantized_model, images
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50", "mobilenetv2", "vgg16_bn"])
@@ -160,7 +161,8 @@ def test_networks_give_the_outputs_of_the_quantized_model(name):
 def test_bytes_that_torch_separates_from_their_readers_are_left_to_torch():
     def forward(one: Layer, other: Layer, x: Tensor) -> Tensor:
         first = rounded(one(rounded(x)))
-        return other(first) + other(rounded(first.sin()))
+        total: Tensor = other(first) + other(rounded(first.sin()))
+        return total
 
     model, images = Graph(forward).eval(), torch.randn(1, 6, 9, 9)
     assert torch.allclose(sparse.compile(model, images)(images), model(images), atol=0.1)
