@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from starfire_prune.data import build_loader
+from starfire_prune.evaluation.quantized import QuantizedWeights
 from starfire_prune.export.input import find_input, load_input
 from starfire_prune.quantization import check_masks, quantize
 from starfire_prune.runs import data as run_data
@@ -81,6 +82,16 @@ def test_it_prints_accuracies_zeros_and_size(tool, run):
     assert third == f"{output}: {output.stat().st_size:,} bytes"
 
 
+def test_both_accuracies_are_printed(tool, run, monkeypatch):
+    def measured(*_: object, **__: object) -> QuantizedWeights:
+        return QuantizedWeights(module, 1000, 0.75, 0.5)
+
+    module = quantize(load_input(find_input(run)), [torch.rand(4, 3, 16, 16)])
+    monkeypatch.setattr("starfire_prune.cli.run_quantize.quantize_weights", measured)
+    first = tool(run).stdout.splitlines()[0]
+    assert first == "top-1 75.00% in float32, 50.00% in int8 (1,000 images)"
+
+
 def test_options_change_the_file(tool, run, tmp_path):
     plain, other = tmp_path / "plain", tmp_path / "other"
     assert tool(run, "--output", plain, "--limit", 5).status == 0
@@ -90,6 +101,15 @@ def test_options_change_the_file(tool, run, tmp_path):
     assert other.stat().st_size < plain.stat().st_size
     assert 'largest_input\\": 127' in other.read_bytes()[:20_000].decode(errors="ignore")
     assert 'images\\": 8' in other.read_bytes()[:20_000].decode(errors="ignore")
+
+
+def test_it_calibrates_on_evenly_spaced_images(tool, run):
+    assert tool(run, "--images", 8).status == 0
+    recipe, model = find_weights(run).recipe, load_input(find_input(run))
+    train = run_data.recipe_datasets(recipe).train
+    batch = torch.stack([train[index * 56 // 8][0] for index in range(8)])
+    loaded = load_quantized(run / "export" / "int8.safetensors", fresh_model(recipe))
+    assert torch.equal(loaded(batch), quantize(model, [batch])(batch))
 
 
 def test_an_existing_file_is_replaced_only_by_force(tool, run):
