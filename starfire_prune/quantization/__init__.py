@@ -2,5 +2,6 @@
 
 from starfire_prune.quantization.checks import LayerZeros, check_masks
 from starfire_prune.quantization.post_training import quantize
+from starfire_prune.quantization.training import QuantizedTraining
 
-__all__ = ["LayerZeros", "check_masks", "quantize"]
+__all__ = ["LayerZeros", "QuantizedTraining", "check_masks", "quantize"]

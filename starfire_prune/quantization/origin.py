@@ -32,7 +32,7 @@ class Origin:
         model: The float model, dense, on the device `meta`: its structure without its weights.
         masks: Masks of the pruned weights by parameter name, bool, True = kept.
         input_shape: Shape of an image.
-        images: Number of images that the scales were calibrated on.
+        images: Number of images that the scales were calibrated on; 0 if they were trained.
         method: Whether they were calibrated after training, or trained.
         versions: Versions of the packages that did it.
     """

@@ -37,13 +37,13 @@ _SOURCES: Final[Mapping[str, Any]] = {
 
 
 def package(module: str = "quantize_pt2e") -> Any:
-    """A module of torchao's PT2E.
+    """A module of torchao's PT2E; without a name the package itself.
 
     Raises:
         ModuleNotFoundError: If torchao is missing, with the command that installs it.
     """
     with _without_notices():
-        return import_optional(f"{_PT2E}.{module}", "quantize", "quantization")
+        return import_optional(f"{_PT2E}.{module}".rstrip("."), "quantize", "quantization")
 
 
 def quantizer(*, trains: bool, reduced_range: bool) -> Any:
