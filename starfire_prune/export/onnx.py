@@ -27,6 +27,7 @@ from starfire_prune.export.onnx_graph import (
     strip_debug_data,
 )
 from starfire_prune.export.onnx_model import INPUT, exported_model, name_outputs
+from starfire_prune.quantization.origin import is_quantized
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import ExportError
 from starfire_prune.utils.files import checked_file, move_file
@@ -40,6 +41,7 @@ __all__ = ["EXTERNAL_FROM_BYTES", "OnnxReport", "data_files", "export_onnx"]
 
 EXTERNAL_FROM_BYTES = 2**31 - 2**26  # protobuf's limit, less room for the graph
 _TOLERANCE = 1e-3  # of the largest output; a wrong graph differs by far more than rounding
+_QUANTIZED_TOLERANCE = 0.2  # a sum that is rounded to the other step moves all that follows
 _BATCHES = (1, 3)  # neither is the example's
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -103,7 +105,8 @@ def export_onnx(
 
     Args:
         model: A float32 model in any phase of pruning; it is not changed, and exported in eval
-            mode.
+            mode. A quantized model becomes an ONNX model of `QuantizeLinear` and
+            `DequantizeLinear`, which is compared with ONNX Runtime without its optimizations.
         path: Path of the file.
         input_size: Channels, height and width of the images; for videos there are more numbers.
         fold_bn: Whether batch norms are folded into the convolutions before them.
@@ -218,7 +221,8 @@ def _checked_outputs(
     Raises:
         ExportError: If they differ by more than rounding, or ONNX Runtime can't run the file.
     """
-    session = _session(runtime, file)
+    quantized = is_quantized(model)
+    session = _session(runtime, file, optimizes=not quantized)
     generator = torch.Generator().manual_seed(0)
     expected: list[Any] = []
     outputs: list[Tensor] = []
@@ -231,15 +235,17 @@ def _checked_outputs(
             raise ExportError(f"ONNX Runtime can't run the exported model: {error}") from error
         outputs += map(torch.from_numpy, arrays)
     try:
-        return compare_outputs(expected, outputs, _TOLERANCE)
+        return compare_outputs(expected, outputs, _QUANTIZED_TOLERANCE if quantized else _TOLERANCE)
     except ValueError as error:
         raise ExportError(
             f"ONNX Runtime's outputs {error} in torch: torch's exporter gets this model wrong"
         ) from error
 
 
-def _session(runtime: Any, file: Path) -> Any:
+def _session(runtime: Any, file: Path, *, optimizes: bool = True) -> Any:
     options = runtime.SessionOptions()
+    if not optimizes:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     try:

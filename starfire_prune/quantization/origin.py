@@ -17,7 +17,15 @@ from starfire_prune.utils.modules import (
     weight_key,
 )
 
-__all__ = ["Method", "Origin", "model_on_meta", "origin_of", "pruned_weights", "set_origin"]
+__all__ = [
+    "Method",
+    "Origin",
+    "is_quantized",
+    "model_on_meta",
+    "origin_of",
+    "pruned_weights",
+    "set_origin",
+]
 
 
 Method = Literal["post_training", "training"]
@@ -58,6 +66,11 @@ def origin_of(module: nn.Module) -> Origin:
             f"`starfire_prune.quantization.quantize` returns"
         )
     return origin
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a quantized model or a copy of one."""
+    return isinstance(module, fx.GraphModule) and _KEY in module.meta
 
 
 def set_origin(module: fx.GraphModule, origin: Origin) -> fx.GraphModule:
