@@ -56,6 +56,7 @@ ENGINES: Final = {
     "openvino-int8": Engine("OpenVINO, quantized by NNCF", ("openvino", "nncf", *_ONNX)),
     "deepsparse": Engine("DeepSparse 1.8", pruned=True),
     SPARSE: Engine("`sparse.compile`", pruned=True, ours=True),
+    "sparse-int8": Engine("`sparse.compile`, quantized", ("torchao",), pruned=True, ours=True),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from inference_cases import FLOAT32, INT8, SPARSE, Case
 from torch import Tensor, nn
 
+from starfire_prune.quantization import quantize
 from starfire_prune.sparse import compile as compile_sparse
 from starfire_prune.structure.graph import dense_copy
 
@@ -35,18 +36,21 @@ class DenseFiles:
     Args:
         folder: An empty folder.
         calibration: Images of shape ``(images, 3, height, width)`` by which activations are scaled.
+
+    Attributes:
+        calibration: These images.
     """
 
     def __init__(self, folder: Path, calibration: Tensor) -> None:
         self._folder = folder
-        self._calibration = calibration
+        self.calibration = calibration
 
     def exported(self, name: str, model: nn.Module) -> Path:
         """The network as an ONNX file, for any batch size."""
         path = self._folder / f"{name}.onnx"
         if not path.exists():
             shapes = ({0: torch.export.Dim("batch", min=1)},)
-            export(model, self._calibration[:2], path, dynamic_shapes=shapes)
+            export(model, self.calibration[:2], path, dynamic_shapes=shapes)
         return path
 
     def quantized_by_nncf(self, name: str, model: nn.Module) -> Path:
@@ -58,7 +62,7 @@ class DenseFiles:
 
             source = ov.Core().read_model(self.exported(name, model))
             images = nncf.Dataset(self._batches())
-            ov.save_model(nncf.quantize(source, images, subset_size=len(self._calibration)), path)
+            ov.save_model(nncf.quantize(source, images, subset_size=len(self.calibration)), path)
         return path
 
     def quantized_by_onnxruntime(self, name: str, model: nn.Module) -> Path:
@@ -83,7 +87,7 @@ class DenseFiles:
         return path
 
     def _batches(self) -> list[Any]:
-        return [image[None].numpy() for image in self._calibration]
+        return [image[None].numpy() for image in self.calibration]
 
 
 class _Reader:
@@ -136,6 +140,12 @@ def compiled(setting: Setting) -> Built:
 def sparse(setting: Setting) -> Built:
     """The kernels measured here."""
     return Built(compile_sparse(setting.model, setting.images))
+
+
+def sparse_int8(setting: Setting) -> Built:
+    """The kernels measured here, on the network quantized after training."""
+    quantized = quantize(setting.model, [setting.files.calibration])
+    return Built(compile_sparse(quantized, setting.images), INT8)
 
 
 def onnxruntime(setting: Setting) -> Built:
@@ -267,4 +277,5 @@ BUILDERS: dict[str, Callable[[Setting], Built]] = {
     "openvino-int8": openvino_int8,
     "deepsparse": lambda setting: Built(DeepSparse(setting)),
     SPARSE: sparse,
+    "sparse-int8": sparse_int8,
 }
