@@ -120,10 +120,17 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A network in an engine, and the precision in which its convolutions run."""
+    """A network in an engine, and the precision in which its convolutions run.
+
+    Attributes:
+        run: Computes the outputs for a batch of images.
+        precision: The precision.
+        reference: Computes in torch what the engine should; None for the network itself.
+    """
 
     run: Run
     precision: str = FLOAT32
+    reference: Run | None = None
 
 
 def eager(setting: Setting) -> Built:
@@ -145,7 +152,7 @@ def sparse(setting: Setting) -> Built:
 def sparse_int8(setting: Setting) -> Built:
     """The kernels measured here, on the network quantized after training."""
     quantized = quantize(setting.model, [setting.files.calibration])
-    return Built(compile_sparse(quantized, setting.images), INT8)
+    return Built(compile_sparse(quantized, setting.images), INT8, quantized)
 
 
 def onnxruntime(setting: Setting) -> Built:

@@ -8,6 +8,7 @@ from inference_cases import (
     DENSE,
     ENGINES,
     FLOAT32,
+    INT8,
     METHODS,
     MODELS,
     SPARSE,
@@ -19,6 +20,7 @@ from logs import percent_text, table
 from measured import record_of
 
 _RECORDS: Final = "inference/inference.json"
+_INT8_RECORDS: Final = "inference/int8.json"  # runs with quantized engines of this package
 _PEAKS: Final = "inference/peaks.json"
 _SHOWN: Final = Place("resnet50", batch=1, threads=2)
 # What a time is a multiple of, in the order of `rivals`
@@ -28,6 +30,7 @@ _RIVALS: Final = (
     "best dense int8",
 )
 _LABELS: Final = dict(zip(("float32", "default", "int8"), _RIVALS, strict=True))
+_RUN_HEADER: Final = ("network", "batch", "threads", "date", "CPU", "load average", "versions")
 _ORDER: Final = {name: number for number, name in enumerate((DENSE, *METHODS))}
 
 
@@ -37,13 +40,13 @@ def _runs(model: str) -> list[Run]:
     return sorted(found, key=lambda run: (run["batch"], run["threads"]))
 
 
-def _run(place: Place) -> Run:
+def _run(place: Place, records: str = _RECORDS) -> Run:
     """The run of a place."""
-    for run in record_of(_RECORDS):
+    for run in record_of(records):
         if place_of(run) == place:
             found: Run = run
             return found
-    raise ValueError(f"{_RECORDS} has no run of {place}")
+    raise ValueError(f"{records} has no run of {place}")
 
 
 def _ours(run: Run) -> list[Row]:
@@ -82,9 +85,35 @@ def _label(row: Row) -> str:
     return f"{ENGINES[row['engine']].label}, {method_label(row['method'])}"
 
 
+def int8_summary() -> str:
+    """Pruned and quantized ResNet-50s beside the best dense engine of each precision."""
+    run = _run(_SHOWN, _INT8_RECORDS)
+    rows = [
+        [_label(row), *shares(row, run)]
+        for row in _ours(run)
+        if row["precision"] == INT8 and row["method"] != DENSE
+    ]
+    header = ["ResNet-50 in int8", *(f"of the {name}" for name in _RIVALS)]
+    return table(header, [["dense network", *_rival_texts(run).values()], *rows])
+
+
+def int8_engines() -> str:
+    """All engines in the run with quantized engines of this package."""
+    return _engines_table(_run(_SHOWN, _INT8_RECORDS))
+
+
+def int8_run() -> str:
+    """When, where and with what the run with quantized engines was measured."""
+    return table(_RUN_HEADER, [_run_cells(_run(_SHOWN, _INT8_RECORDS))])
+
+
 def inference_engines() -> str:
     """All engines on a ResNet-50 with batch size 1 and two threads."""
-    run = _run(_SHOWN)
+    return _engines_table(_run(_SHOWN))
+
+
+def _engines_table(run: Run) -> str:
+    """All engines of a run."""
     engines = list(ENGINES)
     rows = sorted(
         run["rows"], key=lambda row: (engines.index(row["engine"]), _ORDER[row["method"]])
@@ -123,16 +152,13 @@ def _cell(run: Run, engine: str, method: str) -> str:
 
 def inference_runs() -> str:
     """When, where and with what each run was measured."""
-    rows = []
-    for model, name in MODELS.items():
-        for run in _runs(model):
-            versions = ", ".join(
-                f"{package} {number}" for package, number in run["versions"].items()
-            )
-            place = [name, str(run["batch"]), str(run["threads"]), run["date"], run["cpu"]]
-            rows.append([*place, str(run.get("load_average", "–")), versions])
-    header = ["network", "batch", "threads", "date", "CPU", "load average", "versions"]
-    return table(header, rows)
+    return table(_RUN_HEADER, [_run_cells(run) for model in MODELS for run in _runs(model)])
+
+
+def _run_cells(run: Run) -> list[str]:
+    versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
+    place = [MODELS[run["model"]], str(run["batch"]), str(run["threads"])]
+    return [*place, run["date"], run["cpu"], str(run.get("load_average", "–")), versions]
 
 
 def roofline() -> str:

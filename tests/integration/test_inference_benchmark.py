@@ -134,14 +134,18 @@ def test_an_engine_with_another_network_ends_the_benchmark(inference, cases, mon
     inference.expected_outputs.cache_clear()
     case = cases.Case(cases.Place("resnet18", 1, 2), "dense", "openvino-int8")
     with torch.no_grad():
-        assert inference.checked(case, "float32", model, images) < 1e-6
-        assert 0.1 < inference.checked(case, "int8", lambda x: 0.8 * model(x), images) < 0.3
+        assert inference.checked(case, inference.Built(model, "float32"), images) < 1e-6
+        assert (
+            0.1
+            < inference.checked(case, inference.Built(lambda x: 0.8 * model(x), "int8"), images)
+            < 0.3
+        )
         message = r"resnet18/dense/b1/t2/openvino-int8: outputs in bfloat16 differ .* by 0\.2 of "
         with pytest.raises(SystemExit, match=message):
-            inference.checked(case, "bfloat16", lambda x: 0.8 * model(x), images)
+            inference.checked(case, inference.Built(lambda x: 0.8 * model(x), "bfloat16"), images)
         for wrong in (lambda x: 0 * x @ torch.ones(3, 5) + average, lambda x: model(x) + 100):
             with pytest.raises(SystemExit, match=r"at most 0\.5 is explained by the precision"):
-                inference.checked(case, "int8", wrong, images)
+                inference.checked(case, inference.Built(wrong, "int8"), images)
     inference.expected_outputs.cache_clear()
 
 
