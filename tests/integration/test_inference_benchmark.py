@@ -90,7 +90,11 @@ def test_engines_that_multiply_by_zeros_are_timed_on_the_dense_network_only(case
         "resnet18/dense/b1/t2/openvino",
         "resnet18/dense/b1/t2/openvino-f32",
         "resnet18/dense/b1/t2/openvino-int8",
-        *(f"resnet18/ck-0.8-{block}/b1/t2/sparse" for block in ("1x1", "4x1", "1x4", "4x4")),
+        *(
+            f"resnet18/ck-0.8-{block}/b1/t2/{engine}"
+            for engine in ("sparse", "sparse-int8")
+            for block in ("1x1", "4x1", "1x4", "4x4")
+        ),
     ]
 
 
