@@ -27,7 +27,7 @@ from starfire_prune.models import create_model
 from starfire_prune.structure.graph import dense_copy
 from starfire_prune.utils.errors import CheckpointError, ExportError
 from tests.support.networks import Detector, SmallNet
-from tests.support.sparse_networks import FULL, NARROW, randomize, sparse_network
+from tests.support.sparse_networks import FULL, NARROW, NARROW_CASES, randomize, sparse_network
 
 NEEDS_EXPORTER = pytest.mark.skipif(
     torch.__version__.startswith("2.6."), reason="torch 2.6 doesn't go with today's onnxscript"
@@ -450,7 +450,7 @@ def test_a_model_with_data_dependent_shapes_names_the_part_to_export(tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fold_bn", [False, True])
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", NARROW_CASES)
 def test_networks_keep_their_zeros(name, fold_bn, tmp_path):
     network = sparse_network(NARROW[name], dtype=torch.float32)
     report = export_onnx(network, tmp_path / "model.onnx", (3, 32, 32), fold_bn=fold_bn)

@@ -21,7 +21,14 @@ def test_every_example_is_run():
     assert [path.stem for path in sorted(EXAMPLES.glob("*.py"))] == [*LAST_LINES]
 
 
-@pytest.mark.parametrize("name", LAST_LINES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accelerate_loop",
+        "plain_loop",
+        pytest.param("prune_compact_time", marks=pytest.mark.slow),  # it compacts a ResNet
+    ],
+)
 @pytest.mark.usefixtures("native_kernels")
 def test_an_example_runs(name, tmp_path):
     if name == "prune_compact_time":

@@ -15,7 +15,7 @@ from torch import nn
 
 from starfire_prune import load_pruned, save_pruned
 from starfire_prune.serialization import container as tensor_file
-from starfire_prune.serialization import pruned as pruned_file
+from starfire_prune.serialization import files
 from starfire_prune.serialization.container import StoredTensor, write_tensor_file
 from starfire_prune.utils.errors import CheckpointError, DamageError
 from tests.runs.test_checkpoint import files_of_at_most
@@ -32,7 +32,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from starfire_prune.serialization import pruned as pruned_file
+from starfire_prune.serialization import files
 from starfire_prune import save_pruned
 from tests.support.networks import SmallNet
 
@@ -52,7 +52,7 @@ class Killing:
         self.write = killing(file.write, at)
 
 folder, options, model = Path(sys.argv[1]), eval(sys.argv[2]), SmallNet(seed=1)
-write = pruned_file.write_tensor_file
+write = files.write_tensor_file
 save_pruned(SmallNet(), folder / "old", **options)
 old = (folder / "old").read_bytes()
 at = 0
@@ -62,7 +62,7 @@ while True:
     path.write_bytes(old)
     child = os.fork()
     if child == 0:
-        pruned_file.write_tensor_file = lambda file, *rest: write(Killing(file, at), *rest)
+        files.write_tensor_file = lambda file, *rest: write(Killing(file, at), *rest)
         os.fsync = killing(os.fsync, at)
         Path.replace = killing(Path.replace, at)
         save_pruned(model, path, **options)
@@ -114,7 +114,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_old_file(form, tmp_path, mo
     before = path.read_bytes()
     for writes in range(1 + N_TENSORS):
         monkeypatch.setattr(
-            pruned_file,
+            files,
             "write_tensor_file",
             partial(write_until, writes),
         )

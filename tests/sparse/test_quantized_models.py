@@ -145,7 +145,14 @@ def quantized_network(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
     return quantized_model, images
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnext50", "mobilenetv2", "vgg16_bn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv2",
+        "resnet18",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnext50", "vgg16_bn")),
+    ],
+)
 @torch.no_grad()
 def test_networks_give_the_outputs_of_the_quantized_model(name):
     model, images = quantized_network(name)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.models._efficientnet_builder import decode_arch_def
@@ -61,6 +62,13 @@ NARROW: dict[str, Callable[[], nn.Module]] = {
     "mobilenetv2": mobilenetv2,
     "densenet121": named("densenet121", growth_rate=8, block_config=(2, 2, 2, 2)),
 }
+# For parametrize: the others have the operations of these two as well
+NARROW_CASES = [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name in ("resnet50", "vgg_bn of convolutions")
+    else name
+    for name in NARROW
+]
 FULL: dict[str, Callable[[], nn.Module]] = {
     name: named(name)
     for name in (

@@ -65,16 +65,18 @@ void spatial(const float* source, int64_t distance, const int32_t* offsets, cons
 }
 
 template <class Math, int ROWS, int HEIGHT>
-SpatialKernel spatial_kernel(int64_t columns, bool adjacent) {
+SpatialKernel spatial_kernel(int64_t columns, [[maybe_unused]] bool adjacent) {
+  if constexpr (ISA == 512) {  // the others don't read a row twice
+    if (adjacent && columns == 2) return spatial<Math, ROWS, HEIGHT, 2, true>;
+    if (adjacent && columns == 3) return spatial<Math, ROWS, HEIGHT, 3, true>;
+  }
   if (columns == 1) return spatial<Math, ROWS, HEIGHT, 1, false>;
-  if (columns == 2)
-    return adjacent ? spatial<Math, ROWS, HEIGHT, 2, true> : spatial<Math, ROWS, HEIGHT, 2, false>;
-  return adjacent ? spatial<Math, ROWS, HEIGHT, 3, true> : spatial<Math, ROWS, HEIGHT, 3, false>;
+  if (columns == 2) return spatial<Math, ROWS, HEIGHT, 2, false>;
+  return spatial<Math, ROWS, HEIGHT, 3, false>;
 }
 
 template <class Math, int ROWS>
 SpatialKernel spatial_kernel(int64_t height, int64_t columns, bool adjacent) {
-  adjacent = adjacent && ISA == 512;  // the others don't read a row twice
   switch (height) {
     case 1: return spatial_kernel<Math, ROWS, 1>(columns, adjacent);
     case 2: return spatial_kernel<Math, ROWS, 2>(columns, adjacent);
