@@ -24,7 +24,7 @@ def test_every_example_is_run():
 @pytest.mark.parametrize(
     "name",
     [
-        "accelerate_loop",
+        pytest.param("accelerate_loop", marks=pytest.mark.slow),
         "plain_loop",
         pytest.param("prune_compact_time", marks=pytest.mark.slow),  # it compacts a ResNet
     ],

@@ -222,8 +222,32 @@ def test_the_summary_compares_with_the_best_engine_of_each_precision(runtimes):
         "|---|---|---|---|",
         "| dense network | 40.00 ms (ONNX Runtime) | 20.00 ms (bfloat16) "
         "| 10.00 ms (OpenVINO, quantized by NNCF) |",
-        "| `sparse.compile`, CK 80 % | 0.40x | 0.80x | 1.60x |",
-        "| `sparse.compile`, CK 80 %, `block_size: [1, 4]` | 0.20x | 0.40x | 0.80x |",
+        "| CK 80 % | 0.40x | 0.80x | 1.60x |",
+        "| CK 80 %, `block_size: [1, 4]` | 0.20x | 0.40x | 0.80x |",
+    ]
+
+
+def test_the_summary_leaves_out_precisions_that_were_not_timed(runtimes, monkeypatch):
+    only_float32 = [row("eager", 32.0), row("sparse", 16.0, "ck-0.8-1x1")]
+    monkeypatch.setattr(runtimes, "record_of", lambda name: [run(only_float32)])
+    assert runtimes.inference_summary().splitlines() == [
+        "| ResNet-50 | of the best dense float32 |",
+        "|---|---|",
+        "| dense network | 32.00 ms (torch, eager) |",
+        "| CK 80 % | 0.50x |",
+    ]
+
+
+def test_the_summary_in_int8_has_blocks_of_input_channels_only(runtimes, monkeypatch):
+    rows = [row("openvino-int8", 10.0, precision="int8")]
+    rows += [
+        row("sparse-int8", time, method, "int8")
+        for time, method in ((12.0, "dense"), (9.0, "ck-0.8-4x1"), (6.0, "ck-0.8-1x4"))
+    ]
+    monkeypatch.setattr(runtimes, "record_of", lambda name: [run(rows)])
+    assert runtimes.int8_summary().splitlines()[2:] == [
+        "| dense network | – | – | 10.00 ms (OpenVINO, quantized by NNCF) |",
+        "| CK 80 %, `block_size: [1, 4]` | – | – | 0.60x |",
     ]
 
 
