@@ -203,9 +203,10 @@ def _segment(
 
 
 def _check_floats(nodes: Iterable[fx.Node]) -> None:
+    """Refuse other values than floats as inputs or outputs of a native part."""
     for node in nodes:
         if node.meta["val"].dtype != torch.float32:
             raise _BytesBetweenSegmentsError(
-                f"{node.name} is quantized and has readers on both sides of an operation that "
-                f"runs on torch; leave that part of the model in floats"
+                f"{node.name} is quantized, and a native part of the model would return or read it"
+                "; let the model return floats, and leave operations that run on torch in floats"
             )

@@ -33,14 +33,14 @@ from starfire_prune.sparse.program_format import (
 from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
 from starfire_prune.sparse.stored_values import StoredValues, geometry_of
 
-__all__ = ["EMITTERS", "Requantization", "requantization"]
+__all__ = ["EMITTERS"]
 
 
 Doubles = NDArray[np.float64]
 MAX_CONVERTED = 2.0**30  # conversions of floats to int32 are right up to there
 
 
-class Requantization(NamedTuple):
+class _Requantization(NamedTuple):
     """How the int32 sums of a layer become results, see native/program.h.
 
     Attributes:
@@ -60,7 +60,7 @@ class Requantization(NamedTuple):
     results: int
 
 
-def requantization(op: Layer) -> Requantization:
+def _requantization(op: Layer) -> _Requantization:
     """How the sums of products of integers of a layer become its results.
 
     A sum has the products of bytes and weights. The bytes' zero point, with which images are padded
@@ -71,7 +71,7 @@ def requantization(op: Layer) -> Requantization:
     scale: Doubles = source.scale * np.asarray(op.weight_scale, np.float64)
     shift: Doubles = op.bias - scale * source.zero_point * weight_sums
     if output is None:
-        return Requantization(scale, shift, 1.0, op.low, op.high, FLOATS)
+        return _Requantization(scale, shift, 1.0, op.low, op.high, FLOATS)
     residual_scale = 0.0
     shift = shift / output.scale + output.zero_point
     if op.residual is not None:
@@ -83,7 +83,7 @@ def requantization(op: Layer) -> Requantization:
     largest = _largest_results(op, scale, shift) + 255 * residual_scale
     saturated = (low, high) == (0.0, 255.0) and largest < MAX_CONVERTED
     results = SATURATED_BYTES if saturated else CLAMPED_BYTES
-    return Requantization(scale, shift, residual_scale, low, high, results)
+    return _Requantization(scale, shift, residual_scale, low, high, results)
 
 
 def _largest_results(op: Layer, scale: Doubles, shift: Doubles) -> float:
@@ -154,7 +154,7 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
     packed = pack_quads(quads_of(op.weight[:, :, 0, 0], 1), geometry.tile)
-    result = requantization(op)
+    result = _requantization(op)
     padding = (0, -len(op.bias) % packed.output_tile_size)
     values.program.add(
         Opcode.BYTE_POINTWISE,
@@ -173,7 +173,7 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
     tiling = spatial_tiling(op, geometry)
-    result = requantization(op)
+    result = _requantization(op)
     packed = pack_spatial(quads_of(op.weight, op.groups), 1, geometry, op.window, tiling.rows)
     values.program.add(
         Opcode.BYTE_SPATIAL,
@@ -188,7 +188,7 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
 def _emit_linear(values: StoredValues, op: Layer) -> None:
     source, output, _ = values.views(op, plain(1, 1))
     rows = pack_byte_rows(op.weight.reshape(len(op.weight), -1))
-    result = requantization(op)
+    result = _requantization(op)
     values.program.add(
         *(Opcode.BYTE_LINEAR, source, output, values.constant(result.shift)),
         *(values.constant(result.scale), values.constant(rows, np.int8)),

@@ -91,14 +91,14 @@ class Lowering:
         """
         for node in outputs:
             self.values[node] = self._floats(self.values[node])
+        ordered: list[Op] = []
         for op in list(self.ops):
-            mixed = op.residual is not None and op.output.quantization is None
-            if mixed and op.residual.quantization is not None:  # type: ignore[union-attr]
-                index = self.ops.index(op)
-                rest, self.ops = self.ops[index:], self.ops[:index]
-                op.residual = self._floats(op.residual)  # type: ignore[arg-type]
-                self.ops += rest
-        return self.ops
+            if op.residual is not None and op.output.quantization is None:
+                op.residual = self._floats(op.residual)
+                if op.residual in self._dequantized.values():
+                    ordered.append(self._producers[op.residual])
+            ordered.append(op)
+        return list(dict.fromkeys(ordered))  # a dequantization that others read later is done once
 
     def _new_value(self, shape: tuple[int, ...], quantization: Quantization | None = None) -> Value:
         height, width = shape[2:] or (1, 1)

@@ -39,7 +39,7 @@ class _Rectangle(NamedTuple):
     Attributes:
         taps: Indices of the taps in the window, `(rows, columns)`.
         offset: Offset of the first tap's input, in floats.
-        row_stride: Weights from the input of a row to that of the next one.
+        row_stride: Floats from the input of a row to that of the next one.
     """
 
     taps: NDArray[np.int64]

@@ -72,6 +72,9 @@ GRAPHS: dict[str, Callable[[Layer, Layer, Tensor], Tensor]] = {
         (one(rounded(x)) + rounded(other(rounded(x)))).relu()
     ),
     "a sum of bytes in floats": lambda one, other, x: one(rounded(x)) + rounded(other(rounded(x))),
+    "a sum in floats of bytes that are read again": lambda one, other, x: torch.cat(
+        [one(rounded(x)) + (added := rounded(other(rounded(x)))), added], 1
+    ),
     "a sum with floats": lambda one, other, x: rounded(one(rounded(x)) + other(x)),
     "a sum of two layers in floats": lambda one, other, x: rounded(
         one(rounded(x)) + other(rounded(x))
@@ -181,3 +184,17 @@ def test_a_quantized_model_that_is_pickled_computes_the_same():
     compiled = sparse.compile(model, images)
     again = pickle.loads(pickle.dumps(compiled))
     assert torch.equal(again(images), compiled(images))
+
+
+def test_a_model_that_returns_bytes_runs_on_torch():
+    def forward(one: Layer, other: Layer, x: Tensor) -> Tensor:
+        how = (2.0**-5, 128, 0, 255, torch.uint8)
+        result: Tensor = quantized.quantize_per_tensor(one(rounded(x)), *how)
+        return result
+
+    model, images = Graph(forward).eval(), torch.randn(1, 6, 9, 9)
+    with pytest.warns(RuntimeWarning, match=r"^the model runs on torch: quantize_per_tensor.* is"):
+        compiled = sparse.compile(model, images)
+    assert torch.equal(compiled(images), model(images))
+    assert compiled.segments == []
+    assert "a native part of the model would return or read it" in str(compiled.reason)

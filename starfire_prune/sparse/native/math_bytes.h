@@ -135,10 +135,9 @@ INLINE Vector fused(const Vector& one, Register factor, const Vector& other) {
         reinterpret_cast<__m256>(one.part[i]), reinterpret_cast<__m256>(factor),
         reinterpret_cast<__m256>(other.part[i])));
 #else
-  for (int i = 0; i < PARTS; ++i)  // the product is exact in double precision
+  for (int i = 0; i < PARTS; ++i)
     for (int j = 0; j < WIDTH; ++j)
-      result.part[i][j] = static_cast<float>(static_cast<double>(one.part[i][j]) * factor[j] +
-                                             other.part[i][j]);
+      result.part[i][j] = __builtin_fmaf(one.part[i][j], factor[j], other.part[i][j]);
 #endif
   return result;
 }

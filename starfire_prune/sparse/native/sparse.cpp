@@ -157,11 +157,12 @@ struct Program {
     }
     auto bytes = static_cast<const unsigned char*>(constants.const_data_ptr());
     Context context{views, bases.data(), bytes, batch};
+    RunItems on_floats = float_kernels(isa), on_bytes = byte_kernels(isa);
     const int64_t* at = operations;
     for (int64_t i = 0; i < header->operations; ++i) {
       int64_t opcode = *at;
       const int64_t* fields = at + 1;
-      RunItems run_items = opcode < QUANTIZE ? float_kernels(isa) : byte_kernels(isa);
+      RunItems run_items = opcode < QUANTIZE ? on_floats : on_bytes;
       at::parallel_for(0, count_items(context, opcode, fields), 1, [&](int64_t begin, int64_t end) {
         run_items(context, opcode, fields, begin, end);
       });
