@@ -36,6 +36,7 @@ def load_datasets(
     crop_pct: float = 0.875,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    crop_scale: Sequence[float] = (0.08, 1.0),
     auto_augment: str | None = None,
     random_erasing: float = 0.0,
     color_jitter: float = 0.0,
@@ -77,6 +78,9 @@ def load_datasets(
         mean: Mean of each channel, subtracted from pixels in [0, 1]; by default ImageNet's.
         std: Standard deviation of each channel, above 0, by which pixels are then divided; by
             default ImageNet's.
+        crop_scale: Least and largest area of the random crop of a training image, as shares of the
+            image's area, 0 < least <= largest <= 1. Small images need larger shares than timm's
+            0.08.
         auto_augment: One of timm's policies for training, such as ``"rand-m9-mstd0.5"``.
         random_erasing: Probability that a rectangle of a training image becomes noise, in [0, 1].
         color_jitter: Range of brightness, contrast and saturation of training images, from 0; it
@@ -103,6 +107,7 @@ def load_datasets(
         crop_pct=crop_pct,
         mean=tuple(mean),
         std=tuple(std),
+        crop_scale=tuple(crop_scale),
         auto_augment=auto_augment,
         random_erasing=random_erasing,
         color_jitter=color_jitter,

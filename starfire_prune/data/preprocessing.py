@@ -51,6 +51,7 @@ class Preprocessing:
     crop_pct: float = 0.875
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
     auto_augment: str | None = None
     random_erasing: float = 0.0
     color_jitter: float = 0.0
@@ -73,6 +74,11 @@ class Preprocessing:
                 len(self.std) == 3 and min(self.std) > 0,
                 "three numbers above 0, one per channel",
             ),
+            (
+                "crop_scale",
+                len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+                "two numbers, 0 < low <= high <= 1",
+            ),
             ("auto_augment", self.auto_augment is None or is_policy(self.auto_augment), policies),
             ("random_erasing", 0 <= self.random_erasing <= 1, "in [0, 1]"),
             ("color_jitter", self.color_jitter >= 0, "at least 0"),
@@ -94,6 +100,7 @@ class Preprocessing:
         )
         train = create_transform(
             is_training=True,
+            scale=self.crop_scale,
             hflip=self.hflip,
             color_jitter=self.color_jitter or None,
             auto_augment=self.auto_augment,

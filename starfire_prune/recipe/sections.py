@@ -45,7 +45,9 @@ __all__ = [
 
 # What only timm's readers read, and what is done to photographs but not to digits
 _READER_KEYS: Final = ("train_split", "val_split", "options")
-_TRANSFORM_KEYS: Final = ("mean", "std", "auto_augment", "random_erasing", "color_jitter", "hflip")
+_TRANSFORM_KEYS: Final = (
+    *("mean", "std", "crop_scale", "auto_augment", "random_erasing", "color_jitter", "hflip"),
+)
 # What options may not hold, and what to do instead
 _MODEL_OPTIONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(
@@ -110,6 +112,13 @@ def _channels(value: object) -> object:
     if numbers == [True] * 3:
         return value
     raise settings_error(f"must be three numbers, one a channel {got(value)}")
+
+
+def _scale(value: object) -> object:
+    numbers = isinstance(value, (list, tuple)) and [type(item) in (int, float) for item in value]
+    if numbers == [True] * 2 and 0 < value[0] <= value[1] <= 1:  # type: ignore[index]
+        return value
+    raise settings_error(f"must be two numbers, 0 < low <= high <= 1 {got(value)}")
 
 
 def _policy(text: str) -> str:
@@ -222,6 +231,12 @@ class Data(Settings):
         ]
         | None
     ) = Field(None, description="standard deviation of each channel, above 0; default: ImageNet's")
+    crop_scale: (
+        Annotated[tuple[float, float], BeforeValidator(_scale), Field(strict=False)] | None
+    ) = Field(
+        None,
+        description="least and largest area of random crops, in (0, 1]; default: timm's [0.08, 1]",
+    )
     auto_augment: Annotated[str, AfterValidator(_policy)] | None = Field(
         None, description="policy of timm's, such as rand-m9-mstd0.5"
     )

@@ -143,6 +143,11 @@ def test_the_table_holds_every_data_set():
         ),
         ({"crop_pct": 0.0}, "crop_pct (=0.0) must be above 0 and at most 1"),
         ({"crop_pct": 1.5}, "crop_pct (=1.5) must be above 0 and at most 1"),
+        (
+            {"crop_scale": (0.5, 0.2)},
+            "crop_scale (=(0.5, 0.2)) must be two numbers, 0 < low <= high <= 1",
+        ),
+        ({"crop_scale": (0.5,)}, "crop_scale (=(0.5,)) must be two numbers, 0 < low <= high <= 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):

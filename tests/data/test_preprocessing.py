@@ -60,6 +60,7 @@ def test_a_policy_changes_training_images_as_the_generators_say(image, policy):
         ({"random_erasing": 1.0}, {}),
         ({"color_jitter": 0.4}, {}),
         ({"hflip": 1.0}, {}),
+        ({"crop_scale": (0.9, 1.0)}, {}),
         ({"auto_augment": "3a", "color_jitter": 0.4}, {"auto_augment": "3a"}),
     ],
 )
@@ -70,6 +71,17 @@ def test_each_setting_changes_training_images_alone(image, options, plain):
         for settings in (options, plain)
     ]
     assert same(evaluated[:1], evaluated[1:])
+
+
+def test_a_crop_has_the_area_that_its_scale_gives():
+    """A ramp from left to right: its range in a crop is the crop's width, its side's share."""
+    ramp = np.linspace(0, 255, 200).round().astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (200, 200, 3)).copy())
+    plain: dict[str, Any] = {"mean": (0, 0, 0), "std": (1, 1, 1), "interpolation": "nearest"}
+    for low, high in ((0.04, 0.05), (0.2, 0.25)):
+        for crop in augmented(image, 20, crop_scale=(low, high), **plain):
+            area = float(crop.max() - crop.min()) ** 2
+            assert low / 2 < area < high * 4 / 3 + 0.02, (area, low, high)
 
 
 def test_erasing_fills_a_rectangle_with_noise(image):

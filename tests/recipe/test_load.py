@@ -349,6 +349,10 @@ def test_missing_key_says_what_it_is(file):
         ("data.image_size=4097", "must be at most 4096 (got 4097)"),
         ("data.workers=1025", "must be at most 1024 (got 1025)"),
         ("data.crop_pct=1.5", "must be at most 1 (got 1.5)"),
+        (
+            "data.crop_scale=[0.5, 1.0]",
+            "has no effect with data digits (got [0.5, 1.0]); remove it",
+        ),
         ("optimizer.lr=fast", "must be a number (got 'fast', a str)"),
         ("optimizer.lr=0", "must be above 0 (got 0)"),
         ("optimizer.momentum=1.0", "must be below 1 (got 1.0)"),
@@ -393,6 +397,14 @@ def test_refused_value(file, setting, fault):
     key = setting.split("=")[0]
     key += ".a" if key == "model.options" else ""
     assert refusal_of(load_recipe, file, [setting]) == [f"--set: {key}: {fault}"]
+
+
+@pytest.mark.parametrize("scale", ["[0.5, 1.5]", "[0.9, 0.5]", "[0, 0.5]", "[0.5]", "0.5"])
+def test_crop_scale_is_a_range_of_shares(file, scale):
+    settings = ["data={name: folder, root: images, batch_size: 1}", f"data.crop_scale={scale}"]
+    assert refusal_of(load_recipe, file, settings) == [
+        f"--set: data.crop_scale: must be two numbers, 0 < low <= high <= 1 (got {scale})"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -692,8 +704,8 @@ SETTINGS: list[list[str]] = [
     ],
     [
         "data={name: hfds/some/set, batch_size: 1, train_split: 'train[:10%]', mean: [0, 0.5, 1], "
-        "std: [1, 1, 1], auto_augment: rand-m9-mstd0.5, random_erasing: 0.1, hflip: 0.0, "
-        "options: {input_key: img}}",
+        "std: [1, 1, 1], crop_scale: [0.5, 1], auto_augment: rand-m9-mstd0.5, "
+        "random_erasing: 0.1, hflip: 0.0, options: {input_key: img}}",
         "model.pretrained=true",
     ],
     ["pruning={method: window, amount: 0.5, era: [0, 1], pointwise: none, fc: none}"],
