@@ -61,7 +61,8 @@ def quantizer(*, trains: bool, reduced_range: bool) -> Any:
     kinds, x86 = package("quantizer"), package("quantizer.x86_inductor_quantizer")
     if trains:
         activation = fakes.FusedMovingAvgObsFakeQuantize
-        weight = fakes.FusedMovingAvgObsFakeQuantize.with_args(
+        # Not the fused one, which divides by 127.5 where conversion divides by 127
+        weight = fakes.FakeQuantize.with_args(
             observer=observers.MovingAveragePerChannelMinMaxObserver
         )
     else:

@@ -1,5 +1,7 @@
 """Training with quantization: shared parameters, masks, and what is refused."""
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,14 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from starfire_prune import Pruner, ck_structured
-from starfire_prune.quantization import QuantizedTraining, check_masks
+from starfire_prune.quantization import QuantizedTraining, check_masks, torchao
 from starfire_prune.quantization.origin import origin_of
 from starfire_prune.quantization.reading import read_scheme
+from starfire_prune.quantization.trained_graph import set_fake_quantization
 from starfire_prune.serialization.quantized import load_quantized, save_quantized
 from starfire_prune.utils.errors import PruningError, QuantizationError
 from tests.support.quantized_networks import ResidualNet, images
+from tests.support.quantized_training import traced_once
 
 pytest.importorskip("torchao")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    with traced_once():
+        yield
+
 
 LABELS = torch.arange(16) % 10
 
@@ -72,16 +83,113 @@ def test_the_module_rounds(pruned):
     assert (rounded - plain).abs().max() < 0.1 * plain.abs().max()
 
 
+def changed(training: QuantizedTraining, batch: Tensor) -> set[str]:
+    """The names of the tensors that a forward pass changes."""
+    before = {name: value.clone() for name, value in training.module.state_dict().items()}
+    training.module(batch)
+    after = training.module.state_dict()
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
 @pytest.mark.slow
-def test_eval_mode_does_not_change_batch_norms(pruned):
+def test_an_evaluation_changes_neither_batch_norms_nor_ranges(pruned):
     training = QuantizedTraining(pruned.model, images())
+    training.module(images())
     training.module.eval()
-    mean = pruned.model.bn.running_mean.clone()
-    training.module(images())
-    assert torch.equal(pruned.model.bn.running_mean, mean)
+    assert not changed(training, 3 * images())
     training.module.train()
+    moved = changed(training, 3 * images())
+    assert {"bn.running_mean", "bn.num_batches_tracked"} <= moved
+    assert "activation_post_process_0.scale" in moved
+
+
+@pytest.mark.slow
+def test_a_frozen_training_changes_neither_batch_norms_nor_ranges(pruned):
+    training = QuantizedTraining(pruned.model, images())
     training.module(images())
-    assert not torch.equal(pruned.model.bn.running_mean, mean)
+    training.freeze()
+    assert training.module.training
+    assert not changed(training, 3 * images())
+    before = pruned.model.conv1.weight.clone()
+    pruned.update(training.module)
+    assert not torch.equal(pruned.model.conv1.weight, before)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_its_state(pruned):
+    one = QuantizedTraining(pruned.model, images())
+    one.module(images())
+    state, twin = one.state(), copy.deepcopy(pruned.model)
+    assert not state.keys() & twin.state_dict().keys()
+    other = QuantizedTraining(twin, images())
+    other.load_state(state)
+    for module in (one.module, other.module):
+        module.eval()
+    assert torch.equal(one.module(images(seed=1)), other.module(images(seed=1)))
+    with pytest.raises(QuantizationError, match="the training of another model"):
+        other.load_state({})
+
+
+class Settled(nn.Module):
+    """A network whose batch norms have other settings than torchao writes into them."""
+
+    def __init__(self, dropout: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8, eps=0.01, momentum=0.3)
+        self.last = nn.BatchNorm2d(8)
+        self.dropout = dropout or nn.Dropout(0.5)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.last(self.bn(self.conv(images)).relu()).mean((2, 3))
+        logits: Tensor = self.head(self.dropout(features))
+        return logits
+
+
+@pytest.mark.slow
+def test_batch_norms_keep_their_momentum_and_epsilon():
+    model = Settled()
+    twin = copy.deepcopy(model)
+    training = QuantizedTraining(model, images())
+    set_fake_quantization(training.module, False)
+    training.module(images())
+    twin(images())
+    torch.testing.assert_close(model.bn.running_mean, twin.bn.running_mean)
+    training.module.eval()
+    torch.testing.assert_close(training.module(images()), twin.eval()(images()))
+
+
+@pytest.mark.slow
+def test_scales_of_batch_norms_that_are_zero_are_lifted():
+    model = ResidualNet()
+    with torch.no_grad():
+        model.bn2.weight[:3] = 0
+    training = QuantizedTraining(model, images())
+    assert training.module(images()).isfinite().all()
+    assert (model.bn2.weight != 0).all()
+
+
+class Noise(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features + torch.rand_like(features) if self.training else features
+
+
+class Scaled(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * features if self.training else features
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (Noise(), r"^the model draws random numbers in training by aten.rand_like.default, which"),
+        (Scaled(), r"^the graph of Settled that torchao has prepared has other outputs than the"),
+    ],
+)
+def test_models_that_compute_otherwise_in_training_are_refused(part, text):
+    with pytest.raises(QuantizationError, match=text):
+        QuantizedTraining(Settled(part), images())
 
 
 @pytest.mark.slow
@@ -139,9 +247,7 @@ def test_the_finished_model_is_int8_with_the_trained_scales(pruned, tmp_path):
     quantized = training.finished()
     training.module.eval()
     with torch.no_grad():
-        wanted, got = training.module(images()), quantized(images())
-    # Batch norms are folded before rounding here, and after it there
-    assert (got - wanted).abs().max() < 0.1 * wanted.abs().max()
+        torch.testing.assert_close(quantized(images()), training.module(images()))
     masks = origin_of(quantized).masks
     counts = check_masks(quantized)
     assert masks.keys() == pruned.pruner.masks().keys()
@@ -152,3 +258,19 @@ def test_the_finished_model_is_int8_with_the_trained_scales(pruned, tmp_path):
     assert torch.equal(loaded(images()), quantized(images()))
     training.module.train()
     pruned.update(training.module)  # it goes on
+
+
+@pytest.mark.slow
+def test_batch_norms_are_folded_as_torchao_folds_them(pruned):
+    training = QuantizedTraining(pruned.model, images())
+    for seed in range(2):
+        pruned.update(training.module, seed)
+    converted = torchao.package().convert_pt2e(copy.deepcopy(training.module), fold_quantize=False)
+    wanted, got = read_scheme(converted), read_scheme(training.finished())
+    assert got.inputs == wanted.inputs
+    assert got.weights.keys() == wanted.weights.keys()
+    for name, weight in got.weights.items():
+        other = wanted.weights[name]
+        assert torch.equal(weight.values, other.values), name
+        assert torch.equal(weight.scales, other.scales), name
+        torch.testing.assert_close(weight.bias, other.bias)
