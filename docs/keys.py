@@ -30,6 +30,7 @@ SECTIONS = {
     "lr_schedule": "LrSchedule",
     "training": "Training",
     "training.ema": "Ema",
+    "quantization": "Quantization",
 }
 
 

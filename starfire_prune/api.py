@@ -34,6 +34,9 @@ from starfire_prune.methods.linear import (
 )
 from starfire_prune.methods.registry import register_method
 from starfire_prune.methods.schedules import register_schedule
+from starfire_prune.quantization.checks import check_masks
+from starfire_prune.quantization.post_training import quantize
+from starfire_prune.quantization.training import QuantizedTraining
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.serialization.pruned import (
@@ -43,6 +46,7 @@ from starfire_prune.serialization.pruned import (
     load_pruned_model,
     save_pruned,
 )
+from starfire_prune.serialization.quantized import load_quantized, save_quantized
 from starfire_prune.utils.settings import RecipeError
 
 __all__ = [
@@ -56,11 +60,13 @@ __all__ = [
     "MaskMethod",
     "MaskedAllreduceState",
     "Pruner",
+    "QuantizedTraining",
     "RandomUnstructured",
     "Recipe",
     "RecipeError",
     "WindowStructured",
     "apply_masks",
+    "check_masks",
     "ck_mask",
     "ck_structured",
     "convert_pruned",
@@ -78,16 +84,19 @@ __all__ = [
     "load_masks",
     "load_pruned",
     "load_pruned_model",
+    "load_quantized",
     "load_recipe",
     "magnitude_mask",
     "magnitude_unstructured",
     "masked_allreduce_hook",
     "measure_sparsity",
+    "quantize",
     "random_mask",
     "random_unstructured",
     "register_method",
     "register_schedule",
     "save_pruned",
+    "save_quantized",
     "window_mask",
     "window_structured",
 ]

@@ -19,6 +19,7 @@ from starfire_prune.evaluation.results import (
     write_evaluation,
 )
 from starfire_prune.evaluation.spaces import SpaceName, check_epsilon
+from starfire_prune.runs.folder import int8_file
 from starfire_prune.runs.weights import WeightsWithRecipe, find_weights
 from starfire_prune.utils.files import write_text
 
@@ -99,6 +100,11 @@ def _remarks(trained: WeightsWithRecipe, evaluation: Evaluation) -> Iterator[str
         yield (
             f"the run itself ended with a top-1 of {own:.2%} in metrics.jsonl: another device, "
             f"other versions, or other files in the data"
+        )
+    if trained.folder is not None and trained.recipe.quantization is not None:
+        yield (
+            f"these are the float weights; for those of {int8_file(trained.folder)}: starfire "
+            f"quantize {trained.folder}"
         )
     asked = trained.recipe.training.mixed_precision
     if asked != "no" and clean.attack.precision != asked:

@@ -205,7 +205,7 @@ def _list(runs: Sequence[Run], output: Path) -> None:
     for index, (folder, run) in enumerate(_by_folder(runs).items()):
         names = ", ".join(dict.fromkeys(other.name for other in runs if other.folder == folder))
         result = read_result(run, output)
-        state = f"{result.epochs} of {run.recipe.epochs} epochs"
+        state = f"{result.epochs} of {run.recipe.total_epochs} epochs"
         state = result.error or ("finished" if result.finished else state)
         print(f"{index}  {names}  {output / folder}  {state}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +18,7 @@ from starfire_prune.utils.errors import EvaluationError
 from starfire_prune.utils.limits import explained_limits
 from starfire_prune.utils.tally import Tally
 
-__all__ = ["QuantizedWeights", "quantize_weights"]
+__all__ = ["QuantizedWeights", "measure_quantized", "quantize_weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,21 +65,43 @@ def quantize_weights(
         DataError: If the data can't be read.
         EvaluationError: If memory is too small.
     """
-    limits = explained_limits(
-        EvaluationError,
-        less_memory="--set data.batch_size=16 --set data.eval_batch_size=16",
-        fewer_workers="--set data.workers=0",
-    )
-    with limits:
+    with _limits():
         module = quantize(
             model,
             _calibration(trained, calibration_images),
             reduced_range=reduced_range,
             unfinished=unfinished,
         )
+    return measure_quantized(trained, model, module, limit)
+
+
+def measure_quantized(
+    trained: WeightsWithRecipe, model: nn.Module, module: fx.GraphModule, limit: int | None = None
+) -> QuantizedWeights:
+    """Measure top-1 of the model of a run and of its quantized model, on the CPU in float32.
+
+    Args:
+        trained: The weights with their recipe.
+        model: The model with these weights, in eval mode.
+        module: The quantized model.
+        limit: Number of validation images, from 1, evenly spaced; default: all.
+
+    Raises:
+        DataError: If the data can't be read.
+        EvaluationError: If memory is too small.
+    """
+    with _limits():
         tallies = _measured([model, module], trained, limit)
     (top1, *_), (quantized_top1, *_) = (tally.means() for tally in tallies)
     return QuantizedWeights(module, tallies[0].images, top1, quantized_top1)
+
+
+def _limits() -> AbstractContextManager[None]:
+    return explained_limits(
+        EvaluationError,
+        less_memory="--set data.batch_size=16 --set data.eval_batch_size=16",
+        fewer_workers="--set data.workers=0",
+    )
 
 
 def _calibration(trained: WeightsWithRecipe, count: int) -> Iterator[Tensor]:

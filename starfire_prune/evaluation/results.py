@@ -251,8 +251,11 @@ def check_keeps(trained: WeightsWithRecipe) -> None:
 
 
 def trained_top1(trained: WeightsWithRecipe) -> float | None:
-    """The top-1 in [0, 1] that a run measured at its end; None for other weights."""
-    if trained.folder is None or not trained.keeps_evaluation:
+    """The top-1 in [0, 1] that a run measured at its end; None for other weights.
+
+    It is None after a quantization phase too, whose epochs are measured in int8.
+    """
+    if trained.folder is None or not trained.keeps_evaluation or trained.recipe.quantization:
         return None
     is_average = "average_decay" in read_metadata(trained.weights)
     rows = read_metrics(trained.folder)

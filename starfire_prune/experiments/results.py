@@ -57,7 +57,10 @@ class RunResult:
     def sparsity(self) -> float | None:
         """Percentage of zeros in all convolution and linear weights, once it is final."""
         last = self.metrics.get(self.epochs, {})
-        is_final = last.get("phase") == "fixed" or self.epochs == self.run.recipe.epochs
+        is_final = (
+            last.get("phase") in ("fixed", "quantization")
+            or self.epochs == self.run.recipe.total_epochs
+        )
         return self.numbers.reached if is_final else None
 
     def value(self, column: Column) -> float | None:
@@ -75,14 +78,14 @@ class RunResult:
 
     def _metric(self, name: str, epoch: int | str) -> float | None:
         if epoch == "last":
-            epoch = self.run.recipe.epochs
+            epoch = self.run.recipe.total_epochs
         elif epoch == "best":
             epoch = self._best_epoch() or 0
         return percent_of(self.metrics.get(int(epoch), {}), _KEYS[name])
 
     def _best_epoch(self) -> int | None:
         """The first of the epochs with the best top-1, if all are done."""
-        is_done = self.epochs == self.run.recipe.epochs
+        is_done = self.epochs == self.run.recipe.total_epochs
         return self.numbers.best_epoch if is_done else None
 
 
@@ -169,7 +172,7 @@ def _differing(saved: Recipe, recipe: Recipe) -> list[tuple[str, object, object]
 
 def _run_cells(results: Sequence[RunResult]) -> list[str]:
     done = sum(result.epochs for result in results)
-    epochs = sum(result.run.recipe.epochs for result in results)
+    epochs = sum(result.run.recipe.total_epochs for result in results)
     reached = mean_of(result.sparsity for result in results)
     return [f"{done}/{epochs}", number_text(results[0].numbers.asked, 1), number_text(reached, 1)]
 

@@ -11,6 +11,7 @@ __all__ = ["LAST_EPOCHS", "RunNumbers", "percent_of", "run_numbers"]
 
 
 LAST_EPOCHS: Final = 10
+_QUANTIZATION: Final = "quantization"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RunNumbers:
             paper's Table 5.
         gain: Gain of top-1 over the last ten epochs, in percentage points: the paper's Table 7.
         average_top1: Top-1 of the moving average of the weights; None if there is no average.
+        float_top1: Top-1 after the last epoch before a quantization phase, whose own epochs are
+            measured in int8; None if it has not begun.
     """
 
     epochs: int = 0
@@ -41,6 +44,7 @@ class RunNumbers:
     best_epoch: int | None = None
     gain: float | None = None
     average_top1: float | None = None
+    float_top1: float | None = None
 
 
 def run_numbers(metrics: Sequence[Mapping[str, Any]], asked: float) -> RunNumbers:
@@ -75,7 +79,15 @@ def run_numbers(metrics: Sequence[Mapping[str, Any]], asked: float) -> RunNumber
         best_epoch=best,
         gain=None if last is None or earlier is None else last - earlier,
         average_top1=percent_of(rows[epochs], "ema_top1"),
+        float_top1=_float_top1(rows),
     )
+
+
+def _float_top1(rows: Mapping[int, Mapping[str, Any]]) -> float | None:
+    floats = [epoch for epoch, row in rows.items() if row.get("phase") != _QUANTIZATION]
+    if not floats or len(floats) == len(rows):
+        return None
+    return percent_of(rows[max(floats)], "top1")
 
 
 def percent_of(row: Mapping[str, Any], key: str) -> float | None:

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from starfire_prune.experiments.settings import Column, RunSettings, TableSettings
-from starfire_prune.recipe.compare import beyond_pruning, dense_epochs, training_differences
+from starfire_prune.recipe.compare import (
+    beyond_pruning,
+    dense_epochs,
+    shared_epochs,
+    training_differences,
+)
 from starfire_prune.recipe.load import dump_recipe, load_recipe, read_mapping
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.recipe.yaml import parse_yaml
@@ -175,11 +180,12 @@ def _numbers_without_epoch(path: Path, settings: TableSettings, runs: Iterable[R
         problem_line(
             os.fspath(path),
             ("runs", run.name, "paper", name),
-            f"is read after {epochs[name]} epochs, and the run ends after {run.recipe.epochs}",
+            f"is read after {epochs[name]} epochs, and the run ends after "
+            f"{run.recipe.total_epochs}",
         )
         for run in runs
         for name in run.paper
-        if isinstance(epoch := epochs[name], int) and epoch > run.recipe.epochs
+        if isinstance(epoch := epochs[name], int) and epoch > run.recipe.total_epochs
     ]
 
 
@@ -233,13 +239,13 @@ def _with_runs(line: str, path: Path, names: Sequence[str]) -> str:
 
 def _forked(run: Run, source: Run | None) -> Run:
     """The run with the run whose dense epochs it reuses, if both train some."""
-    if source is None or source.folder == run.folder or not _shared_epochs(run, source):
+    if (
+        source is None
+        or source.folder == run.folder
+        or not shared_epochs(run.recipe, source.recipe)
+    ):
         return run
     return dataclasses.replace(run, fork=source.folder)
-
-
-def _shared_epochs(run: Run, source: Run) -> int:
-    return min(dense_epochs(run.recipe), dense_epochs(source.recipe))
 
 
 def _fork_errors(path: Path, fork: str | None, runs: Sequence[Run]) -> Iterator[str]:
@@ -262,11 +268,14 @@ def _fork_errors(path: Path, fork: str | None, runs: Sequence[Run]) -> Iterator[
 
 def _fork_error(run: Run, source: Run, seen: set[str]) -> str:
     """Why a run can't fork another one; empty if it can, or does not."""
-    shared = _shared_epochs(run, source)
+    shared = shared_epochs(run.recipe, source.recipe)
     unlike = beyond_pruning(training_differences(source.recipe, run.recipe))
     if unlike:
         keys = ", ".join(unlike)
-        return f"can't fork {source.name}: they differ in {keys}, and may only differ in pruning"
+        return (
+            f"can't fork {source.name}: they differ in {keys}, and may only differ in pruning and "
+            f"quantization"
+        )
     if not run.fork:
         return ""
     if source.folder not in seen:

@@ -12,7 +12,16 @@ from starfire_prune.recipe.compare import (
     training_differences,
 )
 from starfire_prune.recipe.load import dump_recipe, load_recipe, recipe_schema, write_schema
-from starfire_prune.recipe.sections import Data, Ema, LrSchedule, Model, Optimizer, Recipe, Training
+from starfire_prune.recipe.sections import (
+    Data,
+    Ema,
+    LrSchedule,
+    Model,
+    Optimizer,
+    Quantization,
+    Recipe,
+    Training,
+)
 from starfire_prune.utils.settings import RecipeError
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "Optimizer",
     "Override",
     "Pruning",
+    "Quantization",
     "Recipe",
     "RecipeError",
     "Training",

@@ -14,6 +14,7 @@ __all__ = [
     "dense_epochs",
     "differing_keys",
     "resume_differences",
+    "shared_epochs",
     "training_differences",
 ]
 
@@ -69,12 +70,16 @@ def resume_differences(a: Recipe, b: Recipe) -> dict[str, tuple[object, object]]
 def beyond_pruning(
     differing: Mapping[str, tuple[object, object]],
 ) -> dict[str, tuple[object, object]]:
-    """The differing keys that are not within `pruning`."""
-    return {key: value for key, value in differing.items() if key.partition(".")[0] != "pruning"}
+    """The differing keys that are within neither `pruning` nor `quantization`.
+
+    Runs that differ in nothing else train the `shared_epochs` alike.
+    """
+    later = ("pruning", "quantization")
+    return {key: value for key, value in differing.items() if key.partition(".")[0] not in later}
 
 
 def dense_epochs(recipe: Recipe) -> int:
-    """The number of epochs that a recipe trains dense: before its era, or all of them.
+    """The number of epochs that a recipe trains dense: before its era, or all before quantization.
 
     It is 0 with `era_updates`, since the number of updates of an epoch depends on the data.
 
@@ -86,6 +91,15 @@ def dense_epochs(recipe: Recipe) -> int:
     if recipe.pruning == "none":
         return recipe.epochs
     return recipe.pruning.era[0] if recipe.pruning.era is not None else 0
+
+
+def shared_epochs(a: Recipe, b: Recipe) -> int:
+    """The number of epochs that two recipes train alike if they differ in nothing else.
+
+    These are the epochs before the first of their eras; with the same pruning, all before
+    quantization.
+    """
+    return a.epochs if a.pruning == b.pruning else min(dense_epochs(a), dense_epochs(b))
 
 
 def _differences(a: Any, b: Any, at: KeyPath) -> Iterator[tuple[str, tuple[object, object]]]:

@@ -4,33 +4,28 @@ A field's description is also what the JSON Schema says about the key."""
 
 from __future__ import annotations
 
-import difflib
-import itertools
-import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    JsonValue,
-    ValidationInfo,
-    WithJsonSchema,
-)
+from pydantic import Field
 
-from starfire_prune.data import DATASETS, READER_OPTIONS, is_policy, option_problems, reader_of
-from starfire_prune.engine.settings import (
-    Epoch,
-    Name,
-    OrNone,
-    Pruning,
-    is_era,
-    one_or_list,
-)
+from starfire_prune.data import option_problems, reader_of
+from starfire_prune.engine.settings import Epoch, Name, OrNone, Pruning, is_era
 from starfire_prune.methods.options import Count, Seed
-from starfire_prune.utils.settings import Problem, Settings, got, settings_error
+from starfire_prune.recipe.values import (
+    ChannelMeans,
+    ChannelScales,
+    CropScale,
+    DataName,
+    Milestones,
+    Options,
+    Policy,
+    Pretrained,
+    Probability,
+    Root,
+    Trackers,
+)
+from starfire_prune.utils.settings import Problem, Settings, got
 
 __all__ = [
     "Data",
@@ -38,6 +33,7 @@ __all__ = [
     "LrSchedule",
     "Model",
     "Optimizer",
+    "Quantization",
     "Recipe",
     "Training",
 ]
@@ -67,105 +63,6 @@ _OPTIMIZER_OPTIONS: Final[Mapping[str, str]] = {
 }
 
 
-def _rising(milestones: tuple[int, ...]) -> tuple[int, ...]:
-    if all(a < b for a, b in itertools.pairwise(milestones)):
-        return milestones
-    raise settings_error(f"must rise {got(milestones)}; in order: {sorted(set(milestones))}")
-
-
-def _expanded(root: str, info: ValidationInfo) -> str:
-    kept = []
-
-    def value_of(match: re.Match[str]) -> str:
-        if value := os.environ.get(match[1]):
-            return value
-        if info.context and info.context.get("keep_unset"):
-            kept.append(match[0])
-            return match[0]
-        raise settings_error(
-            f"the environment variable {match[1]} is not set {got(root)}; "
-            f"export {match[1]}=/path/to/the/data, or name the folder itself"
-        )
-
-    path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", value_of, root))
-    if path.count("${") > len(kept):
-        raise settings_error(f"has a ${{ without a name and }} {got(path)}; write ${{NAME}}")
-    return path
-
-
-def _data_name(name: str, info: ValidationInfo) -> str:
-    reader, _, rest = name.partition("/")
-    if reader_of(name) is not None:
-        return f"{reader}/{_expanded(rest, info)}"
-    if name in DATASETS:
-        return name
-    readers = ", ".join(f"{reader}/…" for reader in READER_OPTIONS)
-    near = difflib.get_close_matches(name.lower(), DATASETS, n=1)
-    raise settings_error(
-        f"must be one of {', '.join(DATASETS)}, {readers} {got(name)}"
-        + (f"; did you mean {near[0]}?" if near else "")
-    )
-
-
-def _channels(value: object) -> object:
-    numbers = isinstance(value, (list, tuple)) and [type(item) in (int, float) for item in value]
-    if numbers == [True] * 3:
-        return value
-    raise settings_error(f"must be three numbers, one a channel {got(value)}")
-
-
-def _scale(value: object) -> object:
-    numbers = isinstance(value, (list, tuple)) and [type(item) in (int, float) for item in value]
-    if numbers == [True] * 2 and 0 < value[0] <= value[1] <= 1:  # type: ignore[index]
-        return value
-    raise settings_error(f"must be two numbers, 0 < low <= high <= 1 {got(value)}")
-
-
-def _policy(text: str) -> str:
-    if is_policy(text):
-        return text
-    raise settings_error(
-        f"is no policy of timm's {got(text)}; such as rand-m9-mstd0.5, augmix-m3, original or 3a"
-    )
-
-
-def _pretrained(value: object, info: ValidationInfo) -> object:
-    if isinstance(value, str) and value:
-        return _expanded(value, info)
-    if isinstance(value, bool):
-        return value
-    raise settings_error(f"must be true, false or a safetensors file {got(value, typed=True)}")
-
-
-Options = dict[str, JsonValue]
-DataName = Annotated[
-    str,
-    AfterValidator(_data_name),
-    WithJsonSchema(
-        {"anyOf": [{"enum": [*DATASETS]}, {"pattern": "^((hfds|torch|torchvision)/.|wds/)"}]}
-    ),
-]
-Pretrained = Annotated[bool | Name, BeforeValidator(_pretrained)]
-Tracker = Literal[
-    "tensorboard",
-    "wandb",
-    "comet_ml",
-    "aim",
-    "mlflow",
-    "clearml",
-    "dvclive",
-    "swanlab",
-    "trackio",
-]
-Trackers = Annotated[
-    tuple[Tracker, ...],
-    BeforeValidator(one_or_list, json_schema_input_type=Tracker | list[Tracker]),
-    Field(strict=False),
-]
-Positive = Annotated[float, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
 class Model(Settings):
     """The network: a model of timm's registry, this package's variants among them."""
 
@@ -191,7 +88,7 @@ class Data(Settings):
         description="digits, folder, tiny_imagenet, or with a reader of timm's: hfds/NAME (or the "
         "path of a folder), wds/NAME, torch/NAME"
     )
-    root: Annotated[str, AfterValidator(_expanded)] | None = Field(
+    root: Root | None = Field(
         None,
         description="folder of the images (hfds: of the cache); ~ and ${NAME} are expanded; not "
         "for digits",
@@ -221,23 +118,17 @@ class Data(Settings):
     crop_pct: float = Field(
         0.875, gt=0, le=1, description="share of the resized side that evaluation keeps, (0, 1]"
     )
-    mean: (
-        Annotated[tuple[float, float, float], BeforeValidator(_channels), Field(strict=False)]
-        | None
-    ) = Field(None, description="mean of each channel, of pixels in [0, 1]; default: ImageNet's")
-    std: (
-        Annotated[
-            tuple[Positive, Positive, Positive], BeforeValidator(_channels), Field(strict=False)
-        ]
-        | None
-    ) = Field(None, description="standard deviation of each channel, above 0; default: ImageNet's")
-    crop_scale: (
-        Annotated[tuple[float, float], BeforeValidator(_scale), Field(strict=False)] | None
-    ) = Field(
+    mean: ChannelMeans | None = Field(
+        None, description="mean of each channel, of pixels in [0, 1]; default: ImageNet's"
+    )
+    std: ChannelScales | None = Field(
+        None, description="standard deviation of each channel, above 0; default: ImageNet's"
+    )
+    crop_scale: CropScale | None = Field(
         None,
         description="least and largest area of random crops, in (0, 1]; default: timm's [0.08, 1]",
     )
-    auto_augment: Annotated[str, AfterValidator(_policy)] | None = Field(
+    auto_augment: Policy | None = Field(
         None, description="policy of timm's, such as rand-m9-mstd0.5"
     )
     random_erasing: Probability | None = Field(
@@ -302,7 +193,7 @@ class LrSchedule(Settings):
     name: Literal["step", "cosine"] = Field(
         "step", description="step at milestones, or half a cosine from lr towards 0"
     )
-    milestones: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = Field(
+    milestones: Milestones = Field(
         (), description="epochs, 0-based and rising, that begin with the rate times gamma"
     )
     gamma: float = Field(0.1, gt=0, le=1, description="factor at each milestone, in (0, 1]")
@@ -333,11 +224,8 @@ class Training(Settings):
     compress_gradients: bool = Field(
         False, description="true: after the era, processes only send gradients of kept weights"
     )
-    keep_checkpoints: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_rising)] = (
-        Field(
-            (),
-            description="epochs, rising, whose checkpoints are kept beside the last two (--fork)",
-        )
+    keep_checkpoints: Milestones = Field(
+        (), description="epochs, rising, whose checkpoints are kept beside the last two (--fork)"
     )
     trackers: Trackers = Field(
         (), description="Accelerate's trackers that get the metrics too: one, or a list"
@@ -351,6 +239,34 @@ class Training(Settings):
     parts: ClassVar[Mapping[str, type[Settings]]] = {"ema": Ema}
 
 
+class Quantization(Settings):
+    """The last phase of a run: after `epochs` it trains with the rounding of int8, masks fixed."""
+
+    epochs: Count = Field(
+        description="epochs of the phase, from 1; they follow the recipe's epochs"
+    )
+    lr: float | None = Field(
+        None, gt=0, description="its constant learning rate; default: a hundredth of optimizer.lr"
+    )
+    frozen_epochs: int = Field(
+        0,
+        ge=0,
+        description="the last epochs of it that change neither the statistics of batch norms nor "
+        "the ranges of activations and weights, from 0 to its epochs",
+    )
+    reduced_range: bool = Field(
+        False, description="true: activations of 7 bits, for CPUs with AVX2 but without VNNI"
+    )
+
+    @classmethod
+    def problems(cls, quantization: dict[str, Any]) -> Iterator[Problem]:
+        """More frozen epochs than epochs."""
+        epochs, frozen = quantization.get("epochs"), quantization.get("frozen_epochs")
+        if type(epochs) is int and type(frozen) is int and frozen > epochs > 0:
+            text = f"must be at most quantization.epochs = {epochs} {got(frozen)}"
+            yield ("frozen_epochs",), text
+
+
 class Recipe(Settings):
     """A training run."""
 
@@ -360,9 +276,16 @@ class Recipe(Settings):
     lr_schedule: LrSchedule = Field(
         default_factory=LrSchedule, description="the learning rate over the epochs"
     )
-    epochs: int = Field(ge=1, le=100_000, description="epochs to train, from 1 to 100000")
+    epochs: int = Field(
+        ge=1,
+        le=100_000,
+        description="epochs to train, from 1 to 100000; those of quantization follow",
+    )
     seed: Seed = Field(0, description="seed of the run, from 0 to 2**32 - 1")
     training: Training = Field(default_factory=Training, description="how the network is trained")
+    quantization: Quantization | None = Field(
+        None, description="the last phase, which trains for int8; default: no such phase"
+    )
     pruning: OrNone[Pruning] = Field(description="how to prune; none for dense training")
 
     parts: ClassVar[Mapping[str, type[Settings]]] = {
@@ -371,8 +294,14 @@ class Recipe(Settings):
         "optimizer": Optimizer,
         "lr_schedule": LrSchedule,
         "training": Training,
+        "quantization": Quantization,
         "pruning": Pruning,
     }
+
+    @property
+    def total_epochs(self) -> int:
+        """The number of epochs with those of the quantization phase."""
+        return self.epochs + (0 if self.quantization is None else self.quantization.epochs)
 
     @classmethod
     def problems(cls, recipe: dict[str, Any]) -> Iterator[Problem]:
@@ -381,6 +310,9 @@ class Recipe(Settings):
         def at(section: str, key: str) -> Any:
             return recipe[section].get(key) if isinstance(recipe.get(section), dict) else None
 
+        if isinstance(recipe.get("quantization"), dict) and at("training", "ema") is not None:
+            text = "can't be combined with quantization, which trains the weights themselves; "
+            yield ("training", "ema"), f"{text}remove one of them"
         epochs, era = recipe.get("epochs"), at("pruning", "era")
         if type(epochs) is not int or epochs < 1:
             return

@@ -47,6 +47,9 @@ _OF_RUNS: Final[_Numbers] = {
 _AVERAGED: Final[_Numbers] = {
     "top-1 of the average [%]": (lambda run: run.average_top1, 2, False),
 }
+_QUANTIZED: Final[_Numbers] = {
+    "top-1 before int8 [%]": (lambda run: run.float_top1, 2, False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +150,11 @@ def variants_grid(variants: Sequence[Variant], lines: Mapping[str, Line]) -> Gri
 
 def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None) -> Grid:
     """The table of runs, with the paper's numbers and accuracies under attack."""
-    averaged = any(
-        run.numbers.average_top1 is not None for variant in variants for run in variant.runs
-    )
-    numbers = {**_NUMBERS, **_OF_RUNS, **(_AVERAGED if averaged else {})}
+    runs = [run.numbers for variant in variants for run in variant.runs]
+    averaged = any(run.average_top1 is not None for run in runs)
+    quantized = any(run.float_top1 is not None for run in runs)
+    rare = {**(_AVERAGED if averaged else {}), **(_QUANTIZED if quantized else {})}
+    numbers = {**_NUMBERS, **_OF_RUNS, **rare}
     attacks = columns_of(run.evaluation for variant in variants for run in variant.runs)
     columns = _paper_columns(comparison) if comparison else []
     header = [
@@ -167,7 +171,7 @@ def runs_grid(variants: Sequence[Variant], comparison: Comparison | None = None)
                 (
                     *(str(run.folder), *_variant_cells(variant), str(recipe.seed)),
                     *(recipe.model.name, recipe.data.name),
-                    *(str(run.numbers.epochs), str(recipe.epochs)),
+                    *(str(run.numbers.epochs), str(recipe.total_epochs)),
                     *(
                         number_text(value(run.numbers), digits, sign=sign)
                         for value, digits, sign in numbers.values()
@@ -250,7 +254,7 @@ def _epochs(variant: Variant) -> str:
     """The epochs of a variant, with the epochs done in its unfinished runs."""
     behind = [str(run.numbers.epochs) for run in variant.runs if not run.finished]
     done = f" ({', '.join(behind)} done)" if behind else ""
-    return f"{variant.recipe.epochs}{done}"
+    return f"{variant.recipe.total_epochs}{done}"
 
 
 def _asked_once(row: list[str], header: Sequence[str], variant: Variant) -> list[str]:

@@ -17,7 +17,7 @@ def settings_text(variants: Iterable[Variant]) -> str:
     """The model, data, epochs and seeds of runs, in a few words."""
     runs = [run for variant in variants for run in variant.runs]
     seeds = sorted({run.recipe.seed for run in runs})
-    epochs = sorted({run.recipe.epochs for run in runs})
+    epochs = sorted({run.recipe.total_epochs for run in runs})
     models = dict.fromkeys(run.recipe.model.name for run in runs)
     data = dict.fromkeys(data_text(run.recipe) for run in runs)
     epochs_text = f"{enumerated(epochs)} epoch{'s' * (epochs != [1])}"

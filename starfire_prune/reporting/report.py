@@ -189,9 +189,9 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
     """Sentences on what limits a comparison of the runs."""
     yield from _unlike("data sets", variants, data_text, ": their accuracies can't be compared")
     yield from _unlike("models", variants, lambda recipe: recipe.model.name)
-    yield from _unlike("numbers of epochs", variants, lambda recipe: str(recipe.epochs))
+    yield from _unlike("numbers of epochs", variants, lambda recipe: str(recipe.total_epochs))
     behind = [
-        f"{run.name} ({run.numbers.epochs} of {run.recipe.epochs} epochs)"
+        f"{run.name} ({run.numbers.epochs} of {run.recipe.total_epochs} epochs)"
         for variant in variants
         for run in variant.runs
         if not run.finished
@@ -217,6 +217,17 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
         yield (
             f"Exported with a moving average of the weights: {first_few(averaged, 8)}. Its top-1 "
             f"is in the table of runs; curves and means are of the trained weights."
+        )
+    quantized = [
+        run.name
+        for variant in variants
+        for run in variant.runs
+        if run.numbers.float_top1 is not None
+    ]
+    if quantized:
+        yield (
+            f"The last epochs are measured in int8, after training with its rounding: "
+            f"{first_few(quantized, 8)}. Their top-1 before is in the table of runs."
         )
     yield from _copies(variants)
     if comparison is not None:

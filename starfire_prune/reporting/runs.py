@@ -92,7 +92,7 @@ class ReportedRun:
     @property
     def finished(self) -> bool:
         """Whether all its epochs are done."""
-        return len(self.metrics) == self.recipe.epochs
+        return len(self.metrics) == self.recipe.total_epochs
 
     @functools.cached_property
     def numbers(self) -> RunNumbers:
@@ -157,7 +157,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> ReportedRun:
         raise ReportError(str(error)) from error
     _check_metrics(folder, recipe, metrics)
     is_exported = exported_file(folder).is_file()
-    if not (is_exported and len(metrics) == recipe.epochs):
+    if not (is_exported and len(metrics) == recipe.total_epochs):
         _check_unfinished(folder, recipe, len(metrics), is_exported, unfinished)
     if not is_exported:
         return ReportedRun(folder, recipe, metrics)
@@ -245,10 +245,10 @@ def _check_metrics(folder: Path, recipe: Recipe, metrics: Sequence[Mapping[str, 
     file = folder / "metrics.jsonl"
     if epochs != list(range(len(epochs))):
         raise ReportError(f"{file} is damaged: its epochs are not 0, 1, 2 …: restore it")
-    if len(epochs) > recipe.epochs:
+    if len(epochs) > recipe.total_epochs:
         raise ReportError(
             f"{file} belongs to another run: it has {len(epochs)} epochs, and the recipe beside it "
-            f"{recipe.epochs}: restore it, or leave the run out"
+            f"{recipe.total_epochs}: restore it, or leave the run out"
         )
     for row in metrics:
         for key in ("top1", "sparsity_network"):
@@ -263,13 +263,13 @@ def _check_unfinished(
 ) -> None:
     if is_exported:
         raise ReportError(
-            f"{folder / 'metrics.jsonl'} is damaged: it ends after {done} of {recipe.epochs} "
+            f"{folder / 'metrics.jsonl'} is damaged: it ends after {done} of {recipe.total_epochs} "
             f"epochs, though the run has exported its weights: restore it, or leave the run out"
         )
     if not unfinished:
         raise ReportError(
-            f"{folder} isn't finished ({done} of {recipe.epochs} epochs are done): wait for it, "
-            f"leave it out, or add --unfinished to report the epochs that are done"
+            f"{folder} isn't finished ({done} of {recipe.total_epochs} epochs are done): wait for "
+            f"it, leave it out, or add --unfinished to report the epochs that are done"
         )
 
 

@@ -49,7 +49,7 @@ def accuracy_section(variants: Sequence[Variant], lines: Lines) -> Section:
                 curves(series, axes, verticals=drops),
             )
         )
-        last = max(variant.recipe.epochs for variant in part)
+        last = max(variant.recipe.total_epochs for variant in part)
         if min(run.numbers.epochs for variant in part for run in variant.counted) >= _CLOSER_FROM:
             closer = curves(
                 series, axes, x_from=float(last // 2), verticals=[d for d in drops if d > last // 2]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from starfire_prune.serialization.files import is_writer
 from starfire_prune.utils.errors import CheckpointError
@@ -68,6 +68,7 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     average: nn.Module | None = None,
     keep: Collection[int] = (),
+    quantization: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/epoch-NNNN`, and remove all but the last two checkpoints and those in `keep`.
 
@@ -82,6 +83,7 @@ def save_checkpoint(
         extra: Plain numbers and strings to save with the checkpoint.
         average: Moving average of the model's weights, which the pruner mirrors.
         keep: Numbers of epochs whose checkpoints are kept.
+        quantization: State of a training with quantization (`QuantizedTraining.state`).
 
     Raises:
         RuntimeError: From `pruner.check()`; nothing is written then.
@@ -97,6 +99,8 @@ def save_checkpoint(
         save_model(unwrap(model), str(temporary / "model.safetensors"))
         if average is not None:
             save_model(average, str(temporary / "average.safetensors"))
+        if quantization is not None:
+            save_file(dict(quantization), str(temporary / "quantization.safetensors"))
         with (temporary / "optimizer.pt").open("wb") as file:
             torch.save(optimizer.state_dict(), file)
         if pruner is not None:
@@ -128,7 +132,8 @@ def load_checkpoint(
         forks: The checkpoint comes from another run's dense phase; that run's pruning is ignored.
 
     Returns:
-        The saved state, with `epoch` and `extra` among its keys.
+        The saved state, with `epoch`, `extra` and `quantization` among its keys; the last is the
+        state of a training with quantization, empty if there was none.
 
     Raises:
         CheckpointError: If a file is missing or damaged, or belongs to another model or settings.
@@ -153,7 +158,9 @@ def load_checkpoint(
             load_model(average, file)
     with reading(path / "optimizer.pt"):
         optimizer.load_state_dict(optimizer_state)
-    return state
+    with reading(path / "quantization.safetensors") as file:
+        ranges = load_file(file) if file.name in state["sha256"] else {}
+    return {**state, "quantization": ranges}
 
 
 # The checkpoints in a folder

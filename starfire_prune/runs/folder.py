@@ -28,6 +28,7 @@ __all__ = [
     "differences_text",
     "existing_part",
     "exported_file",
+    "int8_file",
     "locked",
     "metrics_file",
     "read_metrics",
@@ -52,6 +53,11 @@ def checkpoints_of(folder: Path) -> Path:
 def exported_file(folder: Path) -> Path:
     """The exported weights of a run; the run is finished if the file exists."""
     return folder / "export" / "model.safetensors"
+
+
+def int8_file(folder: Path) -> Path:
+    """The int8 model of a run, which a quantization phase or `starfire quantize` writes."""
+    return folder / "export" / "int8.safetensors"
 
 
 def metrics_file(folder: Path) -> Path:

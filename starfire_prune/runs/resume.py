@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from starfire_prune.recipe.compare import (
     WORKERS,
     beyond_pruning,
-    dense_epochs,
+    shared_epochs,
     training_differences,
 )
 from starfire_prune.recipe.load import dump_recipe, load_recipe
@@ -79,16 +79,17 @@ def resume_notices(folder: Path, recipe: Recipe) -> Iterator[str]:
 def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
     """The last checkpoint of another run that the run of `recipe` would have written as well.
 
-    A run trains densely until its era. Runs that differ only in their pruning therefore share, bit
-    for bit, the epochs before the first of their eras.
+    A run trains densely until its era. Runs that differ only in their pruning and quantization
+    therefore share, bit for bit, the epochs before the first of their eras, and with the same
+    pruning all epochs before quantization.
 
     Args:
         source: Folder of the other run.
         recipe: Recipe to train.
 
     Raises:
-        RunError: If the other run's recipe differs in more than `pruning`, or if the run has kept
-            no checkpoint of the shared epochs.
+        RunError: If the other run's recipe differs in more than `pruning` and `quantization`, or if
+            the run has kept no checkpoint of the shared epochs.
     """
     saved = source / "recipe.yaml"
     if not saved.is_file():
@@ -100,9 +101,9 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
     if unlike := beyond_pruning(training_differences(other, recipe)):
         raise RunError(
             f"--fork {source} trains differently from this recipe ({differences_text(unlike)}): "
-            f"only settings within pruning may differ"
+            f"only settings within pruning and quantization may differ"
         )
-    shared = min(dense_epochs(other), dense_epochs(recipe))
+    shared = shared_epochs(other, recipe)
     if not shared:
         _refuse_era_updates(source, other, recipe)
         raise RunError(
@@ -113,7 +114,7 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
     ]
     if not found:
         raise RunError(
-            f"--fork {source} has kept no checkpoint of the {shared} epochs that both train dense: "
+            f"--fork {source} has kept no checkpoint of the {shared} epochs that both train alike: "
             f"train it with training.keep_checkpoints=[{shared}], or leave out --fork"
         )
     return found[-1]

@@ -98,8 +98,8 @@ def _weights_of_run(folder: Path, settings: Sequence[str], needs_data: bool) -> 
     weights = exported_file(folder)
     if not weights.is_file():
         raise EvaluationError(
-            f"{folder} is unfinished, {len(read_metrics(folder))} of {recipe.epochs} epochs are "
-            f"done: continue with starfire train {saved} --output {folder}"
+            f"{folder} is unfinished, {len(read_metrics(folder))} of {recipe.total_epochs} epochs "
+            f"are done: continue with starfire train {saved} --output {folder}"
         )
     trained, asked = _identity(_load(saved, [], needs_data=False)), _identity(recipe)
     other = tuple(key for key in trained if trained[key] != asked[key])

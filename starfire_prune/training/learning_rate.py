@@ -5,9 +5,11 @@ from __future__ import annotations
 import bisect
 import math
 
-from starfire_prune.recipe.sections import LrSchedule
+from starfire_prune.recipe.sections import LrSchedule, Recipe
 
-__all__ = ["learning_rate_factor"]
+__all__ = ["learning_rate_factor", "recipe_factor"]
+
+_QUANTIZATION = 0.01
 
 
 def learning_rate_factor(schedule: LrSchedule, epoch: int, epochs: int) -> float:
@@ -32,3 +34,18 @@ def learning_rate_factor(schedule: LrSchedule, epoch: int, epochs: int) -> float
     if schedule.name == "cosine":
         return (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
     return float(schedule.gamma ** bisect.bisect_right(schedule.milestones, epoch))
+
+
+def recipe_factor(recipe: Recipe, epoch: int) -> float:
+    """The factor of an epoch of a recipe, which may be one of its quantization phase.
+
+    Args:
+        recipe: The recipe.
+        epoch: Number of the epoch, from 0.
+    """
+    quantization = recipe.quantization
+    if quantization is None or epoch < recipe.epochs:
+        return learning_rate_factor(recipe.lr_schedule, epoch, recipe.epochs)
+    if quantization.lr is None:
+        return _QUANTIZATION
+    return quantization.lr / recipe.optimizer.lr

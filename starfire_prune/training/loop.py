@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import AutocastKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from starfire_prune.data.shards import PADDING_LABEL
 from starfire_prune.engine.sparsity import measure_sparsity
 from starfire_prune.engine.state import Phase
 from starfire_prune.runs.folder import read_metrics
-from starfire_prune.training.learning_rate import learning_rate_factor
+from starfire_prune.training.learning_rate import recipe_factor
 from starfire_prune.training.setup import Batch, Run
 from starfire_prune.utils.modules import unwrap
 from starfire_prune.utils.tally import Tally
@@ -33,7 +33,8 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     """Train and evaluate one epoch, and return its line for `metrics.jsonl`."""
     recipe, pruner = run.recipe, run.pruner
     _seed_epoch(run, epoch)
-    factor = learning_rate_factor(recipe.lr_schedule, epoch, recipe.epochs)
+    _freeze_quantization(run, epoch)
+    factor = recipe_factor(recipe, epoch)
     _set_learning_rate(run.optimizer, factor)
     before = None if pruner is None else pruner.phase
     trained = _train_epoch(run, epoch)
@@ -43,7 +44,7 @@ def run_epoch(run: Run, epoch: int) -> dict[str, Any]:
     return {
         "epoch": epoch,
         "train_loss": trained.pop("train_loss"),
-        **evaluate(run.model, run.val_loader, run.accelerator, run.loss),
+        **_evaluate_trained(run),
         **_evaluate_average(run),
         "lr": recipe.optimizer.lr * factor,
         "phase": _phase_of(run, epoch, before),
@@ -64,6 +65,14 @@ def _seed_epoch(run: Run, epoch: int) -> None:
     run.train_loader.set_epoch(epoch)  # type: ignore[attr-defined]
 
 
+def _freeze_quantization(run: Run, epoch: int) -> None:
+    settings = run.recipe.quantization
+    if settings is None or run.quantized is None:
+        return
+    if epoch >= run.recipe.total_epochs - settings.frozen_epochs:
+        run.quantized.freeze()
+
+
 def _set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         initial = group.setdefault("initial_lr", group["lr"])
@@ -78,6 +87,8 @@ def _phase_of(run: Run, epoch: int, before: Phase | None) -> str:
         epoch: The epoch.
         before: The pruner's phase before the epoch.
     """
+    if run.quantized is not None:
+        return "quantization"
     if run.pruner is None:
         return "dense"
     era = run.pruner.pruning.era
@@ -88,7 +99,7 @@ def _phase_of(run: Run, epoch: int, before: Phase | None) -> str:
 
 def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """Train one epoch, and return its mean loss and the images of all processes per second."""
-    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    accelerator, model, optimizer = run.accelerator, run.trained, run.optimizer
     training = run.recipe.training
     model.train()
     start = time.perf_counter()
@@ -96,11 +107,11 @@ def _train_epoch(run: Run, epoch: int) -> dict[str, float]:
     images_seen = 0
     for images, labels in _progress(run, epoch):
         images, targets = _prepared_batch(run, images, labels)
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(run.model):
             loss = run.train_loss(model(images).float(), targets)
             accelerator.backward(loss)
             if training.clip_grad_norm is not None and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), training.clip_grad_norm)
+                accelerator.clip_grad_norm_(run.model.parameters(), training.clip_grad_norm)
             optimizer.step()
             _follow_update(run)
             optimizer.zero_grad()
@@ -142,7 +153,7 @@ def _progress(run: Run, epoch: int) -> Iterator[Batch]:
     rows = read_metrics(run.folder) if is_shown else []
     bar = tqdm(
         run.train_loader,
-        desc=f"epoch {epoch + 1}/{run.recipe.epochs}",
+        desc=f"epoch {epoch + 1}/{run.recipe.total_epochs}",
         disable=None if is_shown else True,  # None: disabled where there is no terminal
         leave=False,
     )
@@ -155,7 +166,7 @@ def _progress(run: Run, epoch: int) -> Iterator[Batch]:
 def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
     status = {"top1": f"{last['top1']:.2%}"} if last else {}
     if run.pruner is not None:
-        status["phase"] = run.pruner.phase
+        status["phase"] = "quantization" if run.quantized else run.pruner.phase
         status["target_sparsity"] = f"{run.pruner.target_sparsity:.2%}"
         status["sparsity"] = f"{last.get('sparsity', 0.0):.2%}"
     return status
@@ -166,19 +177,40 @@ def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader[Batch], accelerator: Accelerator, loss: nn.Module
+    model: nn.Module,
+    loader: DataLoader[Batch],
+    accelerator: Accelerator,
+    loss: nn.Module,
+    *,
+    mixed: bool = True,
 ) -> dict[str, float]:
-    """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader."""
+    """Top-1, top-5 (shares in [0, 1]) and mean loss over all images of a prepared loader.
+
+    Args:
+        model: The model; it is put in eval mode.
+        loader: The loader.
+        accelerator: The accelerator that prepared it.
+        loss: Loss of logits `(N, classes)` and labels `(N,)`.
+        mixed: Whether the accelerator's mixed precision applies, if it has any.
+    """
     model.eval()
     tally = Tally()
     for images, labels in loader:
-        with accelerator.autocast():
+        with accelerator.autocast(AutocastKwargs(enabled=mixed)):
             logits = model(images).float()
         logits, labels = accelerator.gather_for_metrics((logits, labels))
         counted = labels != PADDING_LABEL
         logits, labels = logits[counted], labels[counted]
         tally.add(logits, labels, loss(logits, labels) * len(labels) if len(labels) else 0.0)
     return dict(zip(("top1", "top5", "val_loss"), tally.means(), strict=True))
+
+
+def _evaluate_trained(run: Run) -> dict[str, float]:
+    """The metrics of the model; in the quantization phase those of the int8 model it gives."""
+    loader, accelerator = run.val_loader, run.accelerator
+    if run.quantized is None:
+        return evaluate(run.model, loader, accelerator, run.loss)
+    return evaluate(run.quantized.finished(), loader, accelerator, run.loss, mixed=False)
 
 
 def _evaluate_average(run: Run) -> dict[str, float]:

@@ -15,7 +15,7 @@ from starfire_prune.engine.sparsity import left_out_text, weights_left_out
 from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.runs.folder import existing_part
 from starfire_prune.training.disk_space import checkpoint_bytes, gigabytes, mask_bytes, state_bytes
-from starfire_prune.training.learning_rate import learning_rate_factor
+from starfire_prune.training.learning_rate import learning_rate_factor, recipe_factor
 from starfire_prune.training.setup import Run
 from starfire_prune.utils.modules import layer_weight, unwrap
 from starfire_prune.utils.text import format_columns
@@ -32,7 +32,7 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
 
     Returns:
         Lines about the model, the data, the batch, the learning rates, the start, the pruning, the
-        memory of masks and the disk space, and a table of the pruned layers.
+        quantization, the memory of masks and the disk space, and a table of the pruned layers.
     """
     lines = [
         f"plan of {run.folder}",
@@ -45,6 +45,7 @@ def plan_text(run: Run, checkpoint: Path | None = None) -> str:
                 ("start", _start_line(run, checkpoint)),
                 ("pruning", _pruning_line(run)),
                 *_uncounted_rows(run),
+                *_quantization_rows(run),
                 ("memory", _memory_line(run)),
                 *_gradient_rows(run),
                 ("disk", _disk_line(run)),
@@ -125,6 +126,16 @@ def _uncounted_rows(run: Run) -> list[tuple[str, str]]:
         return []
     text = left_out_text(left_out)
     return [("sparsity", f"of all convolution and linear weights, without {text}")]
+
+
+def _quantization_rows(run: Run) -> list[tuple[str, str]]:
+    """The quantization phase, if the recipe has one."""
+    settings, recipe = run.recipe.quantization, run.recipe
+    if settings is None:
+        return []
+    rate = recipe.optimizer.lr * recipe_factor(recipe, recipe.epochs)
+    first, last = recipe.epochs, recipe.total_epochs - 1
+    return [("int8", f"trained in epochs {first} to {last}, learning rate {rate:.4g}, in float32")]
 
 
 def _memory_line(run: Run) -> str:

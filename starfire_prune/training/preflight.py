@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from starfire_prune.runs.checkpoint import KEPT_CHECKPOINTS
 from starfire_prune.runs.folder import RunError, checkpoints_of, existing_part
 from starfire_prune.training.disk_space import checkpoint_bytes, gigabytes, state_bytes
+from starfire_prune.training.quantization import check_quantization
 from starfire_prune.training.setup import Run, example_images
 from starfire_prune.utils.modules import unwrap
 from starfire_prune.utils.text import first_line
@@ -28,8 +29,10 @@ def check_run(run: Run) -> None:
 
     Raises:
         DataError: If the first image of a data set can't be read.
-        RunError: If the model doesn't accept the images, a compiler is missing, the optimizer
-            can't make a step, or the disk is too full for the run's checkpoints.
+        RunError: If the model doesn't accept the images or can't be quantized as the recipe asks, a
+            compiler is missing, the optimizer can't make a step, or the disk is too full for the
+            run's checkpoints.
+        ModuleNotFoundError: If the quantization needs torchao, which is not installed.
     """
     _check_accumulation(run)
     _check_era(run)
@@ -37,6 +40,7 @@ def check_run(run: Run) -> None:
         _read_first(dataset)
     _check_forward(run)
     _check_training_forward(run)
+    check_quantization(run)
     if run.recipe.training.compile:
         _check_compiler(run.accelerator.device)
     if run.accelerator.is_main_process:  # the only one that writes

@@ -25,6 +25,7 @@ from starfire_prune.engine.comm_hook import MaskedAllreduceState, masked_allredu
 from starfire_prune.engine.distributed import compare_across_ranks
 from starfire_prune.engine.pruner import Pruner
 from starfire_prune.models import create_model
+from starfire_prune.quantization.training import QuantizedTraining
 from starfire_prune.recipe.sections import Model, Optimizer, Recipe, Training
 from starfire_prune.runs.data import recipe_datasets
 from starfire_prune.runs.folder import RunError
@@ -64,6 +65,7 @@ class Run:
         loss: Loss in evaluation.
         fresh_keys: Keys of the weights that pretrained ones have not replaced.
         average_updates: Number of updates of the average.
+        quantized: Training with the rounding of int8, once its phase has begun.
     """
 
     recipe: Recipe
@@ -81,6 +83,12 @@ class Run:
     loss: nn.Module
     fresh_keys: tuple[str, ...] = ()
     average_updates: int = 0
+    quantized: QuantizedTraining | None = None
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module through which images pass in training."""
+        return self.model if self.quantized is None else self.quantized.module
 
     @property
     def updates_per_epoch(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from starfire_prune.engine.sparsity import format_table, measure_sparsity
+from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import load_checkpoint, save_checkpoint
 from starfire_prune.runs.environment import check_environment
@@ -23,6 +24,7 @@ from starfire_prune.runs.folder import (
     checkpoints_of,
     create_folder,
     exported_file,
+    int8_file,
     locked,
     read_metrics,
 )
@@ -38,6 +40,7 @@ from starfire_prune.training.loop import run_epoch
 from starfire_prune.training.plan import plan_text
 from starfire_prune.training.plots import plot_training
 from starfire_prune.training.preflight import check_run
+from starfire_prune.training.quantization import begin_quantization, export_quantized
 from starfire_prune.training.setup import (
     Run,
     check_ranks_data_alike,
@@ -67,15 +70,16 @@ def train(
     on a CPU, a resumed run equals an uninterrupted one bit for bit. The folder holds the resolved
     `recipe.yaml`, `environment.json`, `metrics.jsonl` (one object per epoch), `training.png`,
     `checkpoints/` (the last two), `logs/` (of trackers) and, at the end,
-    `export/model.safetensors`. The plan of the run is checked and logged before the first batch.
+    `export/model.safetensors`, and `export/int8.safetensors` after a quantization phase. The plan
+    of the run is checked and logged before the first batch.
 
     Args:
         recipe: Recipe to train; see `starfire_prune.recipe`.
         folder: Folder of the run; it is created if it doesn't exist.
         resume: Raise an error if there is nothing to resume.
-        fork: Folder of a run whose recipe differs only in `pruning`. The epochs that both recipes
-            train dense are taken over from its last checkpoint of them, unless `folder` has a
-            checkpoint already.
+        fork: Folder of a run whose recipe differs only in `pruning` and `quantization`. The epochs
+            that both recipes train alike are taken over from its last checkpoint of them, unless
+            `folder` has a checkpoint already.
         dry_run: Stop after the plan, and write nothing.
 
     Raises:
@@ -119,10 +123,12 @@ class _Start:
     Attributes:
         checkpoint: The checkpoint to continue from; None for a new run.
         source: Folder of the run that the checkpoint is taken over from; None if it is this run's.
+        prunes_otherwise: Whether that run has another pruning.
     """
 
     checkpoint: Path | None
     source: Path | None = None
+    prunes_otherwise: bool = False
 
 
 def _find_start(
@@ -130,7 +136,9 @@ def _find_start(
 ) -> _Start:
     start = _Start(checkpoint_to_resume(folder, recipe, resume=resume))
     if fork is not None and start.checkpoint is None:
-        start = _Start(forked_checkpoint(fork, recipe), fork)
+        checkpoint = forked_checkpoint(fork, recipe)
+        other = load_recipe(fork / "recipe.yaml")
+        start = _Start(checkpoint, fork, prunes_otherwise=other.pruning != recipe.pruning)
     if start.checkpoint is not None:
         check_environment(start.source or folder, accelerator)
     if start.checkpoint is not None and start.source is None:
@@ -155,9 +163,9 @@ def _prepare(
     _log(accelerator, plan_text(run, checkpoint))
     if checkpoint is None:
         return run, 0
-    done = _restore(run, checkpoint, forks=start.source is not None)
+    done = _restore(run, checkpoint, forks=start.prunes_otherwise)
     verb = "resumed" if start.source is None else f"forked {start.source} for"
-    _log(accelerator, f"{verb} {folder} after {done} of {recipe.epochs} epochs")
+    _log(accelerator, f"{verb} {folder} after {done} of {recipe.total_epochs} epochs")
     return run, done
 
 
@@ -170,7 +178,10 @@ def _restore(run: Run, checkpoint: Path, *, forks: bool) -> int:
     if scaler is not None:
         scaler.load_state_dict(state["extra"]["scaler"])
     run.average_updates = state["extra"].get("average_updates", 0)
-    return int(state["epoch"])
+    done = int(state["epoch"])
+    if done > run.recipe.epochs:
+        begin_quantization(run, state["quantization"])
+    return done
 
 
 # Epochs
@@ -184,7 +195,9 @@ def _train_epochs(run: Run, first_epoch: int) -> None:
         fewer_workers="lower data.workers; the command then continues from the last checkpoint",
     )
     with limits:
-        for epoch in range(first_epoch, run.recipe.epochs):
+        for epoch in range(first_epoch, run.recipe.total_epochs):
+            if epoch == run.recipe.epochs:
+                begin_quantization(run)
             _record(run, run_epoch(run, epoch))
             run.accelerator.wait_for_everyone()
 
@@ -210,8 +223,10 @@ def _record(run: Run, metrics: dict[str, Any]) -> None:
     folder = checkpoints_of(run.folder)
     done = metrics["epoch"] + 1
     keep = run.recipe.training.keep_checkpoints
-    save_checkpoint(folder, done, run.model, run.optimizer, run.pruner, extra, average, keep)
-    _log(accelerator, _epoch_line(metrics, run.recipe.epochs))
+    ranges = None if run.quantized is None else run.quantized.state()
+    parts = (run.model, run.optimizer, run.pruner, extra, average, keep, ranges)
+    save_checkpoint(folder, done, *parts)
+    _log(accelerator, _epoch_line(metrics, run.recipe.total_epochs))
 
 
 def _epoch_line(metrics: Mapping[str, Any], epochs: int) -> str:
@@ -250,6 +265,7 @@ def _finish(run: Run) -> None:
     unfinished = None if pruner is None else pruner.unfinished_text()
     if unfinished is not None:  # a gradient scaler has skipped steps of an era in updates
         _log(accelerator, f"the weights are exported as they are, but {unfinished}")
+    export_quantized(run, architecture)
     save_pruned(  # last, because it marks the run as finished
         model,
         exported,
@@ -260,6 +276,8 @@ def _finish(run: Run) -> None:
     )
     average = " (the average)" if decay else ""
     _log(accelerator, f"weights{average}: {exported}\npicture: {picture}")
+    if run.quantized is not None:
+        _log(accelerator, f"int8 model: {int8_file(run.folder)}")
 
 
 def _accuracy_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -267,6 +285,9 @@ def _accuracy_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     last = rows[-1]
     yield f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {last['epoch'] + 1} epochs"
+    before = [row for row in rows if row["phase"] != "quantization"]
+    if len(before) < len(rows):
+        yield f"that is in int8; in floating point before: top-1 {before[-1]['top1']:.2%}"
     if "ema_top1" in last:
         yield f"average of the weights: top-1 {last['ema_top1']:.2%}, top-5 {last['ema_top5']:.2%}"
 

@@ -194,7 +194,7 @@ def test_without_fork_every_run_trains_all_its_epochs(file):
             "- {name: ck}",
             "- {name: ck, set: {optimizer.lr: 0.1}}",
             "runs.ck: can't fork dense: they differ in optimizer.lr, and may only differ in "
-            "pruning",
+            "pruning and quantization",
         ),
         (
             "[3]",

@@ -326,8 +326,8 @@ def test_the_largest_seed_is_numpys(file):
 
 def test_missing_key_says_what_it_is(file):
     file.write_text(RECIPE.replace("epochs: 10\n", ""), encoding="utf-8")
-    expected = f"{file}: epochs: is required (epochs to train, from 1 to 100000)"
-    assert refusal_of(load_recipe, file) == [expected]
+    meant = "epochs to train, from 1 to 100000; those of quantization follow"
+    assert refusal_of(load_recipe, file) == [f"{file}: epochs: is required ({meant})"]
 
 
 @pytest.mark.parametrize(
@@ -389,6 +389,8 @@ def test_missing_key_says_what_it_is(file):
         ("training.ema=true", "must be a mapping (got True, a bool)"),
         ("training.ema.decay=1.0", "must be below 1 (got 1.0)"),
         ("training.ema.dekay=0.9", "unknown key (got 0.9); did you mean decay?"),
+        ("quantization=true", "must be a mapping (got True, a bool)"),
+        ("quantization.epochs=0", "must be at least 1 (got 0)"),
         ("training.threads=1025", "must be at most 1024 (got 1025)"),
         ("training.trackers=3", "must be a list (got 3, an int)"),
     ],
@@ -405,6 +407,33 @@ def test_crop_scale_is_a_range_of_shares(file, scale):
     assert refusal_of(load_recipe, file, settings) == [
         f"--set: data.crop_scale: must be two numbers, 0 < low <= high <= 1 (got {scale})"
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        (
+            ["quantization={epochs: 1, lr: 0.0}"],
+            "quantization.lr: must be above 0 (got 0.0)",
+        ),
+        (
+            ["quantization={epochs: 2, frozen_epochs: 3}"],
+            "quantization.frozen_epochs: must be at most quantization.epochs = 2 (got 3)",
+        ),
+        (
+            ["quantization.epochs=2", "training.ema={}"],
+            "training.ema: can't be combined with quantization, which trains the weights "
+            "themselves; remove one of them",
+        ),
+    ],
+)
+def test_quantization_is_checked_with_the_keys_around_it(file, settings, error):
+    assert refusal_of(load_recipe, file, settings) == [f"--set: {error}"]
+
+
+def test_the_epochs_of_quantization_follow_the_others(file):
+    assert load_recipe(file).total_epochs == 10
+    assert load_recipe(file, ["quantization.epochs=2"]).total_epochs == 12
 
 
 @pytest.mark.parametrize(

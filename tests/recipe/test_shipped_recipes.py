@@ -14,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from starfire_prune.experiments.tables import load_table
+from starfire_prune.quantization import check_masks
 from starfire_prune.recipe.load import dump_recipe, load_recipe
 from starfire_prune.recipe.sections import Recipe
-from starfire_prune.serialization.pruned import read_metadata
+from starfire_prune.runs.folder import exported_file, int8_file
+from starfire_prune.serialization.pruned import load_masks, read_metadata
+from starfire_prune.serialization.quantized import load_quantized
 from starfire_prune.training.train import train
 from starfire_prune.utils.console import log_to_console
 from tests.support.paths import ROOT
@@ -31,6 +34,7 @@ PLANS = {
     "cifar10_resnet14": ("1,772,746", "10", "80.0%", "updates 3 to 4 of 8", (16, 0)),
     "finetune_resnet50": ("25,557,032", "1,000", "60.0%", "updates 1 to 240 of 480", (53, 1)),
     "quickstart": ("11,181,642", "1,437", "60.0%", "updates 136 to 315 of 450", (20, 1)),
+    "quickstart_int8": ("11,181,642", "1,437", "60.0%", "updates 136 to 315 of 450", (20, 1)),
     "resnet50_v1": ("25,557,032", "1,000", "60.0%", "updates 641 to 960 of 1,600", (53, 1)),
     "resnet50_v15": ("25,557,032", "1,000", "60.0%", "updates 641 to 960 of 1,600", (53, 1)),
     "tiny_imagenet20_resnet18": ("11,186,772", "20", "60.0%", "updates 9 to 12 of 20", (20, 1)),
@@ -108,7 +112,9 @@ def test_every_recipe_has_a_plan_below():
 @few_cores
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("data_sets", "offline")
-def test_shipped_recipe_can_be_trained(path, tmp_path, capsys):
+def test_shipped_recipe_can_be_trained(path, tmp_path, capsys, monkeypatch):
+    # It would quantize the model, which needs torchao and seconds: a slow test below trains it
+    monkeypatch.setattr("starfire_prune.training.preflight.check_quantization", lambda run: None)
     recipe = load_recipe(path)
     plan = plan_of(recipe, tmp_path / "run", capsys)
     parameters, images, target, updates, pruned = PLANS[path.stem]
@@ -210,3 +216,17 @@ def test_the_quickstart_prunes_at_a_cost_of_at_most_a_percent(tmp_path):
     pruned, dense = mean_top1("pruned"), mean_top1("dense", "pruning=none")
     assert pruned >= 0.97
     assert dense - pruned <= 0.01
+
+
+@pytest.mark.slow
+def test_the_quickstart_costs_at_most_a_percent_in_int8(tmp_path):
+    pytest.importorskip("torchao")
+    recipe = load_recipe(RECIPES / "quickstart_int8.yaml", ["training.threads=2"])
+    train_on(recipe, tmp_path / "run")
+    rows = metrics_of(tmp_path / "run")
+    assert [row["phase"] for row in rows[9:]] == ["fixed", "quantization", "quantization"]
+    assert rows[11]["top1"] >= 0.97
+    assert rows[11]["top1"] >= rows[9]["top1"] - 0.01
+    quantized = load_quantized(int8_file(tmp_path / "run"))
+    zeros = check_masks(quantized, dict(load_masks(exported_file(tmp_path / "run"))))
+    assert len(zeros) == 21

@@ -166,6 +166,18 @@ def test_an_average_of_weights_is_a_caveat_with_its_own_column(left):
     assert report.runs.rows[0][column] == "81.25"
 
 
+def test_epochs_in_int8_are_a_caveat_with_the_accuracy_before(left):
+    run = left("dense")
+    rows = [*run.metrics[:-1], {**run.metrics[-1], "phase": "quantization"}]
+    report = build_report([ReportedRun(run.folder, run.recipe, rows)])
+    assert report.caveats[0] == (
+        "The last epochs are measured in int8, after training with its rounding: dense. Their "
+        "top-1 before is in the table of runs."
+    )
+    column = report.runs.header.index("top-1 before int8 [%]")
+    assert report.runs.rows[0][column] == "70.00"
+
+
 def test_long_runs_have_a_picture_of_their_last_half(left):
     report = build_report([left("ck", "epochs=8", top1=(0.5,) * 8)])
     assert names(report)[:2] == ["accuracy", "accuracy-closer"]

@@ -130,7 +130,7 @@ def test_a_run_without_a_checkpoint_of_its_dense_epochs_is_refused(dense, runs, 
     shutil.copytree(dense, source)
     shutil.rmtree(checkpoints_of(source) / "epoch-0001")
     message = (
-        r"has kept no checkpoint of the 1 epochs that both train dense: train it with "
+        r"has kept no checkpoint of the 1 epochs that both train alike: train it with "
         r"training.keep_checkpoints=\[1\], or leave out --fork"
     )
     with pytest.raises(RunError, match=message):
