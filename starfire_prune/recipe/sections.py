@@ -284,7 +284,9 @@ class Recipe(Settings):
     seed: Seed = Field(0, description="seed of the run, from 0 to 2**32 - 1")
     training: Training = Field(default_factory=Training, description="how the network is trained")
     quantization: Quantization | None = Field(
-        None, description="the last phase, which trains for int8; default: no such phase"
+        None,
+        description="the last phase, which trains for int8 (it needs the extra quantize); "
+        "default: no such phase",
     )
     pruning: OrNone[Pruning] = Field(description="how to prune; none for dense training")
 

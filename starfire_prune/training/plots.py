@@ -39,7 +39,10 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str =
     era = [row["epoch"] for row in metrics if row["phase"] == "era"]
     if era:
         accuracy.axvspan(era[0], era[-1] + 1, color="0.9", label="pruning era")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    int8 = [row["epoch"] for row in metrics if row["phase"] == "quantization"]
+    if int8:
+        accuracy.axvspan(int8[0], int8[-1] + 1, color="C2", alpha=0.15, label="in int8")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     accuracy.set_title(title)
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

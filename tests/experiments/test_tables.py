@@ -170,6 +170,19 @@ def test_runs_fork_the_one_of_their_seed_but_for_those_that_prune_from_the_start
     assert forks == {"ck-seed1": "dense-seed1", "ck-seed2": "dense-seed2"}
 
 
+def test_runs_that_end_in_int8_fork_one_of_the_same_pruning(file):
+    head = FORKING.partition("runs:\n")[0].replace("fork: dense", "fork: ck")
+    pruning = "pruning.era: [0, 3]"
+    file.write_text(
+        f"{head}runs:\n"
+        f"- {{name: ck, set: {{{pruning}, training.keep_checkpoints: [3]}}}}\n"
+        f"- {{name: int8, set: {{{pruning}, quantization: {{epochs: 2}}}}}}\n"
+    )
+    ck, int8 = load_table(file).runs
+    assert (ck.fork, int8.fork) == ("", ck.folder)
+    assert int8.recipe.total_epochs == ck.recipe.total_epochs + 2
+
+
 def test_a_run_before_the_one_that_it_forks_raises(file):
     head, _, listed = FORKING.partition("runs:\n")
     dense, *others = listed.splitlines(keepends=True)

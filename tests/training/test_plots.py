@@ -65,6 +65,14 @@ def test_the_picture_of_a_run_shades_the_era_from_its_start_to_its_end(figures, 
     assert (era.get_x(), era.get_x() + era.get_width()) == (1, 3)
 
 
+def test_the_picture_of_a_run_shades_the_epochs_in_int8(figures, tmp_path):
+    rows = [*METRICS, {**METRICS[-1], "epoch": 4, "phase": "quantization"}]
+    plot_training(rows, tmp_path / "training.png")
+    span = figures[0].axes[0].patches[1]
+    assert span.get_label() == "in int8"
+    assert (span.get_x(), span.get_x() + span.get_width()) == (4, 5)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_run_that_never_pruned_has_a_picture_without_an_era(count, figures, tmp_path):
     plot_training(METRICS[:count], tmp_path / "training.png")
