@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,18 @@ from starfire_prune.models import create_model
 from starfire_prune.quantization.training import QuantizedTraining
 from starfire_prune.runs.folder import RunError, int8_file
 from starfire_prune.serialization.quantized import save_quantized
+from starfire_prune.training.learning_rate import recipe_factor
 from starfire_prune.training.setup import Run, example_images
 from starfire_prune.utils.errors import QuantizationError, TraceError
 from starfire_prune.utils.modules import unwrap
 
-__all__ = ["begin_quantization", "check_quantization", "export_quantized", "float_model"]
+__all__ = [
+    "begin_quantization",
+    "check_quantization",
+    "explained_divergence",
+    "export_quantized",
+    "float_model",
+]
 
 
 def check_quantization(run: Run) -> None:
@@ -64,6 +72,26 @@ def begin_quantization(run: Run, state: Mapping[str, Tensor] | None = None) -> N
     run.quantized = _quantized(run, float_model(run.model), masks)
     if state is not None:
         run.quantized.load_state(state)
+
+
+@contextmanager
+def explained_divergence(run: Run) -> Iterator[None]:
+    """Raise RunError for what fails in the phase because numbers are no longer finite."""
+    try:
+        yield
+    except (AssertionError, QuantizationError, RuntimeError) as error:  # torchao asserts
+        if run.quantized is None or _is_finite(run.quantized.module):
+            raise
+        rate = run.recipe.optimizer.lr * recipe_factor(run.recipe, run.recipe.epochs)
+        raise RunError(
+            f"training has diverged in the quantization phase: weights or ranges are no longer "
+            f"finite; lower quantization.lr (={rate:g})"
+        ) from error
+
+
+def _is_finite(module: nn.Module) -> bool:
+    scales = [value for name, value in module.named_buffers() if name.endswith("scale")]
+    return all(bool(each.isfinite().all()) for each in (*module.parameters(), *scales))
 
 
 def float_model(model: nn.Module) -> nn.Module:

@@ -40,7 +40,11 @@ from starfire_prune.training.loop import run_epoch
 from starfire_prune.training.plan import plan_text
 from starfire_prune.training.plots import plot_training
 from starfire_prune.training.preflight import check_run
-from starfire_prune.training.quantization import begin_quantization, export_quantized
+from starfire_prune.training.quantization import (
+    begin_quantization,
+    explained_divergence,
+    export_quantized,
+)
 from starfire_prune.training.setup import (
     Run,
     check_ranks_data_alike,
@@ -198,7 +202,9 @@ def _train_epochs(run: Run, first_epoch: int) -> None:
         for epoch in range(first_epoch, run.recipe.total_epochs):
             if epoch == run.recipe.epochs:
                 begin_quantization(run)
-            _record(run, run_epoch(run, epoch))
+            with explained_divergence(run):
+                metrics = run_epoch(run, epoch)
+            _record(run, metrics)
             run.accelerator.wait_for_everyone()
 
 

@@ -176,6 +176,15 @@ def test_the_phase_trains_the_model_without_autocast(runs, tmp_path):
     assert torch.equal(float_model(model)(images), wanted)
 
 
+@pytest.mark.slow
+def test_a_phase_that_diverges_is_an_error_that_names_its_learning_rate(runs, tmp_path):
+    recipe = small_recipe(tmp_path, "quantization={epochs: 1, lr: 1.0e+30}")
+    text = r"^training has diverged in the quantization phase: .* lower quantization.lr \(=1e\+30\)"
+    with pytest.raises(RunError, match=text):
+        train(recipe, tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) == 4
+
+
 # Resumed and forked
 
 
