@@ -30,7 +30,7 @@ from starfire_prune.sparse.program_format import (
     SATURATED_BYTES,
     Opcode,
 )
-from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
+from starfire_prune.sparse.spatial_tiling import spatial_fields
 from starfire_prune.sparse.stored_values import StoredValues, geometry_of
 
 __all__ = ["EMITTERS"]
@@ -172,15 +172,15 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
 def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
-    tiling = spatial_tiling(op, geometry)
     result = _requantization(op)
-    packed = pack_spatial(quads_of(op.weight, op.groups), 1, geometry, op.window, tiling.rows)
+    packed, tiling = pack_spatial(op, quads_of(op.weight, op.groups), 1, geometry)
+    padding = (0, -len(op.bias) % 4)
     values.program.add(
         Opcode.BYTE_SPATIAL,
         *views,
-        values.constant(result.shift),
+        values.constant(np.pad(result.shift, padding)),
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
-        *(result.low, result.high, values.constant(result.scale)),
+        *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
         *(result.residual_scale, result.results, _is_narrow(op, op.groups)),
     )
 

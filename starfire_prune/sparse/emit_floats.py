@@ -12,7 +12,7 @@ from starfire_prune.sparse.layout import offset_of, plain
 from starfire_prune.sparse.pack_pointwise import pack_linear, pack_pointwise
 from starfire_prune.sparse.pack_spatial import pack_spatial
 from starfire_prune.sparse.program_format import MAXIMUM, SUM, Opcode
-from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
+from starfire_prune.sparse.spatial_tiling import spatial_fields
 from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
 __all__ = ["EMITTERS"]
@@ -55,9 +55,7 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
 def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
-    tiling = spatial_tiling(op, geometry)
-    weight = op.weight.astype(np.float32)
-    packed = pack_spatial(weight, op.groups, geometry, op.window, tiling.rows)
+    packed, tiling = pack_spatial(op, op.weight.astype(np.float32), op.groups, geometry)
     values.program.add(
         Opcode.SPATIAL,
         *views,

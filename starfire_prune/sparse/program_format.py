@@ -28,6 +28,7 @@ __all__ = [
     "RECTANGLE_RUN",
     "REGISTER_TILE",
     "SATURATED_BYTES",
+    "SHARED_OUTPUTS",
     "SUM",
     "TILES",
     "WORKSPACE",
@@ -42,6 +43,7 @@ MAX_TILE: Final = 112  # pixels per tile
 MAX_OUTPUT_TILE: Final = 64  # output channels per work item of a 1x1 convolution
 MAX_ROWS: Final = 14  # accumulators of the spatial kernel
 MAX_SPILLED: Final = 16  # output channels per work item with input-channel tiles
+SHARED_OUTPUTS: Final = 4  # neighbouring output channels that may share taps
 PLANES, TILES = 0, 1  # kinds of layouts
 WORKSPACE, INPUT, OUTPUT = 0, 1, 2  # places of views
 MAXIMUM, SUM = 0, 1  # modes of pooling
@@ -76,7 +78,7 @@ HEADER_FIELDS, SLOT_FIELDS, VIEW_FIELDS = 6, 3, 16
 OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.COPY: 9,
     Opcode.POINTWISE: 14,
-    Opcode.SPATIAL: 16,
+    Opcode.SPATIAL: 17,
     Opcode.POOL: 9,
     Opcode.MEAN: 2,
     Opcode.LINEAR: 9,
@@ -84,7 +86,7 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.DEQUANTIZE: 4,
     Opcode.BYTE_COPY: 4,
     Opcode.BYTE_POINTWISE: 16,
-    Opcode.BYTE_SPATIAL: 20,
+    Opcode.BYTE_SPATIAL: 21,
     Opcode.BYTE_POOL: 5,
     Opcode.BYTE_LINEAR: 10,
     Opcode.BYTE_MEAN: 4,
@@ -109,6 +111,7 @@ FORMAT: Final[dict[str, int]] = {
     "MAX_OUTPUT_TILE": MAX_OUTPUT_TILE,
     "MAX_ROWS": MAX_ROWS,
     "MAX_SPILLED": MAX_SPILLED,
+    "SHARED_OUTPUTS": SHARED_OUTPUTS,
     "PLANES": PLANES,
     "TILES": TILES,
     "WORKSPACE": WORKSPACE,

@@ -15,7 +15,8 @@ from starfire_prune.sparse.ir import Copy, Linear, Mean, Op, Pooling, Value
 from starfire_prune.sparse.layout import Window, padded, plain, tiles
 from starfire_prune.sparse.ops import new_workspace, sparse_inference
 from starfire_prune.sparse.pack_pointwise import pack_pointwise
-from starfire_prune.sparse.pack_spatial import pack_spatial, rectangles
+from starfire_prune.sparse.pack_rectangles import rectangles
+from starfire_prune.sparse.pack_spatial import pack_spatial
 from starfire_prune.sparse.scheduling import schedule
 from tests.support.convolutions import (
     BLOCK_SIZES,

@@ -2,8 +2,9 @@
 
 #include "vectors.h"
 #include "math_bytes.h"
+#include "rows.h"
 #include "byte_kernels.h"
 #include "spatial.h"
-#include "rows.h"
+#include "taps.h"
 #include "spatial_items.h"
 #include "byte_operations.h"

@@ -10,15 +10,69 @@ struct Requantization {
   bool to_bytes, is_clamped;
 };
 
-// The results of an output channel in floats, for sums and a residual (null if there is none).
-INLINE Vector result_of(const Requantization& r, const Vector& sum, int64_t channel,
-                        const float* residual) {
-  Vector value = fused(floats_of_ints(sum), broadcast(r.scale[channel]), splat(r.shift[channel]));
-  if (residual) {
-    Vector added = load(residual);
-    value = fused(r.to_bytes ? byte_of(added, channel % 4) : added, r.residual_scale, value);
+// The results of an output channel in floats, for sums and, with HAS_RESIDUAL, what is added to them.
+template <bool HAS_RESIDUAL, bool IS_CLAMPED>
+INLINE Vector result_of(const Requantization& r, Register scale, const Vector& shift,
+                        const Vector& sum, const Vector& added) {
+  Vector value = fused(floats_of_ints(sum), scale, shift);
+  if (HAS_RESIDUAL) value = fused(added, r.residual_scale, value);
+  return IS_CLAMPED ? clamp(value, r.low, r.high) : value;
+}
+
+// The sums of four output channels, `stride` floats from each other, and where results go: every
+// `step`-th of `count * step` lanes. `residual` may be null.
+struct QuadSums {
+  const float* sums;
+  int64_t stride, step, count;
+  float* to;
+  const float* residual;
+};
+
+// Stores the bytes of four output channels from `channel` on. All of them have a scale and a shift.
+template <int STEP, bool HAS_RESIDUAL, bool IS_CLAMPED>
+void store_bytes(const Requantization& requantization, int64_t channel, const QuadSums& quad) {
+  const Requantization r = requantization;  // copies, which stores can't alias
+  const QuadSums q = quad;
+  Register scale[4];
+  Vector shift[4];
+  UNROLL for (int j = 0; j < 4; ++j) {
+    scale[j] = broadcast(r.scale[channel + j]);
+    shift[j] = splat(r.shift[channel + j]);
   }
-  return r.is_clamped ? clamp(value, r.low, r.high) : value;
+  for (int64_t done = 0; done < q.count; done += LANES) {
+    Vector added{}, results[4];
+    if (HAS_RESIDUAL) added = load(q.residual + done);
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const float* from = q.sums + j * q.stride + done * q.step;
+      results[j] = rounded(result_of<HAS_RESIDUAL, IS_CLAMPED>(
+          r, scale[j], shift[j], load_steps<STEP>(from, q.step, q.count - done),
+          HAS_RESIDUAL ? byte_of(added, j) : added));
+    }
+    store_lanes(q.to + done, packed(results), q.count - done);
+  }
+}
+
+template <int STEP>
+INLINE void store_bytes(const Requantization& r, int64_t channel, const QuadSums& quad) {
+  if (quad.residual)
+    return r.is_clamped ? store_bytes<STEP, true, true>(r, channel, quad)
+                        : store_bytes<STEP, true, false>(r, channel, quad);
+  return r.is_clamped ? store_bytes<STEP, false, true>(r, channel, quad)
+                      : store_bytes<STEP, false, false>(r, channel, quad);
+}
+
+// Stores the results of one output channel in floats, clamped.
+INLINE void store_floats(const Requantization& r, int64_t channel, const QuadSums& quad) {
+  const QuadSums q = quad;
+  Register scale = broadcast(r.scale[channel]);
+  Vector shift = splat(r.shift[channel]);
+  for (int64_t done = 0; done < q.count; done += LANES) {
+    Vector sum = load_any_steps(q.sums + done * q.step, q.step, q.count - done);
+    Vector value = q.residual
+        ? result_of<true, true>(r, scale, shift, sum, load(q.residual + done))
+        : result_of<false, true>(r, scale, shift, sum, Vector{});
+    store_lanes(q.to + done, value, q.count - done);
+  }
 }
 
 // An output-channel tile and an input-channel tile, on one pixel tile.
@@ -56,36 +110,27 @@ INLINE void start_sums(const BytePointwiseArguments& a, int64_t channel, Vector 
     sums[v] = a.is_first ? splat(0.0f) : load(a.sums + channel * a.size + v * LANES);
 }
 
-// Stores the sums of an output channel, or its results in floats; or turns sums into rounded results.
 template <int VECTORS>
-INLINE void finish_channel(const BytePointwiseArguments& a, int64_t channel,
-                           Vector (&sums)[VECTORS]) {
-  const Requantization& r = a.requantization;
-  if (!a.target) {
-    UNROLL for (int v = 0; v < VECTORS; ++v)
-      store(a.sums + channel * a.size + v * LANES, sums[v]);
-    return;
-  }
-  const float* residual = nullptr;
-  if (a.residual) residual = a.residual + (r.to_bytes ? channel / 4 : channel) * a.size;
-  if (!r.to_bytes && channel >= a.channels) return;
-  UNROLL for (int v = 0; v < VECTORS; ++v) {
-    Vector value = result_of(r, sums[v], channel, residual ? residual + v * LANES : nullptr);
-    if (r.to_bytes)
-      sums[v] = rounded(value);
-    else
-      store(a.target + channel * a.size + v * LANES, value);
-  }
+INLINE void store_sums(const BytePointwiseArguments& a, int64_t channel,
+                       const Vector (&sums)[VECTORS]) {
+  UNROLL for (int v = 0; v < VECTORS; ++v)
+    store(a.sums + channel * a.size + v * LANES, sums[v]);
 }
 
-// Stores the bytes of four output channels, from their rounded results.
-template <int VECTORS>
-INLINE void finish_quad(const BytePointwiseArguments& a, int64_t quad,
-                        const Vector (&results)[4][VECTORS]) {
-  if (!a.target || !a.requantization.to_bytes || 4 * quad >= a.channels) return;
-  UNROLL for (int v = 0; v < VECTORS; ++v)
-    store(a.target + quad * a.size + v * LANES,
-          packed({results[0][v], results[1][v], results[2][v], results[3][v]}));
+// Turns the stored sums of four output channels into results, if there is a target.
+INLINE void finish_quad(const BytePointwiseArguments& a, int64_t quad, int64_t lanes) {
+  if (!a.target || 4 * quad >= a.channels) return;
+  const Requantization& r = a.requantization;
+  const float* sums = a.sums + 4 * quad * a.size;
+  if (r.to_bytes) {
+    int64_t at = quad * a.size;
+    store_bytes<1>(r, 4 * quad, {sums, a.size, 1, lanes, a.target + at,
+                                 a.residual ? a.residual + at : nullptr});
+    return;
+  }
+  for (int64_t k = 4 * quad; k < 4 * quad + 4 && k < a.channels; ++k)
+    store_floats(r, k, {a.sums + k * a.size, 0, 1, lanes, a.target + k * a.size,
+                        a.residual ? a.residual + k * a.size : nullptr});
 }
 
 // Four output channels with a list each, of an even number of entries, which take turns at two sets
@@ -95,8 +140,7 @@ INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile,
   constexpr int CHAINS = ISA == 512 ? 2 : 1;
   const uint16_t* indices = a.indices + tile.indices;
   const float* weights = a.weights + tile.weights;
-  Vector results[4][VECTORS];
-  UNROLL for (int j = 0; j < 4; ++j) {
+  for (int64_t j = 0; j < 4; ++j) {
     Vector sums[CHAINS][VECTORS];
     start_sums(a, 4 * quad + j, sums[0]);
     UNROLL for (int c = 1; c < CHAINS; ++c)
@@ -110,11 +154,11 @@ INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile,
           Math::multiply_add(sums[e % CHAINS][v], factor, load(x + v * LANES));
       }
     }
-    UNROLL for (int v = 0; v < VECTORS; ++v)
-      results[j][v] = CHAINS == 1 ? sums[0][v] : Math::add(sums[0][v], sums[CHAINS - 1][v]);
-    finish_channel(a, 4 * quad + j, results[j]);
+    UNROLL for (int v = 0; CHAINS > 1 && v < VECTORS; ++v)
+      sums[0][v] = Math::add(sums[0][v], sums[CHAINS - 1][v]);
+    store_sums(a, 4 * quad + j, sums[0]);
   }
-  finish_quad(a, quad, results);
+  finish_quad(a, quad, VECTORS * LANES);
 }
 
 // Four output channels with one list.
@@ -134,8 +178,8 @@ INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, i
       UNROLL for (int j = 0; j < 4; ++j) Math::multiply_add(sums[j][v], factors[j], value);
     }
   }
-  UNROLL for (int j = 0; j < 4; ++j) finish_channel(a, 4 * quad + j, sums[j]);
-  finish_quad(a, quad, sums);
+  UNROLL for (int j = 0; j < 4; ++j) store_sums(a, 4 * quad + j, sums[j]);
+  finish_quad(a, quad, VECTORS * LANES);
 }
 
 // The arguments for the pixels after the first `vectors` ones.

@@ -196,26 +196,25 @@ static void run_byte_pointwise(const Context& c, const BytePointwise& o, int64_t
 }
 
 // Stores the results of up to four output channels from `channel`, a multiple of 4, on: their sums
-// are SUMS floats apart. `to` and `residual` are those of the quad, or of the first channel.
+// are SUMS floats apart. `to` and `residual` are those of the quad, or of the first channel, from
+// which the others are `stride` floats apart.
 INLINE void finish_sums(const Segments& segments, const Requantization& r, int64_t channel,
                         int64_t count, const float* sums, float* to, const float* residual,
                         int64_t stride) {
   for (int i = 0; i < segments.count; ++i) {
     const Segment s = segments.segment[i];
-    for (int64_t done = 0; done < s.count; done += LANES) {
-      const float* from = sums + s.from + done * s.step;
-      int64_t at = s.to + done, left = s.count - done;
-      Vector results[4] = {};
-      for (int64_t j = 0; j < count; ++j) {
-        const float* added = residual ? residual + at + (r.to_bytes ? 0 : j * stride) : nullptr;
-        Vector value = result_of(r, load_any_steps(from + j * SUMS, s.step, left), channel + j,
-                                 added);
-        if (r.to_bytes)
-          results[j] = rounded(value);
-        else
-          store_lanes(to + j * stride + at, value, left);
-      }
-      if (r.to_bytes) store_lanes(to + at, packed(results), left);
+    for (int64_t j = 0; j < (r.to_bytes ? 1 : count); ++j) {
+      int64_t at = s.to + j * stride;
+      QuadSums quad{sums + j * SUMS + s.from,          SUMS, s.step, s.count, to + at,
+                    residual ? residual + at : nullptr};
+      if (!r.to_bytes)
+        store_floats(r, channel + j, quad);
+      else if (s.step == 1)
+        store_bytes<1>(r, channel, quad);
+      else if (s.step == 2)
+        store_bytes<2>(r, channel, quad);
+      else
+        store_bytes<0>(r, channel, quad);
     }
   }
 }
@@ -231,18 +230,17 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
   for (int64_t i = begin; i < end; ++i) {
     item.move_to(i);
     for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
-      for (int64_t k = item.start; k < item.stop; ++k) {
-        int64_t slot = o.input_tiles > 1 ? k - item.start : k % 4;
-        float* channel_sums = sums + slot * SUMS;
+      for (int64_t first = item.start; first < item.stop; first += 4) {
+        float* first_sums = sums + (o.input_tiles > 1 ? (first - item.start) * SUMS : 0);
         bool is_first = input_tile == 0;
         if (operation.narrow)
-          spatial_channel<NarrowBytes>(c, o, item, input_tile, k, is_first, channel_sums);
+          spatial_channels<NarrowBytes>(c, o, item, input_tile, first, is_first, first_sums);
         else
-          spatial_channel<Bytes>(c, o, item, input_tile, k, is_first, channel_sums);
-        if (input_tile < o.input_tiles - 1 || (k % 4 < 3 && k < item.stop - 1)) continue;
-        int64_t first = k / 4 * 4, stored = r.to_bytes ? k / 4 : first;
+          spatial_channels<Bytes>(c, o, item, input_tile, first, is_first, first_sums);
+        if (input_tile < o.input_tiles - 1) continue;
+        int64_t stored = r.to_bytes ? first / 4 : first;
         const float* residual = o.residual >= 0 ? item.channel(o.residual, stored) : nullptr;
-        finish_sums(item.segments, r, first, k - first + 1, channel_sums - k % 4 * SUMS,
+        finish_sums(item.segments, r, first, minimum(4, item.stop - first), first_sums,
                     item.channel(o.destination, stored), residual, stride);
       }
     }

@@ -5,5 +5,6 @@
 #include "pointwise.h"
 #include "spatial.h"
 #include "rows.h"
+#include "taps.h"
 #include "spatial_items.h"
 #include "operations.h"

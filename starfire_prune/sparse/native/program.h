@@ -18,6 +18,7 @@ constexpr int64_t MAX_TILE = 112;        // pixels per tile
 constexpr int64_t MAX_OUTPUT_TILE = 64;  // output channels per work item of a 1x1 convolution
 constexpr int64_t MAX_ROWS = 14;         // accumulators of the spatial kernel
 constexpr int64_t MAX_SPILLED = 16;      // output channels per work item with input-channel tiles
+constexpr int64_t SHARED_OUTPUTS = 4;    // neighbouring output channels that may share taps
 constexpr int64_t MAX_SEGMENTS = 256;
 
 struct Header {
@@ -85,7 +86,9 @@ struct RegisterTile {
   int64_t start;       // position of the first entry in the layer's index lists
 };
 
-// A convolution on planes: a sum of rectangles of weights over shifted rows.
+// A convolution on planes: a sum of rectangles of weights over shifted rows. Or (`shared`) four
+// neighbouring output channels share a list of taps, with four weights for each of them: `starts_at`
+// is that of the lists, which are sorted by input tile, and there are no runs.
 struct Spatial {
   int64_t source, destination, residual, bias_at, starts_at, runs_at, offsets_at, weights_at;
   int64_t channels, output_tile_size;
@@ -93,6 +96,7 @@ struct Spatial {
   int64_t rows;         // accumulators per work item, of 16 floats each
   int64_t row_stride;   // floats from the input of one accumulator to that of the next one
   int64_t image_rows;   // image rows per accumulator
+  int64_t shared;
   int64_t low, high;
 };
 

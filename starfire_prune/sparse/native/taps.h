@@ -1,0 +1,53 @@
+// The innermost loop of convolutions larger than 1x1 whose output channels share lists of taps, four
+// neighbours each. Compiled once for each instruction set and kind of numbers (`Math`).
+
+namespace STARFIRE_ISA {
+
+constexpr int64_t SUMS = (MAX_ROWS + 4) * LANES;  // of one output channel
+#if ISA == 512
+constexpr int MAX_TAP_ROWS = 6;
+#else
+constexpr int MAX_TAP_ROWS = 1;
+#endif
+
+using TapKernel = void (*)(const float* source, int64_t distance, const int32_t* offsets,
+                           const float* weights, int64_t count, bool is_first, float* sums);
+
+// Adds `count` taps, with a weight for each output channel, to ROWS accumulators of each, which start
+// at zero if `is_first`. A load serves four products, so it may split a cache line.
+template <class Math, int ROWS>
+void taps(const float* source, int64_t distance, const int32_t* offsets, const float* weights,
+          int64_t count, bool is_first, float* sums) {
+  Vector rows[SHARED_OUTPUTS][ROWS];
+  UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+    UNROLL for (int i = 0; i < ROWS; ++i)
+      rows[k][i] = is_first ? splat(0.0f) : load(sums + k * SUMS + i * LANES);
+  for (int64_t j = 0; j < count; ++j, weights += SHARED_OUTPUTS) {
+    const float* x = source + offsets[j];
+    typename Math::Factor factors[SHARED_OUTPUTS];
+    UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+      factors[k] = Math::factor(broadcast(weights[k]));
+    UNROLL for (int i = 0; i < ROWS; ++i) {
+      Vector value = load(x + i * distance);
+      UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+        Math::multiply_add(rows[k][i], factors[k], value);
+    }
+  }
+  UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+    UNROLL for (int i = 0; i < ROWS; ++i) store(sums + k * SUMS + i * LANES, rows[k][i]);
+}
+
+template <class Math>
+TapKernel tap_kernel(int64_t rows) {
+  constexpr int MAX = MAX_TAP_ROWS;
+  switch (rows) {
+    case 6: return taps<Math, MAX < 6 ? MAX : 6>;
+    case 5: return taps<Math, MAX < 5 ? MAX : 5>;
+    case 4: return taps<Math, MAX < 4 ? MAX : 4>;
+    case 3: return taps<Math, MAX < 3 ? MAX : 3>;
+    case 2: return taps<Math, MAX < 2 ? MAX : 2>;
+    default: return taps<Math, 1>;
+  }
+}
+
+}  // namespace STARFIRE_ISA
