@@ -21,17 +21,25 @@ from starfire_prune.sparse.ir import (
     Quantization,
     Quantize,
 )
-from starfire_prune.sparse.layout import offset_of, plain
+from starfire_prune.sparse.layout import Geometry, offset_of, plain
+from starfire_prune.sparse.pack_merged import MergedQuads, pack_merged
 from starfire_prune.sparse.pack_quads import is_narrow, pack_byte_rows, pack_quads, quads_of
-from starfire_prune.sparse.pack_spatial import pack_spatial
+from starfire_prune.sparse.pack_spatial import RECTANGLES_COST, pack_spatial
 from starfire_prune.sparse.program_format import (
     CLAMPED_BYTES,
     FLOATS,
+    MAX_ROWS,
     SATURATED_BYTES,
+    SHARED_OUTPUTS,
     Opcode,
 )
-from starfire_prune.sparse.spatial_tiling import spatial_fields
-from starfire_prune.sparse.stored_values import StoredValues, geometry_of
+from starfire_prune.sparse.spatial_tiling import (
+    SpatialTiling,
+    SpatialWeights,
+    spatial_fields,
+    spatial_tiling,
+)
+from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
 __all__ = ["EMITTERS"]
 
@@ -146,8 +154,8 @@ def _emit_convolution(values: StoredValues, op: Convolution) -> None:
         _emit_spatial(values, op)
 
 
-def _is_narrow(op: Layer, groups: int = 1) -> bool:
-    return is_narrow(op.weight, groups, op.source.bytes_as.high)
+def _is_narrow(op: Layer, quads: NDArray[Any]) -> bool:
+    return is_narrow(quads, op.source.bytes_as.high)
 
 
 def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
@@ -165,7 +173,7 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
         values.constant(packed.weights, np.int32),
         *(len(op.bias), packed.output_tile_size, packed.input_tile_size),
         *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
-        *(result.residual_scale, result.results, _is_narrow(op)),
+        *(result.residual_scale, result.results, _is_narrow(op, packed.weights)),
     )
 
 
@@ -173,16 +181,43 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
     result = _requantization(op)
-    packed, tiling = pack_spatial(op, quads_of(op.weight, op.groups), 1, geometry)
-    padding = (0, -len(op.bias) % 4)
+    packed, tiling, merged = _packed_spatial(op, geometry)
+    padding = (0, -len(op.bias) % SHARED_OUTPUTS)
     values.program.add(
         Opcode.BYTE_SPATIAL,
         *views,
         values.constant(np.pad(result.shift, padding)),
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
         *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
-        *(result.residual_scale, result.results, _is_narrow(op, op.groups)),
+        *(result.residual_scale, result.results, _is_narrow(op, packed.weights)),
+        *_merged_fields(values, merged),
     )
+
+
+def _packed_spatial(
+    op: Convolution, geometry: Geometry
+) -> tuple[SpatialWeights, SpatialTiling, MergedQuads | None]:
+    """The weights of a convolution larger than 1x1, its work items and what is merged for them."""
+    packed, tiling = pack_spatial(op, quads_of(op.weight, op.groups), 1, geometry)
+    if op.groups == 1:
+        high_tiling = spatial_tiling(op, geometry, MAX_ROWS)
+        other, merged = pack_merged(op.weight, geometry, op.window, high_tiling.rows)
+        cost = 1.0 if packed.shared else RECTANGLES_COST
+        if other.cycles * high_tiling.places < cost * packed.cycles * tiling.places:
+            return other, high_tiling, merged
+    return packed, tiling, None
+
+
+def _merged_fields(values: StoredValues, merged: MergedQuads | None) -> list[int]:
+    """The fields of the C++ structure `ByteSpatial` from `merged_at` on."""
+    if merged is None:
+        return [NONE, NONE, NONE, 0, 0, 0]
+    return [
+        values.constant(merged.starts, np.int32),
+        values.constant(merged.sources, np.int32),
+        values.constant(merged.vectors, np.int32),
+        *(len(merged.vectors), merged.most, merged.row_stride),
+    ]
 
 
 def _emit_linear(values: StoredValues, op: Layer) -> None:
@@ -192,7 +227,7 @@ def _emit_linear(values: StoredValues, op: Layer) -> None:
     values.program.add(
         *(Opcode.BYTE_LINEAR, source, output, values.constant(result.shift)),
         *(values.constant(result.scale), values.constant(rows, np.int8)),
-        *(*rows.shape, result.low, result.high, _is_narrow(op)),
+        *(*rows.shape, result.low, result.high, _is_narrow(op, rows.view("<i4"))),
     )
 
 

@@ -44,17 +44,16 @@ def quads_of(weight: Integers, groups: int) -> Quads:
     return quads
 
 
-def is_narrow(weight: Integers, groups: int, largest: int) -> bool:
+def is_narrow(quads: NDArray[np.integer[Any]], largest: int) -> bool:
     """Whether no sum of two products exceeds int16, at which AVX2's products of bytes saturate.
 
     Args:
-        weight: The weight, `(K, C / groups, ...)`.
-        groups: Groups of the layer.
+        quads: Weights as the kernels read them: in int32, quads of four int8 weights.
         largest: The largest byte of the input.
     """
-    quads = quads_of(weight, groups)
-    sizes = np.abs(quads[..., None].view(np.int8).astype(np.int64))
-    pairs = sizes[..., 0::2] + sizes[..., 1::2]
+    packed = np.ascontiguousarray(quads, "<i4")
+    sizes = np.abs(packed.reshape(-1, 1).view(np.int8).astype(np.int64))
+    pairs = sizes[:, 0::2] + sizes[:, 1::2]
     return bool(pairs.max(initial=0) * largest <= MAX_INT16)
 
 

@@ -14,7 +14,12 @@ from starfire_prune.sparse.spatial_tiling import (
     spatial_tiling,
 )
 
-__all__ = ["pack_spatial"]
+__all__ = ["RECTANGLES_COST", "pack_spatial"]
+
+
+# Time of rectangles, relative to the estimate: the shuffles of neighbouring columns also use units
+# that multiply
+RECTANGLES_COST = 1.15
 
 
 def pack_spatial(
@@ -38,6 +43,6 @@ def pack_spatial(
         return separate, tiling
     low_tiling = spatial_tiling(op, geometry, KERNEL_ROWS)
     shared = pack_taps(weight, geometry, op.window, low_tiling.rows)
-    if shared.cycles * low_tiling.places < separate.cycles * tiling.places:
+    if shared.cycles * low_tiling.places < RECTANGLES_COST * separate.cycles * tiling.places:
         return shared, low_tiling
     return separate, tiling

@@ -15,7 +15,7 @@ from starfire_prune.sparse.spatial_tiling import (
     spill_cycles,
 )
 
-__all__ = ["KERNEL_ROWS", "pack_taps"]
+__all__ = ["KERNEL_ROWS", "LIST_CYCLES", "TAP_CYCLES", "pack_taps", "tap_tile_size"]
 
 
 KERNEL_ROWS = 6  # accumulators of the largest kernel, for each of the four output channels
@@ -41,7 +41,7 @@ def pack_taps(weight: Weights, geometry: Geometry, window: Window, rows: int) ->
         weight.reshape(outputs, channels, -1), ((0, -outputs % SHARED_OUTPUTS), *2 * [(0, 0)])
     )
     quads = filled.reshape(-1, SHARED_OUTPUTS, *filled.shape[1:])
-    tile_size = _tile_size(geometry, window, rows, channels)
+    tile_size = tap_tile_size(geometry, window, rows, channels)
     input_tiles = -(-channels // tile_size)
     quad, channel, tap = (quads != 0).any(1).nonzero()
     lists = channel // tile_size * len(quads) + quad
@@ -63,7 +63,7 @@ def pack_taps(weight: Weights, geometry: Geometry, window: Window, rows: int) ->
     )
 
 
-def _tile_size(geometry: Geometry, window: Window, rows: int, channels: int) -> int:
+def tap_tile_size(geometry: Geometry, window: Window, rows: int, channels: int) -> int:
     """Input channels of a tile: as many as stay in the L1 cache, in tiles of about one size."""
     reach = (window.size[0] - 1) * window.dilation[0] // geometry.phases[0]
     lines = (rows + reach) * (1 if geometry.row <= LANES else 2) * math.prod(geometry.phases)

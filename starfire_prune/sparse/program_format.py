@@ -86,7 +86,7 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.DEQUANTIZE: 4,
     Opcode.BYTE_COPY: 4,
     Opcode.BYTE_POINTWISE: 16,
-    Opcode.BYTE_SPATIAL: 21,
+    Opcode.BYTE_SPATIAL: 27,
     Opcode.BYTE_POOL: 5,
     Opcode.BYTE_LINEAR: 10,
     Opcode.BYTE_MEAN: 4,

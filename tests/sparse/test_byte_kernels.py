@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from starfire_prune.sparse import emit_bytes, pack_rectangles, pack_taps
 from starfire_prune.sparse.ir import (
     Convolution,
     Copy,
@@ -24,7 +25,11 @@ from starfire_prune.sparse.ir import (
     Quantize,
     Value,
 )
+from starfire_prune.sparse.layout import Geometry, padded
+from starfire_prune.sparse.pack_merged import pack_merged
 from starfire_prune.sparse.pack_quads import is_narrow, quads_of
+from starfire_prune.sparse.program_format import MAX_ROWS
+from starfire_prune.sparse.spatial_tiling import spatial_tiling
 from tests.sparse.test_kernels import run
 from tests.support.convolutions import Case, convolutions, seeds
 
@@ -181,16 +186,94 @@ def test_convolutions_give_the_integers(isa, layer):
 
 def test_a_layer_is_narrow_up_to_the_range_of_int16():
     pair = np.array([[64, 64, 0, 0]], np.int8)
-    assert is_narrow(pair, 1, 255)  # 128 * 255 = 32,640
-    assert not is_narrow(pair + np.array([1, 0, 0, 0], np.int8), 1, 255)
-    assert is_narrow(np.array([[HIGHEST, -HIGHEST, 0, 0]], np.int8), 1, 127)
-    assert not is_narrow(np.array([[0, 0, LOWEST, 1]], np.int8), 1, 255)
+    assert is_narrow(quads_of(pair, 1), 255)  # 128 * 255 = 32,640
+    assert not is_narrow(quads_of(pair + np.array([1, 0, 0, 0], np.int8), 1), 255)
+    assert is_narrow(quads_of(np.array([[HIGHEST, -HIGHEST, 0, 0]], np.int8), 1), 127)
+    assert not is_narrow(quads_of(np.array([[0, 0, LOWEST, 1]], np.int8), 1), 255)
 
 
 def test_channels_of_one_byte_each_are_not_paired_with_other_groups():
     depthwise = np.full((8, 1, 3, 3), LOWEST, np.int8)
-    assert is_narrow(depthwise, 8, 255)
-    assert quads_of(depthwise, 8).shape == (8, 2, 3, 3)
+    quads = quads_of(depthwise, 8)
+    assert quads.shape == (8, 2, 3, 3)
+    assert is_narrow(quads, 255)
+
+
+def convolution_in_blocks(
+    images: Bytes, block: tuple[int, int], stride: int, outputs: int = 10
+) -> tuple[Convolution, Tensor]:
+    """A 3x3 convolution of which 20 % are kept, in blocks of outputs and inputs, and its sums."""
+    channels = images.values.shape[1]
+    rng = np.random.default_rng(1)
+    mask = rng.random((outputs, channels, 1, 1)) < 0.2
+    for axis, side in enumerate(block):
+        first = range(0, mask.shape[axis], side)
+        mask = np.repeat(np.take(mask, first, axis), side, axis)[:outputs, :channels]
+    weight = (rng.integers(LOWEST, HIGHEST, (*mask.shape[:2], 3, 3)) * mask).astype(np.int8)
+    kernel = torch.from_numpy(weight).float()
+    case = Case(images.floats, kernel, torch.zeros(outputs), (stride,) * 2, (1, 1), (1, 1), 1)
+    expected = case.expected()
+    op = Convolution(
+        images.value(),
+        Value(*expected.shape[1:]),
+        weight=weight,
+        weight_scale=np.ones(outputs),
+        bias=np.zeros(outputs),
+        groups=1,
+        window=case.window(expected),
+    )
+    return op, expected
+
+
+def separate(op: Convolution, geometry: Geometry) -> Any:
+    tiling = spatial_tiling(op, geometry, MAX_ROWS)
+    quads = quads_of(op.weight, 1)
+    return pack_rectangles.pack_rectangles(quads, 1, geometry, op.window, tiling.rows), tiling, None
+
+
+def shared(op: Convolution, geometry: Geometry) -> Any:
+    tiling = spatial_tiling(op, geometry, pack_taps.KERNEL_ROWS)
+    quads = quads_of(op.weight, 1)
+    return pack_taps.pack_taps(quads, geometry, op.window, tiling.rows), tiling, None
+
+
+def merged(op: Convolution, geometry: Geometry) -> Any:
+    tiling = spatial_tiling(op, geometry, MAX_ROWS)
+    packed, quads = pack_merged(op.weight, geometry, op.window, tiling.rows)
+    return packed, tiling, quads
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("image", [(14, 14), (7, 6), (9, 30)], ids=str)
+@pytest.mark.parametrize(("way", "block"), [(separate, (1, 4)), (shared, (4, 4)), (merged, (4, 1))])
+def test_each_way_to_store_weights_gives_the_integers(
+    isa, way, block, image, stride, tiled, monkeypatch
+):
+    if tiled:
+        monkeypatch.setattr(pack_rectangles, "L2_LINE_CYCLES", 1000.0)  # so that tiles are cheaper
+        for module in (pack_rectangles, pack_taps):
+            monkeypatch.setattr(module, "L1_BYTES", 4096)
+    monkeypatch.setattr(emit_bytes, "_packed_spatial", way)
+    images = random_bytes((2, 90, *image), Quantization(1.0, 3), 0)
+    op, expected = convolution_in_blocks(images, block, stride)
+    packed, _, _ = way(op, padded(image[0], image[1], op.window))
+    assert packed.input_tiles > 1 or not tiled
+    assert torch.equal(compute(op, [images], isa), expected)
+
+
+@pytest.mark.parametrize(("way", "block"), [(separate, (1, 4)), (shared, (4, 4)), (merged, (4, 1))])
+@pytest.mark.parametrize("size", [7, 14, 28])
+def test_weights_are_stored_as_their_blocks_suggest(way, block, size):
+    images = random_bytes((1, 256, size, size), Quantization(1.0, 3), 0)
+    op, _ = convolution_in_blocks(images, block, stride=1, outputs=64)
+    geometry = padded(size, size, op.window)
+    packed, _, quads = emit_bytes._packed_spatial(op, geometry)
+    expected, _, expected_quads = way(op, geometry)
+    assert packed.shared == expected.shared
+    assert (quads is None) == (expected_quads is None)
+    assert len(packed.weights) == len(expected.weights)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from starfire_prune.sparse import pack_spatial as spatial
+from starfire_prune.sparse import pack_rectangles as packing
 from starfire_prune.sparse.ir import Copy, Linear, Mean, Op, Pooling, Value
 from starfire_prune.sparse.layout import Window, padded, plain, tiles
 from starfire_prune.sparse.ops import new_workspace, sparse_inference
 from starfire_prune.sparse.pack_pointwise import pack_pointwise
-from starfire_prune.sparse.pack_rectangles import rectangles
-from starfire_prune.sparse.pack_spatial import pack_spatial
+from starfire_prune.sparse.pack_rectangles import pack_rectangles, rectangles
 from starfire_prune.sparse.scheduling import schedule
 from tests.support.convolutions import (
     BLOCK_SIZES,
@@ -220,8 +219,8 @@ def test_rows_that_are_wider_than_their_image_end_in_the_bias(isa, height, size)
     [(1, (30, 41), 1), (5, (30, 41), 2), (40, (30, 41), 1), (530, (15, 14), 1), (100, (7, 7), 1)],
 )
 def test_input_channels_are_cut_into_tiles(isa, outputs, image, stride, monkeypatch):
-    monkeypatch.setattr(spatial, "L2_LINE_CYCLES", 1000.0)  # so that tiles are cheaper
-    monkeypatch.setattr(spatial, "L1_BYTES", 2 * 4096)
+    monkeypatch.setattr(packing, "L2_LINE_CYCLES", 1000.0)  # so that tiles are cheaper
+    monkeypatch.setattr(packing, "L1_BYTES", 2 * 4096)
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, 31, 3, 3, generator=generator)
     case = Case(
@@ -237,7 +236,7 @@ def test_input_channels_are_cut_into_tiles(isa, outputs, image, stride, monkeypa
     source, output, residual = value_of(case.images), value_of(expected), value_of(expected)
     window = case.window(expected)
     planes = padded(*source.size, window)
-    assert pack_spatial(case.weight.numpy(), 1, planes, window, rows=4).input_tiles > 1
+    assert pack_rectangles(case.weight.numpy(), 1, planes, window, rows=4).input_tiles > 1
     op = case.op(source, output, window, residual=residual)
     found = run([op], {source: case.images, residual: expected}, output, isa)
     assert close(found, 2 * expected)
@@ -251,9 +250,9 @@ def test_single_weights_cost_no_more_than_complete_kernels_would(kept):
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     for size, rows in ((56, 14), (14, 14), (7, 4)):
         geometry = padded(size, size, window)
-        costs = spatial._Costs(geometry, rows, in_l1=False)
+        costs = packing._Costs(geometry, rows, in_l1=False)
         found = rectangles(geometry, window)
-        cover = spatial._cheapest_cover(found, mask.numpy(), costs)
+        cover = packing._cheapest_cover(found, mask.numpy(), costs)
         assert cover.cycles <= 64 * sum(costs.cycles(rectangle) for rectangle in found) + 1e-9
 
 
@@ -264,7 +263,7 @@ def test_rectangles_cover_each_weight_once(case):
     geometry = padded(case.images.shape[2], case.images.shape[3], window)
     found = [tap for rectangle in rectangles(geometry, window) for tap in rectangle.taps.flat]
     assert sorted(found) == list(range(case.weight[0, 0].numel()))
-    packed = pack_spatial(case.weight.numpy(), case.groups, geometry, window, rows=14)
+    packed = pack_rectangles(case.weight.numpy(), case.groups, geometry, window, rows=14)
     assert np.isclose(np.abs(packed.weights).sum(), case.weight.abs().sum())
     assert (packed.runs["count"] > 0).all()
 

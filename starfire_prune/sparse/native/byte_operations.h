@@ -219,6 +219,43 @@ INLINE void finish_sums(const Segments& segments, const Requantization& r, int64
   }
 }
 
+// Merges the quads of a list of taps: copies of vectors of any four channels each.
+INLINE void merge_quads(const Context& c, const ByteSpatial& o, const float* from, int64_t list,
+                        float* merged) {
+  const int32_t* starts = c.constants<int32_t>(o.merged_at) + list;
+  const int32_t* vectors = c.constants<int32_t>(o.vectors_at);
+  const int32_t* sources = c.constants<int32_t>(o.sources_at) + 4 * starts[0];
+  for (int32_t i = starts[0]; i < starts[1]; ++i, sources += 4) {
+    const float* channels[4];
+    ByteChoice choices[4];
+    UNROLL for (int j = 0; j < 4; ++j) {
+      channels[j] = from + sources[j] / 4;
+      choices[j] = byte_choice(sources[j] % 4, j);
+    }
+    for (int64_t v = 0; v < o.vectors; ++v, merged += LANES) {
+      Vector bytes = splat(0.0f);
+      UNROLL for (int j = 0; j < 4; ++j)
+        bytes = with_byte(bytes, load(channels[j] + vectors[v]), choices[j]);
+      store(merged, bytes);
+    }
+  }
+}
+
+// Adds the contribution of an input-channel tile to the sums of four output channels.
+template <class Math>
+INLINE void byte_spatial_channels(const Context& c, const ByteSpatial& o, const SpatialItem& item,
+                                  int64_t input_tile, int64_t channel, float* merged,
+                                  float* sums) {
+  const Spatial& convolution = o.convolution;
+  if (o.merged_at < 0) {
+    spatial_channels<Math>(c, convolution, item, input_tile, channel, input_tile == 0, sums);
+    return;
+  }
+  int64_t list = tap_list(convolution, input_tile, channel);
+  merge_quads(c, o, item.from, list, merged);
+  spatial_taps<Math>(c, convolution, item, merged, o.merged_stride, list, input_tile == 0, sums);
+}
+
 static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int64_t begin,
                              int64_t end) {
   const Spatial& o = operation.convolution;
@@ -226,17 +263,18 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
   alignas(64) float sums[MAX_SPILLED * SUMS + 48];
   const Requantization r = requantization(c, operation, o.bias_at, o.low, o.high);
   int64_t stride = channel_of(destination, nullptr, 1) - channel_of(destination, nullptr, 0);
+  float* merged = c.scratch(operation.most_merged * operation.vectors * LANES + 2 * LANES);
   SpatialItem item(c, o);
   for (int64_t i = begin; i < end; ++i) {
     item.move_to(i);
     for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
       for (int64_t first = item.start; first < item.stop; first += 4) {
         float* first_sums = sums + (o.input_tiles > 1 ? (first - item.start) * SUMS : 0);
-        bool is_first = input_tile == 0;
         if (operation.narrow)
-          spatial_channels<NarrowBytes>(c, o, item, input_tile, first, is_first, first_sums);
+          byte_spatial_channels<NarrowBytes>(c, operation, item, input_tile, first, merged,
+                                             first_sums);
         else
-          spatial_channels<Bytes>(c, o, item, input_tile, first, is_first, first_sums);
+          byte_spatial_channels<Bytes>(c, operation, item, input_tile, first, merged, first_sums);
         if (input_tile < o.input_tiles - 1) continue;
         int64_t stored = r.to_bytes ? first / 4 : first;
         const float* residual = o.residual >= 0 ? item.channel(o.residual, stored) : nullptr;
@@ -245,6 +283,7 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
       }
     }
   }
+  c.release(merged);
 }
 
 // Adds the bytes of each channel of a quad, in `count` lanes.

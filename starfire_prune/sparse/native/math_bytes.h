@@ -112,6 +112,54 @@ using NarrowBytes = Bytes;
 #endif
 
 // ---------------------------------------------------------------------------------------------
+// Merging channels
+// ---------------------------------------------------------------------------------------------
+
+// Which byte of each lane of a vector becomes which byte of the merged one.
+#if ISA >= 256
+struct ByteChoice {
+  IntRegister indices;  // of bytes within 128 bits; those with the highest bit set give zeros
+};
+#else
+struct ByteChoice {
+  int from, to;
+};
+#endif
+
+INLINE ByteChoice byte_choice(int from, int to) {
+#if ISA >= 256
+  IntRegister indices;
+  for (int i = 0; i < WIDTH; ++i) {
+    uint32_t others = 0x80808080u & ~(0xffu << (8 * to));
+    indices[i] = static_cast<int32_t>(others | static_cast<uint32_t>(i % 4 * 4 + from) << (8 * to));
+  }
+  return {indices};
+#else
+  return {from, to};
+#endif
+}
+
+// `merged`, in which the chosen byte is zero, with that byte of `source`.
+INLINE Vector with_byte(const Vector& merged, const Vector& source, const ByteChoice& choice) {
+  Vector result;
+  UNROLL for (int i = 0; i < PARTS; ++i) {
+#if ISA == 512
+    auto chosen = reinterpret_cast<IntRegister>(
+        _mm512_shuffle_epi8(reinterpret_cast<__m512i>(source.part[i]),
+                            reinterpret_cast<__m512i>(choice.indices)));
+#elif ISA == 256
+    auto chosen = reinterpret_cast<IntRegister>(
+        _mm256_shuffle_epi8(reinterpret_cast<__m256i>(source.part[i]),
+                            reinterpret_cast<__m256i>(choice.indices)));
+#else
+    IntRegister chosen = ((as_ints(source.part[i]) >> (8 * choice.from)) & 255) << (8 * choice.to);
+#endif
+    result.part[i] = as_lanes(as_ints(merged.part[i]) | chosen);
+  }
+  return result;
+}
+
+// ---------------------------------------------------------------------------------------------
 // From sums to results
 // ---------------------------------------------------------------------------------------------
 

@@ -170,10 +170,17 @@ struct QuadTile {
   int64_t shared;
 };
 
-// A convolution on planes, as Spatial: its `bias_at` is that of the shift.
+// A convolution on planes, as Spatial: its `bias_at` is that of the shift. If `merged_at` is not
+// negative, the lists of taps are for merged quads of any four input channels. Those of a list are
+// made before it is used, as copies of `vectors` vectors of each channel.
 struct ByteSpatial {
   Spatial convolution;
   int64_t scale_at, residual_scale, to_bytes, narrow;
+  int64_t merged_at;   // the first merged quad of each list, and the end
+  int64_t sources_at;  // four channels of each: four times the offset of its quad, plus its byte
+  int64_t vectors_at;  // offsets within a channel
+  int64_t vectors, most_merged;  // number of vectors; most merged quads of a list
+  int64_t merged_stride;         // lanes from the input of one accumulator to that of the next one
 };
 
 // The maximum over `count` taps at these offsets, as Pool.
