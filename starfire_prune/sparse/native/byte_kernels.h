@@ -19,17 +19,19 @@ INLINE Vector result_of(const Requantization& r, Register scale, const Vector& s
   return IS_CLAMPED ? clamp(value, r.low, r.high) : value;
 }
 
-// The sums of four output channels, `stride` floats from each other, and where results go: every
-// `step`-th of `count * step` lanes. `residual` may be null.
+// The sums of four output channels, `stride` floats from each other, and where their results go: to
+// the places of these segments in a quad, which may be added to.
 struct QuadSums {
   const float* sums;
-  int64_t stride, step, count;
+  int64_t stride;
   float* to;
-  const float* residual;
+  const float* residual;  // may be null
+  const Segment* segments;
+  int count;
 };
 
 // Stores the bytes of four output channels from `channel` on. All of them have a scale and a shift.
-template <int STEP, bool HAS_RESIDUAL, bool IS_CLAMPED>
+template <bool HAS_RESIDUAL, bool IS_CLAMPED>
 void store_bytes(const Requantization& requantization, int64_t channel, const QuadSums& quad) {
   const Requantization r = requantization;  // copies, which stores can't alias
   const QuadSums q = quad;
@@ -39,26 +41,28 @@ void store_bytes(const Requantization& requantization, int64_t channel, const Qu
     scale[j] = broadcast(r.scale[channel + j]);
     shift[j] = splat(r.shift[channel + j]);
   }
-  for (int64_t done = 0; done < q.count; done += LANES) {
-    Vector added{}, results[4];
-    if (HAS_RESIDUAL) added = load(q.residual + done);
-    UNROLL for (int j = 0; j < 4; ++j) {
-      const float* from = q.sums + j * q.stride + done * q.step;
-      results[j] = rounded(result_of<HAS_RESIDUAL, IS_CLAMPED>(
-          r, scale[j], shift[j], load_steps<STEP>(from, q.step, q.count - done),
-          HAS_RESIDUAL ? byte_of(added, j) : added));
+  for (int i = 0; i < q.count; ++i) {
+    const Segment s = q.segments[i];
+    for (int64_t done = 0; done < s.count; done += LANES) {
+      Vector added{}, results[4];
+      if (HAS_RESIDUAL) added = load(q.residual + s.to + done);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        const float* from = q.sums + j * q.stride + s.from + done * s.step;
+        Vector sum = load_any_steps(from, s.step, s.count - done);
+        results[j] = rounded(result_of<HAS_RESIDUAL, IS_CLAMPED>(
+            r, scale[j], shift[j], sum, HAS_RESIDUAL ? byte_of(added, j) : added));
+      }
+      store_lanes(q.to + s.to + done, packed(results), s.count - done);
     }
-    store_lanes(q.to + done, packed(results), q.count - done);
   }
 }
 
-template <int STEP>
 INLINE void store_bytes(const Requantization& r, int64_t channel, const QuadSums& quad) {
   if (quad.residual)
-    return r.is_clamped ? store_bytes<STEP, true, true>(r, channel, quad)
-                        : store_bytes<STEP, true, false>(r, channel, quad);
-  return r.is_clamped ? store_bytes<STEP, false, true>(r, channel, quad)
-                      : store_bytes<STEP, false, false>(r, channel, quad);
+    return r.is_clamped ? store_bytes<true, true>(r, channel, quad)
+                        : store_bytes<true, false>(r, channel, quad);
+  return r.is_clamped ? store_bytes<false, true>(r, channel, quad)
+                      : store_bytes<false, false>(r, channel, quad);
 }
 
 // Stores the results of one output channel in floats, clamped.
@@ -66,12 +70,28 @@ INLINE void store_floats(const Requantization& r, int64_t channel, const QuadSum
   const QuadSums q = quad;
   Register scale = broadcast(r.scale[channel]);
   Vector shift = splat(r.shift[channel]);
-  for (int64_t done = 0; done < q.count; done += LANES) {
-    Vector sum = load_any_steps(q.sums + done * q.step, q.step, q.count - done);
-    Vector value = q.residual
-        ? result_of<true, true>(r, scale, shift, sum, load(q.residual + done))
-        : result_of<false, true>(r, scale, shift, sum, Vector{});
-    store_lanes(q.to + done, value, q.count - done);
+  for (int i = 0; i < q.count; ++i) {
+    const Segment s = q.segments[i];
+    for (int64_t done = 0; done < s.count; done += LANES) {
+      Vector sum = load_any_steps(q.sums + s.from + done * s.step, s.step, s.count - done);
+      int64_t at = s.to + done;
+      Vector value = q.residual
+          ? result_of<true, true>(r, scale, shift, sum, load(q.residual + at))
+          : result_of<false, true>(r, scale, shift, sum, Vector{});
+      store_lanes(q.to + at, value, s.count - done);
+    }
+  }
+}
+
+// Stores the results of up to four output channels from `channel`, a multiple of 4, on. In floats,
+// `quad` has the places of the first one, from which the others are `distance` floats apart.
+INLINE void store_results(const Requantization& r, int64_t channel, int64_t count,
+                          const QuadSums& quad, int64_t distance) {
+  if (r.to_bytes) return store_bytes(r, channel, quad);
+  QuadSums one = quad;
+  for (int64_t j = 0; j < count; ++j, one.sums += one.stride, one.to += distance) {
+    store_floats(r, channel + j, one);
+    if (one.residual) one.residual += distance;
   }
 }
 
@@ -119,18 +139,12 @@ INLINE void store_sums(const BytePointwiseArguments& a, int64_t channel,
 
 // Turns the stored sums of four output channels into results, if there is a target.
 INLINE void finish_quad(const BytePointwiseArguments& a, int64_t quad, int64_t lanes) {
-  if (!a.target || 4 * quad >= a.channels) return;
-  const Requantization& r = a.requantization;
-  const float* sums = a.sums + 4 * quad * a.size;
-  if (r.to_bytes) {
-    int64_t at = quad * a.size;
-    store_bytes<1>(r, 4 * quad, {sums, a.size, 1, lanes, a.target + at,
-                                 a.residual ? a.residual + at : nullptr});
-    return;
-  }
-  for (int64_t k = 4 * quad; k < 4 * quad + 4 && k < a.channels; ++k)
-    store_floats(r, k, {a.sums + k * a.size, 0, 1, lanes, a.target + k * a.size,
-                        a.residual ? a.residual + k * a.size : nullptr});
+  int64_t channel = 4 * quad, at = (a.requantization.to_bytes ? quad : channel) * a.size;
+  if (!a.target || channel >= a.channels) return;
+  const Segment all{0, 1, lanes, 0};
+  const float* residual = a.residual ? a.residual + at : nullptr;
+  store_results(a.requantization, channel, minimum(4, a.channels - channel),
+                {a.sums + channel * a.size, a.size, a.target + at, residual, &all, 1}, a.size);
 }
 
 // Four output channels with a list each, of an even number of entries, which take turns at two sets

@@ -195,30 +195,6 @@ static void run_byte_pointwise(const Context& c, const BytePointwise& o, int64_t
   }
 }
 
-// Stores the results of up to four output channels from `channel`, a multiple of 4, on: their sums
-// are SUMS floats apart. `to` and `residual` are those of the quad, or of the first channel, from
-// which the others are `stride` floats apart.
-INLINE void finish_sums(const Segments& segments, const Requantization& r, int64_t channel,
-                        int64_t count, const float* sums, float* to, const float* residual,
-                        int64_t stride) {
-  for (int i = 0; i < segments.count; ++i) {
-    const Segment s = segments.segment[i];
-    for (int64_t j = 0; j < (r.to_bytes ? 1 : count); ++j) {
-      int64_t at = s.to + j * stride;
-      QuadSums quad{sums + j * SUMS + s.from,          SUMS, s.step, s.count, to + at,
-                    residual ? residual + at : nullptr};
-      if (!r.to_bytes)
-        store_floats(r, channel + j, quad);
-      else if (s.step == 1)
-        store_bytes<1>(r, channel, quad);
-      else if (s.step == 2)
-        store_bytes<2>(r, channel, quad);
-      else
-        store_bytes<0>(r, channel, quad);
-    }
-  }
-}
-
 // Merges the quads of a list of taps: copies of vectors of any four channels each.
 INLINE void merge_quads(const Context& c, const ByteSpatial& o, const float* from, int64_t list,
                         float* merged) {
@@ -278,8 +254,9 @@ static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int
         if (input_tile < o.input_tiles - 1) continue;
         int64_t stored = r.to_bytes ? first / 4 : first;
         const float* residual = o.residual >= 0 ? item.channel(o.residual, stored) : nullptr;
-        finish_sums(item.segments, r, first, minimum(4, item.stop - first), first_sums,
-                    item.channel(o.destination, stored), residual, stride);
+        QuadSums quad{first_sums, SUMS,     item.channel(o.destination, stored),
+                      residual,   item.segments.segment, item.segments.count};
+        store_results(r, first, minimum(4, item.stop - first), quad, stride);
       }
     }
   }
