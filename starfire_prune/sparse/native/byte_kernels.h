@@ -120,6 +120,17 @@ constexpr int MAX_BYTE_VECTORS = 3, MAX_SHARED_VECTORS = 1;
 constexpr int MAX_BYTE_VECTORS = 1, MAX_SHARED_VECTORS = 1;
 #endif
 
+// Two indices by one load: the kernels are limited by their loads.
+INLINE uint32_t two_indices(const uint16_t* indices) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  uint32_t pair;
+  __builtin_memcpy(&pair, indices, sizeof pair);
+  return pair;
+#else
+  return indices[0] | static_cast<uint32_t>(indices[1]) << 16;
+#endif
+}
+
 INLINE const float* quad_at(const BytePointwiseArguments& a, uint16_t index) {
   return reinterpret_cast<const float*>(a.source + (static_cast<int64_t>(index) << 6));
 }
@@ -161,8 +172,9 @@ INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile,
       UNROLL for (int v = 0; v < VECTORS; ++v) sums[c][v] = splat(0.0f);
     const uint16_t* end = indices + tile.counts[j];
     for (; indices < end; indices += 2, weights += 2) {
+      const uint32_t pair = two_indices(indices);
       UNROLL for (int e = 0; e < 2; ++e) {
-        const float* x = quad_at(a, indices[e]);
+        const float* x = quad_at(a, static_cast<uint16_t>(pair >> (16 * e)));
         typename Math::Factor factor = Math::factor(broadcast(weights[e]));
         UNROLL for (int v = 0; v < VECTORS; ++v)
           Math::multiply_add(sums[e % CHAINS][v], factor, load(x + v * LANES));
