@@ -21,23 +21,19 @@ from starfire_prune.sparse.ir import (
     Quantization,
     Quantize,
 )
-from starfire_prune.sparse.layout import Geometry, offset_of, plain
-from starfire_prune.sparse.pack_merged import MergedQuads, pack_merged
+from starfire_prune.sparse.layout import offset_of, plain
+from starfire_prune.sparse.pack_merged import MergedQuads
 from starfire_prune.sparse.pack_quads import is_narrow, pack_byte_rows, pack_quads, quads_of
-from starfire_prune.sparse.pack_spatial import RECTANGLES_COST, pack_spatial
+from starfire_prune.sparse.pack_spatial import pack_byte_spatial
 from starfire_prune.sparse.program_format import (
     CLAMPED_BYTES,
     FLOATS,
-    MAX_ROWS,
     SATURATED_BYTES,
     SHARED_OUTPUTS,
     Opcode,
 )
 from starfire_prune.sparse.spatial_tiling import (
-    SpatialTiling,
-    SpatialWeights,
     spatial_fields,
-    spatial_tiling,
 )
 from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
@@ -181,7 +177,7 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
     result = _requantization(op)
-    packed, tiling, merged = _packed_spatial(op, geometry)
+    packed, tiling, merged = pack_byte_spatial(op, geometry)
     padding = (0, -len(op.bias) % SHARED_OUTPUTS)
     values.program.add(
         Opcode.BYTE_SPATIAL,
@@ -190,22 +186,9 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
         *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
         *(result.residual_scale, result.results, _is_narrow(op, packed.weights)),
+        packed.shared,
         *_merged_fields(values, merged),
     )
-
-
-def _packed_spatial(
-    op: Convolution, geometry: Geometry
-) -> tuple[SpatialWeights, SpatialTiling, MergedQuads | None]:
-    """The weights of a convolution larger than 1x1, its work items and what is merged for them."""
-    packed, tiling = pack_spatial(op, quads_of(op.weight, op.groups), 1, geometry)
-    if op.groups == 1:
-        high_tiling = spatial_tiling(op, geometry, MAX_ROWS)
-        other, merged = pack_merged(op.weight, geometry, op.window, high_tiling.rows)
-        cost = 1.0 if packed.shared else RECTANGLES_COST
-        if other.cycles * high_tiling.places < cost * packed.cycles * tiling.places:
-            return other, high_tiling, merged
-    return packed, tiling, None
 
 
 def _merged_fields(values: StoredValues, merged: MergedQuads | None) -> list[int]:

@@ -10,9 +10,9 @@ import numpy as np
 from starfire_prune.sparse.ir import Convolution, Copy, Flatten, Layer, Linear, Mean, Op, Pooling
 from starfire_prune.sparse.layout import offset_of, plain
 from starfire_prune.sparse.pack_pointwise import pack_linear, pack_pointwise
-from starfire_prune.sparse.pack_spatial import pack_spatial
-from starfire_prune.sparse.program_format import MAXIMUM, SUM, Opcode
-from starfire_prune.sparse.spatial_tiling import spatial_fields
+from starfire_prune.sparse.pack_rectangles import pack_rectangles
+from starfire_prune.sparse.program_format import MAX_ROWS, MAXIMUM, SUM, Opcode
+from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
 from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
 __all__ = ["EMITTERS"]
@@ -55,7 +55,9 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
 def _emit_spatial(values: StoredValues, op: Convolution) -> None:
     geometry = geometry_of(op)
     views = values.views(op, geometry)
-    packed, tiling = pack_spatial(op, op.weight.astype(np.float32), op.groups, geometry)
+    weight = op.weight.astype(np.float32)
+    tiling = spatial_tiling(op, geometry, MAX_ROWS)
+    packed = pack_rectangles(weight, op.groups, geometry, op.window, tiling.rows)
     values.program.add(
         Opcode.SPATIAL,
         *views,

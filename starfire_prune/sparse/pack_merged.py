@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,13 +70,13 @@ def pack_merged(
     tile_size = QUAD * tap_tile_size(geometry, window, rows, -(-channels // QUAD))
     tiles = range(0, channels, tile_size)
     copies = _copies(geometry, window, rows)
-    kept: Any = (split != 0).any((1, 3))
+    kept = np.any(split != 0, axis=(1, 3))
     sources, offsets, weights, taps, groups = [], [], [], [], []
     for first, quad in itertools.product(tiles, range(len(split))):
         merged = _in_fours(first + np.flatnonzero(kept[quad, first : first + tile_size]))
         sources.append(merged // QUAD * (QUAD * geometry.channel) + merged % QUAD)
         found = _merged_weights(split[quad], merged)  # (groups, taps, outputs)
-        group, tap = found.any(2).nonzero()
+        group, tap = np.nonzero(np.any(found, axis=2))
         offsets.append(group * len(copies.vectors) * LANES + copies.tap_offsets[tap])
         weights.append(found[group, tap].reshape(-1))
         taps.append(len(group))

@@ -78,7 +78,7 @@ HEADER_FIELDS, SLOT_FIELDS, VIEW_FIELDS = 6, 3, 16
 OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.COPY: 9,
     Opcode.POINTWISE: 14,
-    Opcode.SPATIAL: 17,
+    Opcode.SPATIAL: 16,
     Opcode.POOL: 9,
     Opcode.MEAN: 2,
     Opcode.LINEAR: 9,

@@ -99,7 +99,7 @@ def spatial_fields(
     geometry: Geometry,
     outputs: int,
 ) -> list[int]:
-    """The fields of the C++ structure `Spatial` from `starts_at` to `shared`."""
+    """The fields of the C++ structure `Spatial` from `starts_at` to `image_rows`."""
     image_rows = rows_per_register(geometry)
     return [
         values.constant(packed.starts, np.int32),
@@ -107,5 +107,5 @@ def spatial_fields(
         values.constant(packed.offsets, np.int32),
         values.constant(packed.weights, packed.weights.dtype),
         *(outputs, tiling.output_tile(outputs, packed.input_tiles), packed.input_tiles),
-        *(tiling.rows, image_rows * geometry.row, image_rows, packed.shared),
+        *(tiling.rows, image_rows * geometry.row, image_rows),
     ]

@@ -25,11 +25,9 @@ from starfire_prune.sparse.ir import (
     Quantize,
     Value,
 )
-from starfire_prune.sparse.layout import Geometry, padded
-from starfire_prune.sparse.pack_merged import pack_merged
+from starfire_prune.sparse.layout import padded
 from starfire_prune.sparse.pack_quads import is_narrow, quads_of
-from starfire_prune.sparse.program_format import MAX_ROWS
-from starfire_prune.sparse.spatial_tiling import spatial_tiling
+from starfire_prune.sparse.pack_spatial import as_rectangles, merged, pack_byte_spatial, shared
 from tests.sparse.test_kernels import run
 from tests.support.convolutions import Case, convolutions, seeds
 
@@ -225,29 +223,14 @@ def convolution_in_blocks(
     return op, expected
 
 
-def separate(op: Convolution, geometry: Geometry) -> Any:
-    tiling = spatial_tiling(op, geometry, MAX_ROWS)
-    quads = quads_of(op.weight, 1)
-    return pack_rectangles.pack_rectangles(quads, 1, geometry, op.window, tiling.rows), tiling, None
-
-
-def shared(op: Convolution, geometry: Geometry) -> Any:
-    tiling = spatial_tiling(op, geometry, pack_taps.KERNEL_ROWS)
-    quads = quads_of(op.weight, 1)
-    return pack_taps.pack_taps(quads, geometry, op.window, tiling.rows), tiling, None
-
-
-def merged(op: Convolution, geometry: Geometry) -> Any:
-    tiling = spatial_tiling(op, geometry, MAX_ROWS)
-    packed, quads = pack_merged(op.weight, geometry, op.window, tiling.rows)
-    return packed, tiling, quads
+WAYS = [(as_rectangles, (1, 4)), (shared, (4, 4)), (merged, (4, 1))]
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("image", [(14, 14), (7, 6), (9, 30)], ids=str)
-@pytest.mark.parametrize(("way", "block"), [(separate, (1, 4)), (shared, (4, 4)), (merged, (4, 1))])
+@pytest.mark.parametrize(("way", "block"), WAYS)
 def test_each_way_to_store_weights_gives_the_integers(
     isa, way, block, image, stride, tiled, monkeypatch
 ):
@@ -255,25 +238,24 @@ def test_each_way_to_store_weights_gives_the_integers(
         monkeypatch.setattr(pack_rectangles, "L2_LINE_CYCLES", 1000.0)  # so that tiles are cheaper
         for module in (pack_rectangles, pack_taps):
             monkeypatch.setattr(module, "L1_BYTES", 4096)
-    monkeypatch.setattr(emit_bytes, "_packed_spatial", way)
+    monkeypatch.setattr(emit_bytes, "pack_byte_spatial", way)
     images = random_bytes((2, 90, *image), Quantization(1.0, 3), 0)
     op, expected = convolution_in_blocks(images, block, stride)
-    packed, _, _ = way(op, padded(image[0], image[1], op.window))
+    packed = way(op, padded(image[0], image[1], op.window)).weights
     assert packed.input_tiles > 1 or not tiled
     assert torch.equal(compute(op, [images], isa), expected)
 
 
-@pytest.mark.parametrize(("way", "block"), [(separate, (1, 4)), (shared, (4, 4)), (merged, (4, 1))])
-@pytest.mark.parametrize("size", [7, 14, 28])
+@pytest.mark.parametrize(("way", "block"), WAYS)
+@pytest.mark.parametrize("size", [7, 14])
 def test_weights_are_stored_as_their_blocks_suggest(way, block, size):
     images = random_bytes((1, 256, size, size), Quantization(1.0, 3), 0)
     op, _ = convolution_in_blocks(images, block, stride=1, outputs=64)
     geometry = padded(size, size, op.window)
-    packed, _, quads = emit_bytes._packed_spatial(op, geometry)
-    expected, _, expected_quads = way(op, geometry)
-    assert packed.shared == expected.shared
-    assert (quads is None) == (expected_quads is None)
-    assert len(packed.weights) == len(expected.weights)
+    packed, expected = pack_byte_spatial(op, geometry), way(op, geometry)
+    assert packed.weights.shared == expected.weights.shared
+    assert (packed.merged is None) == (expected.merged is None)
+    assert len(packed.weights.weights) == len(expected.weights.weights)
 
 
 @pytest.mark.parametrize("isa", ISAS)

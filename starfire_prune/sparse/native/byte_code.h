@@ -5,6 +5,6 @@
 #include "rows.h"
 #include "byte_kernels.h"
 #include "spatial.h"
-#include "taps.h"
 #include "spatial_items.h"
+#include "taps.h"
 #include "byte_operations.h"

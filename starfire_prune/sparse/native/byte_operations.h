@@ -223,13 +223,20 @@ INLINE void byte_spatial_channels(const Context& c, const ByteSpatial& o, const 
                                   int64_t input_tile, int64_t channel, float* merged,
                                   float* sums) {
   const Spatial& convolution = o.convolution;
-  if (o.merged_at < 0) {
-    spatial_channels<Math>(c, convolution, item, input_tile, channel, input_tile == 0, sums);
+  bool is_first = input_tile == 0;
+  if (!o.shared) {
+    int64_t stop = minimum(channel + SHARED_OUTPUTS, convolution.channels);
+    for (int64_t k = channel; k < stop; ++k, sums += SUMS)
+      spatial_channel<Math>(c, convolution, item, input_tile, k, is_first, sums);
     return;
   }
-  int64_t list = tap_list(convolution, input_tile, channel);
-  merge_quads(c, o, item.from, list, merged);
-  spatial_taps<Math>(c, convolution, item, merged, o.merged_stride, list, input_tile == 0, sums);
+  int64_t list = tap_list(convolution, input_tile, channel), distance = convolution.row_stride;
+  const float* from = item.from;
+  if (o.merged_at >= 0) {
+    merge_quads(c, o, item.from, list, merged);
+    from = merged, distance = o.merged_stride;
+  }
+  spatial_taps<Math>(c, convolution, item, from, distance, list, is_first, sums);
 }
 
 static void run_byte_spatial(const Context& c, const ByteSpatial& operation, int64_t begin,

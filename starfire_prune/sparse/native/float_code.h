@@ -5,6 +5,5 @@
 #include "pointwise.h"
 #include "spatial.h"
 #include "rows.h"
-#include "taps.h"
 #include "spatial_items.h"
 #include "operations.h"

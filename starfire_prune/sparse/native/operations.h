@@ -99,17 +99,13 @@ static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64
   for (int64_t i = begin; i < end; ++i) {
     item.move_to(i);
     for (int64_t input_tile = 0; input_tile < o.input_tiles; ++input_tile) {
-      for (int64_t first = item.start; first < item.stop; first += SHARED_OUTPUTS) {
-        int64_t stop = minimum(first + SHARED_OUTPUTS, item.stop);
-        float* first_sums = sums + (o.input_tiles > 1 ? (first - item.start) * SUMS : 0);
-        for (int64_t k = first; input_tile == 0 && k < stop; ++k)
-          fill_sums(first_sums + (k - first) * SUMS, c.constants<float>(o.bias_at)[k]);
-        spatial_channels<Floats>(c, o, item, input_tile, first, false, first_sums);
-        for (int64_t k = first; input_tile == o.input_tiles - 1 && k < stop; ++k) {
-          if (o.residual >= 0) e.residual = item.channel(o.residual, k);
-          store_segments(item.segments, first_sums + (k - first) * SUMS,
-                         item.channel(o.destination, k), e);
-        }
+      for (int64_t k = item.start; k < item.stop; ++k) {
+        float* channel_sums = sums + (o.input_tiles > 1 ? (k - item.start) * SUMS : 0);
+        if (input_tile == 0) fill_sums(channel_sums, c.constants<float>(o.bias_at)[k]);
+        spatial_channel<Floats>(c, o, item, input_tile, k, false, channel_sums);
+        if (input_tile < o.input_tiles - 1) continue;
+        if (o.residual >= 0) e.residual = item.channel(o.residual, k);
+        store_segments(item.segments, channel_sums, item.channel(o.destination, k), e);
       }
     }
   }

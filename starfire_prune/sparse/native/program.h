@@ -86,9 +86,7 @@ struct RegisterTile {
   int64_t start;       // position of the first entry in the layer's index lists
 };
 
-// A convolution on planes: a sum of rectangles of weights over shifted rows. Or (`shared`) four
-// neighbouring output channels share a list of taps, with four weights for each of them: `starts_at`
-// is that of the lists, which are sorted by input tile, and there are no runs.
+// A convolution on planes: a sum of rectangles of weights over shifted rows.
 struct Spatial {
   int64_t source, destination, residual, bias_at, starts_at, runs_at, offsets_at, weights_at;
   int64_t channels, output_tile_size;
@@ -96,7 +94,6 @@ struct Spatial {
   int64_t rows;         // accumulators per work item, of 16 floats each
   int64_t row_stride;   // floats from the input of one accumulator to that of the next one
   int64_t image_rows;   // image rows per accumulator
-  int64_t shared;
   int64_t low, high;
 };
 
@@ -170,12 +167,14 @@ struct QuadTile {
   int64_t shared;
 };
 
-// A convolution on planes, as Spatial: its `bias_at` is that of the shift. If `merged_at` is not
-// negative, the lists of taps are for merged quads of any four input channels. Those of a list are
-// made before it is used, as copies of `vectors` vectors of each channel.
+// A convolution on planes, as Spatial: its `bias_at` is that of the shift. If `shared`, there are no
+// runs: four neighbouring output channels share a list of taps, with four weights for each of them.
+// Then `starts_at` is that of the lists, which are sorted by input tile. If `merged_at` is not
+// negative, the lists are for merged quads of any four input channels. Those of a list are made before
+// it is used, as copies of `vectors` vectors of each channel.
 struct ByteSpatial {
   Spatial convolution;
-  int64_t scale_at, residual_scale, to_bytes, narrow;
+  int64_t scale_at, residual_scale, to_bytes, narrow, shared;
   int64_t merged_at;   // the first merged quad of each list, and the end
   int64_t sources_at;  // four channels of each: four times the offset of its quad, plus its byte
   int64_t vectors_at;  // offsets within a channel

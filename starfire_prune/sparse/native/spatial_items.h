@@ -3,6 +3,8 @@
 
 namespace STARFIRE_ISA {
 
+constexpr int64_t SUMS = (MAX_ROWS + 4) * LANES;  // of one output channel
+
 INLINE void fill_sums(float* sums, float value) {
   for (int64_t i = 0; i < SUMS; i += LANES) store(sums + i, splat(value));
 }
@@ -67,42 +69,6 @@ INLINE void spatial_channel(const Context& c, const Spatial& o, const SpatialIte
           is_first && i == starts[0], sums + r * LANES);
     r += size;
   }
-}
-
-// The position of the list of taps of four output channels from `channel` on.
-INLINE int64_t tap_list(const Spatial& o, int64_t input_tile, int64_t channel) {
-  return input_tile * ceil_div(o.channels, SHARED_OUTPUTS) + channel / SHARED_OUTPUTS;
-}
-
-// The same for four output channels that share a list of taps. Those that don't exist have sums too.
-// The inputs of accumulators are `distance` lanes apart, the first ones begin at `from`.
-template <class Math>
-INLINE void spatial_taps(const Context& c, const Spatial& o, const SpatialItem& item,
-                         const float* from, int64_t distance, int64_t list, bool is_first,
-                         float* sums) {
-  const int32_t* starts = c.constants<int32_t>(o.starts_at) + list;
-  const int32_t* offsets = c.constants<int32_t>(o.offsets_at) + starts[0];
-  const float* weights = c.constants<float>(o.weights_at) + SHARED_OUTPUTS * starts[0];
-  for (int64_t r = 0; r < item.rows;) {
-    int64_t left = item.rows - r, size = ceil_div(left, ceil_div(left, MAX_TAP_ROWS));
-    tap_kernel<Math>(size)(from + r * distance, distance, offsets, weights, starts[1] - starts[0],
-                           is_first, sums + r * LANES);
-    r += size;
-  }
-}
-
-// The same for up to four output channels from `channel` on, however their weights are stored.
-template <class Math>
-INLINE void spatial_channels(const Context& c, const Spatial& o, const SpatialItem& item,
-                             int64_t input_tile, int64_t channel, bool is_first, float* sums) {
-  if (o.shared) {
-    int64_t list = tap_list(o, input_tile, channel);
-    spatial_taps<Math>(c, o, item, item.from, o.row_stride, list, is_first, sums);
-    return;
-  }
-  int64_t stop = minimum(channel + SHARED_OUTPUTS, o.channels);
-  for (int64_t k = channel; k < stop; ++k, sums += SUMS)
-    spatial_channel<Math>(c, o, item, input_tile, k, is_first, sums);
 }
 
 }  // namespace STARFIRE_ISA

@@ -3,7 +3,6 @@
 
 namespace STARFIRE_ISA {
 
-constexpr int64_t SUMS = (MAX_ROWS + 4) * LANES;  // of one output channel
 #if ISA == 512
 constexpr int MAX_TAP_ROWS = 6;
 #else
@@ -47,6 +46,29 @@ TapKernel tap_kernel(int64_t rows) {
     case 3: return taps<Math, MAX < 3 ? MAX : 3>;
     case 2: return taps<Math, MAX < 2 ? MAX : 2>;
     default: return taps<Math, 1>;
+  }
+}
+
+// The position of the list of taps of four output channels from `channel` on.
+INLINE int64_t tap_list(const Spatial& o, int64_t input_tile, int64_t channel) {
+  return input_tile * ceil_div(o.channels, SHARED_OUTPUTS) + channel / SHARED_OUTPUTS;
+}
+
+// Adds the contribution of a list of taps to the sums of four output channels that share it, or sets
+// them to it (`is_first`). Channels that don't exist have sums too.
+// The inputs of accumulators are `distance` lanes apart, the first ones begin at `from`.
+template <class Math>
+INLINE void spatial_taps(const Context& c, const Spatial& o, const SpatialItem& item,
+                         const float* from, int64_t distance, int64_t list, bool is_first,
+                         float* sums) {
+  const int32_t* starts = c.constants<int32_t>(o.starts_at) + list;
+  const int32_t* offsets = c.constants<int32_t>(o.offsets_at) + starts[0];
+  const float* weights = c.constants<float>(o.weights_at) + SHARED_OUTPUTS * starts[0];
+  for (int64_t r = 0; r < item.rows;) {
+    int64_t left = item.rows - r, size = ceil_div(left, ceil_div(left, MAX_TAP_ROWS));
+    tap_kernel<Math>(size)(from + r * distance, distance, offsets, weights, starts[1] - starts[0],
+                           is_first, sums + r * LANES);
+    r += size;
   }
 }
 
