@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import nn
+from torch import fx, nn
 
 from starfire_prune.cli.main import main
 from starfire_prune.data.loaders import build_loader, prepare_loader
@@ -69,7 +69,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def int8_model(folder: Path) -> nn.Module:
+def int8_model(folder: Path) -> fx.GraphModule:
     return load_quantized(int8_file(folder), fresh_model(load_recipe(folder / "recipe.yaml")))
 
 
@@ -124,9 +124,12 @@ def test_the_last_metrics_are_those_of_the_int8_file(quantized, runs):
 
 def test_pruned_weights_are_zero_in_the_int8_file(quantized):
     masks = load_masks(exported_file(quantized))
-    counts = check_masks(int8_model(quantized), masks)  # type: ignore[arg-type]
     assert len(masks) == 14
-    assert all(counts[name].pruned == int((~mask).sum()) > 0 for name, mask in masks.items())
+    pruned = {name: int((~mask).sum()) for name, mask in masks.items()}
+    given = check_masks(int8_model(quantized), masks)
+    assert {name: given[name].pruned for name in masks} == pruned
+    own = check_masks(int8_model(quantized))  # small weights that round to zero are among them
+    assert all(own[name].pruned >= count > 0 for name, count in pruned.items())
 
 
 def test_frozen_epochs_change_neither_statistics_nor_ranges(quantized):
