@@ -113,7 +113,12 @@ def prune(model: nn.Module, method: str) -> None:
 
 
 def measure(
-    chosen: Sequence[Case], images: Tensor, files: DenseFiles, seconds: float, rounds: int
+    chosen: Sequence[Case],
+    images: Tensor,
+    files: DenseFiles,
+    seconds: float,
+    rounds: int,
+    isa: int,
 ) -> Iterator[dict[str, Any]]:
     """A row for each of the cases, which are of one place."""
     place = chosen[0].place
@@ -121,7 +126,7 @@ def measure(
     batch = images[: place.batch]
     built = [
         BUILDERS[case.engine](
-            Setting(case, network(place.model, case.method, images), batch, files)
+            Setting(case, network(place.model, case.method, images), batch, files, isa)
         )
         for case in chosen
     ]
@@ -286,6 +291,14 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--seconds", type=float, default=2.0, help="duration of timing each case")
     result.add_argument("--rounds", type=int, default=4, help="number of turns for each case")
+    result.add_argument(
+        "--isa",
+        type=int,
+        default=0,
+        choices=(0, 128, 256, 257, 512),
+        help="instruction set of this package's kernels: portable, AVX2, AVX-VNNI or AVX-512; "
+        "ONEDNN_MAX_CPU_ISA=AVX2 in the environment holds OpenVINO",
+    )
     return result
 
 
@@ -336,8 +349,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         files = DenseFiles(Path(folder), calibration)
         for place, group in itertools.groupby(chosen, lambda case: case.place):
-            timing = (arguments.seconds, arguments.rounds)
-            runs[place] = run_of(place, list(measure(list(group), images, files, *timing)))
+            timing = (arguments.seconds, arguments.rounds, arguments.isa)
+            rows = list(measure(list(group), images, files, *timing))
+            runs[place] = run_of(place, rows, arguments.isa)
             if arguments.json is not None:
                 write(arguments.json, runs.values())
     print(printed(runs.values()))

@@ -15,6 +15,7 @@ MODELS: Final = {
 }
 DENSE: Final = "dense"
 SPARSE: Final = "sparse"
+SPARSE_INT8: Final = "sparse-int8"
 # Blocks of output x input channels, as in `block_size: [4, 1]`
 METHODS: Final = (
     *(f"ck-{amount}-{block}" for block in ("1x1", "4x1") for amount in (0.6, 0.7, 0.8, 0.9)),
@@ -56,7 +57,7 @@ ENGINES: Final = {
     "openvino-int8": Engine("OpenVINO, quantized by NNCF", ("openvino", "nncf", *_ONNX)),
     "deepsparse": Engine("DeepSparse 1.8", pruned=True),
     SPARSE: Engine("`sparse.compile`", pruned=True, ours=True),
-    "sparse-int8": Engine("`sparse.compile`, quantized", ("torchao",), pruned=True, ours=True),
+    SPARSE_INT8: Engine("`sparse.compile`, quantized", ("torchao",), pruned=True, ours=True),
 }
 
 

@@ -29,6 +29,8 @@ PRECISIONS = {  # in OpenVINO's words
     "i8": INT8,
 }
 
+AVX2 = 256  # without VNNI, products of bytes need a reduced range
+
 
 class DenseFiles:
     """Exported and quantized dense networks in a folder: each is made once.
@@ -116,6 +118,7 @@ class Setting:
     model: nn.Module
     images: Tensor
     files: DenseFiles
+    isa: int = 0  # width of the instruction set of this package's kernels; 0 for the widest one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +149,22 @@ def compiled(setting: Setting) -> Built:
 
 def sparse(setting: Setting) -> Built:
     """The kernels measured here."""
-    return Built(compile_sparse(setting.model, setting.images))
+    return Built(_own(setting.model, setting))
 
 
 def sparse_int8(setting: Setting) -> Built:
-    """The kernels measured here, on the network quantized after training."""
-    quantized = quantize(setting.model, [setting.files.calibration])
-    return Built(compile_sparse(quantized, setting.images), INT8, quantized)
+    """The kernels measured here, on the network quantized after training; for AVX2 with 7 bits."""
+    reduced = setting.isa == AVX2
+    quantized = quantize(setting.model, [setting.files.calibration], reduced_range=reduced)
+    return Built(_own(quantized, setting), INT8, quantized)
+
+
+def _own(model: nn.Module, setting: Setting) -> nn.Module:
+    """A model compiled by this package, with kernels of the chosen instruction set."""
+    result = compile_sparse(model, setting.images)
+    for segment in result.segments:
+        segment.isa = setting.isa
+    return result
 
 
 def onnxruntime(setting: Setting) -> Built:

@@ -26,6 +26,7 @@ _FEATURES: Final = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16"),
     *("avx512_fp16", "amx_bf16", "amx_int8"),
 )
+_ISAS: Final = {128: "portable code", 256: "AVX2", 257: "AVX-VNNI", 512: "AVX-512"}
 _PACKAGES: Final = ("torch", "timm", "onnxruntime", "openvino", "nncf")
 
 
@@ -47,14 +48,14 @@ def write(path: Path, runs: Iterable[Run]) -> None:
     write_text(path, json.dumps(list(runs), indent=1) + "\n")
 
 
-def run_of(place: Place, rows: list[Row]) -> Run:
-    """The run of a place that has just ended on this machine."""
+def run_of(place: Place, rows: list[Row], isa: int = 0) -> Run:
+    """The run of a place that has just ended on this machine, with kernels held to an `isa`."""
     return {
         "model": place.model,
         "batch": place.batch,
         "threads": place.threads,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": cpu(),
+        "cpu": cpu() + (f", kernels held to {_ISAS[isa]}" if isa else ""),
         "load_average": round(os.getloadavg()[1], 1),  # of five minutes, the run included
         "versions": versions(*_PACKAGES),
         "rows": rows,
@@ -75,7 +76,10 @@ def left_out(runs: dict[Place, Run], chosen: Sequence[Case]) -> list[str]:
 
 
 def cpu() -> str:
-    """This machine's processor, its number of CPUs, and the features that engines use."""
+    """This machine's processor, its number of CPUs, and the features that engines use.
+
+    An instruction set to which `ONEDNN_MAX_CPU_ISA` holds OpenVINO and torch is named.
+    """
     name, features = platform.processor() or platform.machine(), set[str]()
     path = Path("/proc/cpuinfo")
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -85,7 +89,9 @@ def cpu() -> str:
         elif key.strip() == "flags":
             features = set(value.split())
     known = [feature for feature in _FEATURES if feature in features]
-    return ", ".join([f"{name}, {os.cpu_count()} CPUs", *known])
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    limit = [] if held is None else [f"OpenVINO and torch held to {held}"]
+    return ", ".join([f"{name}, {os.cpu_count()} CPUs", *known, *limit])
 
 
 def is_rival(row: Row) -> bool:

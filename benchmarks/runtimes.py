@@ -12,6 +12,7 @@ from inference_cases import (
     METHODS,
     MODELS,
     SPARSE,
+    SPARSE_INT8,
     Place,
     method_label,
 )
@@ -21,6 +22,8 @@ from measured import record_of
 
 _RECORDS: Final = "inference/inference.json"
 _INT8_RECORDS: Final = "inference/int8.json"  # runs with quantized engines of this package
+_AMX_RECORDS: Final = "inference/amx.json"  # the same machine, with its matrix instructions
+_AVX2_RECORDS: Final = "inference/avx2.json"  # held to AVX2
 _PEAKS: Final = "inference/peaks.json"
 _SHOWN: Final = Place("resnet50", batch=1, threads=2)
 # What a time is a multiple of, in the order of `rivals`
@@ -89,13 +92,15 @@ def _label(row: Row) -> str:
 def int8_summary() -> str:
     """ResNet-50s pruned in blocks and quantized, beside the best dense engine of each precision."""
     run = _run(_SHOWN, _INT8_RECORDS)
-    rows = [
-        [method_label(row["method"]), *shares(row, run)]
-        for row in _ours(run)
-        if row["precision"] == INT8 and row["method"].endswith("x4")  # blocks of input channels
-    ]
-    header = ["ResNet-50 in int8", *(f"of the {name}" for name in _RIVALS)]
-    return table(header, [["dense network", *_rival_texts(run).values()], *rows])
+    measured = [number for number, row in enumerate(rivals(run).values()) if row is not None]
+    dense = list(_rival_texts(run).values())
+    rows = [["dense network", *(dense[number] for number in measured)]]
+    for row in _ours(run):
+        if row["precision"] == INT8 and row["method"].endswith("x4"):  # blocks of input channels
+            cells = shares(row, run)
+            rows.append([method_label(row["method"]), *(cells[number] for number in measured)])
+    header = ["ResNet-50 in int8", *(f"of the {_RIVALS[number]}" for number in measured)]
+    return table(header, rows)
 
 
 def int8_engines() -> str:
@@ -103,9 +108,50 @@ def int8_engines() -> str:
     return _engines_table(_run(_SHOWN, _INT8_RECORDS))
 
 
-def int8_run() -> str:
-    """When, where and with what the run with quantized engines was measured."""
-    return table(_RUN_HEADER, [_run_cells(_run(_SHOWN, _INT8_RECORDS))])
+def int8_places() -> str:
+    """Quantized networks of other sizes, batches and threads, beside dense int8 in the same run."""
+    runs = record_of(_INT8_RECORDS)
+    methods = [
+        method
+        for method in METHODS
+        if sum(_int8_share(run, method) is not None for run in runs) == len(runs)
+    ]
+    rows = [
+        [
+            *(MODELS[run["model"]], str(run["batch"]), str(run["threads"])),
+            f"{rivals(run)['int8']['best_ms']:.2f}",  # type: ignore[index]
+            *(f"{_int8_share(run, method):.2f}x" for method in methods),
+        ]
+        for run in runs
+    ]
+    header = ["network", "batch", "threads", "dense int8 [ms]"]
+    return table([*header, *(method_label(method) for method in methods)], rows)
+
+
+def _int8_share(run: Run, method: str) -> float | None:
+    """A quantized network's time of the best dense int8 engine's, if both were measured."""
+    rival = rivals(run)["int8"]
+    for row in run["rows"]:
+        if rival and (row["engine"], row["method"]) == (SPARSE_INT8, method):
+            return float(row["best_ms"] / rival["best_ms"])
+    return None
+
+
+def int8_amx() -> str:
+    """The engines in int8 on a CPU with matrix instructions, which only OpenVINO uses."""
+    return _engines_table(_run(_SHOWN, _AMX_RECORDS))
+
+
+def int8_avx2() -> str:
+    """The engines held to AVX2."""
+    return _engines_table(_run(_SHOWN, _AVX2_RECORDS))
+
+
+def int8_runs() -> str:
+    """When, where and with what the runs with quantized engines were measured."""
+    names = (_INT8_RECORDS, _AMX_RECORDS, _AVX2_RECORDS)
+    runs = [run for name in names for run in record_of(name)]
+    return table(_RUN_HEADER, [_run_cells(run) for run in runs])
 
 
 def inference_engines() -> str:
