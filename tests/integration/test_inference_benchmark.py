@@ -246,9 +246,26 @@ def test_the_summary_in_int8_has_blocks_of_input_channels_only(runtimes, monkeyp
     ]
     monkeypatch.setattr(runtimes, "record_of", lambda name: [run(rows)])
     assert runtimes.int8_summary().splitlines()[2:] == [
-        "| dense network | – | – | 10.00 ms (OpenVINO, quantized by NNCF) |",
-        "| CK 80 %, `block_size: [1, 4]` | – | – | 0.60x |",
+        "| dense network | 10.00 ms (OpenVINO, quantized by NNCF) |",
+        "| CK 80 %, `block_size: [1, 4]` | 0.60x |",
     ]
+
+
+def test_places_are_compared_by_the_methods_that_all_of_them_have(runtimes, monkeypatch):
+    def places(name: str) -> list[dict[str, Any]]:
+        dense = row("openvino-int8", 10.0, precision="int8")
+        one, other = (
+            row("sparse-int8", time, method, "int8")
+            for time, method in ((6.0, "ck-0.8-1x4"), (4.0, "ck-0.8-4x4"))
+        )
+        return [run([dense, one, other]), run([dense, one])]
+
+    monkeypatch.setattr(runtimes, "record_of", places)
+    header, _, *lines = runtimes.int8_places().splitlines()
+    assert header.endswith("| dense int8 [ms] | CK 80 %, `block_size: [1, 4]` |")
+    assert [line.rpartition("threads")[2].split(" | ")[-2:] for line in lines] == [
+        ["10.00", "0.60x |"]
+    ] * 2
 
 
 def test_a_network_has_a_column_for_each_run(runtimes):
