@@ -127,12 +127,12 @@ def _copies(geometry: Geometry, window: Window, rows: int) -> _Copies:
     is_wide = geometry.row > LANES
     reached = [offset_of(geometry, tap, window.dilation) for tap in np.ndindex(*window.size)]
     phases = sorted({offset // geometry.plane for offset in reached})
-    width = LANES * (2 if is_wide else 1)
     within = np.array(reached) % geometry.plane
     line, column = np.divmod(within, geometry.row)
+    width = LANES * (1 + -(-int(column.max()) // LANES))  # of the columns that taps reach
     if is_wide:
         lines = rows + int(line.max())
-        one = np.add.outer(np.arange(lines) * geometry.row, [0, LANES]).reshape(-1)
+        one = np.add.outer(np.arange(lines) * geometry.row, np.arange(0, width, LANES)).reshape(-1)
         in_phase = line * width + column
     else:
         lanes = (rows - 1) * image_rows * geometry.row + int(within.max()) + LANES

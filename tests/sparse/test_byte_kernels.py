@@ -198,7 +198,7 @@ def test_channels_of_one_byte_each_are_not_paired_with_other_groups():
 
 
 def convolution_in_blocks(
-    images: Bytes, block: tuple[int, int], stride: int, outputs: int = 10
+    images: Bytes, block: tuple[int, int], stride: int, outputs: int = 10, dilation: int = 1
 ) -> tuple[Convolution, Tensor]:
     """A 3x3 convolution of which 20 % are kept, in blocks of outputs and inputs, and its sums."""
     channels = images.values.shape[1]
@@ -209,7 +209,8 @@ def convolution_in_blocks(
         mask = np.repeat(np.take(mask, first, axis), side, axis)[:outputs, :channels]
     weight = (rng.integers(LOWEST, HIGHEST, (*mask.shape[:2], 3, 3)) * mask).astype(np.int8)
     kernel = torch.from_numpy(weight).float()
-    case = Case(images.floats, kernel, torch.zeros(outputs), (stride,) * 2, (1, 1), (1, 1), 1)
+    strides, dilations = (stride,) * 2, (dilation,) * 2
+    case = Case(images.floats, kernel, torch.zeros(outputs), strides, dilations, dilations, 1)
     expected = case.expected()
     op = Convolution(
         images.value(),
@@ -243,6 +244,16 @@ def test_each_way_to_store_weights_gives_the_integers(
     op, expected = convolution_in_blocks(images, block, stride)
     packed = way(op, padded(image[0], image[1], op.window)).weights
     assert packed.input_tiles > 1 or not tiled
+    assert torch.equal(compute(op, [images], isa), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dilation", [8, 9, 20])
+@pytest.mark.parametrize(("way", "block"), WAYS)
+def test_taps_reach_columns_beyond_the_next_register(isa, way, block, dilation, monkeypatch):
+    monkeypatch.setattr(emit_bytes, "pack_byte_spatial", way)
+    images = random_bytes((1, 20, 5, 60), Quantization(1.0, 3), 0)
+    op, expected = convolution_in_blocks(images, block, stride=1, dilation=dilation)
     assert torch.equal(compute(op, [images], isa), expected)
 
 
