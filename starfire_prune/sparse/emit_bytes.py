@@ -32,9 +32,7 @@ from starfire_prune.sparse.program_format import (
     SHARED_OUTPUTS,
     Opcode,
 )
-from starfire_prune.sparse.spatial_tiling import (
-    spatial_fields,
-)
+from starfire_prune.sparse.spatial_tiling import spatial_fields
 from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
 __all__ = ["EMITTERS"]

@@ -66,7 +66,7 @@ class SpatialTiling(NamedTuple):
     places: int
 
     def output_tile(self, outputs: int, input_tiles: int) -> int:
-        """Output channels in each work item, a multiple of 4 unless there are fewer."""
+        """Output channels in each work item, a multiple of 4."""
         tiles = min(-(-MIN_WORK_ITEMS // self.places), -(-outputs // 4))
         if input_tiles > 1:  # whose sums have to be kept for all of them
             tiles = max(tiles, -(-outputs // MAX_SPILLED))

@@ -34,7 +34,7 @@ from tests.support.convolutions import Case, convolutions, seeds
 ISAS = (128, 256, 257, 512)  # 257: AVX2 with VNNI
 LOWEST, HIGHEST = -128, 127
 
-pytestmark = pytest.mark.usefixtures("native_kernels")
+pytestmark = pytest.mark.usefixtures("native_kernels", "two_threads")
 random_shapes = settings(max_examples=40, deadline=None)
 # Powers of two, so that the bytes of inputs and outputs are found from floats without rounding
 steps = st.sampled_from([2.0**-n for n in (0, 3, 6)])
@@ -79,10 +79,13 @@ def random_weight(shape: tuple[int, ...], kept: Tensor, largest: int, seed: int)
 
 
 def compute(op: Op, inputs: list[Bytes], isa: int) -> Tensor:
-    """The output of an op in floats; its inputs are quantized from floats."""
-    floats = [Value(*each.values.shape[1:]) for each in inputs]
+    """The output of an op in floats; inputs that it reads as bytes are quantized from floats."""
     values = [op.source, *([] if op.residual is None else [op.residual])]
-    ops: list[Op] = [Quantize(f, v) for f, v in zip(floats, values, strict=True)]
+    floats = [
+        value if value.quantization is None else Value(*each.values.shape[1:])
+        for value, each in zip(values, inputs, strict=True)
+    ]
+    ops: list[Op] = [Quantize(f, v) for f, v in zip(floats, values, strict=True) if f is not v]
     output = op.output
     window = op.window if isinstance(op, Convolution) else None
     if window and window.is_pointwise and window.stride != (1, 1):
@@ -119,7 +122,9 @@ def oracle(op: Any, sums: Tensor, added: Bytes | None) -> NDArray[Any]:
         scale, shift = scale / output.scale, shift / output.scale + output.zero_point
         bounds = tuple(np.clip(np.array(bounds) / output.scale + output.zero_point, 0, 255))
     residual: Any = 0.0
-    if added is not None:
+    if added is not None and output is None:
+        residual = added.floats.numpy()
+    elif added is not None:
         ratio = added.quantization.scale / output.scale
         shift = shift - added.quantization.zero_point * ratio
         residual = np.float32(ratio) * added.values.numpy().astype(np.float32)
@@ -151,9 +156,10 @@ def layers(draw: st.DrawFn) -> tuple[Convolution, Case, list[Bytes]]:
     output = quantized_value(case.expected(), draw(st.none() | quantizations))
     inputs = [images]
     residual = None
-    if output.quantization is not None and draw(st.booleans()):
+    if draw(st.booleans()):
         inputs.append(random_bytes(shape, draw(quantizations), seed + 1))
-        residual = inputs[1].value()
+        how = inputs[1].quantization if output.quantization else None
+        residual = quantized_value(inputs[1].values, how)
     op = Convolution(
         images.value(),
         output,

@@ -1,7 +1,5 @@
 """The native kernels equal torch for every operation and shape, on each instruction set."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -29,17 +27,8 @@ from tests.support.convolutions import (
 TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
 ISAS = (128, 256, 512)
 
-pytestmark = pytest.mark.usefixtures("native_kernels")
+pytestmark = pytest.mark.usefixtures("native_kernels", "two_threads")
 random_shapes = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _two_threads() -> Iterator[None]:
-    """The kernels divide an operation among torch's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(ops: list[Op], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:
