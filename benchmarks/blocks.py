@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from logs import RESULTS, percent_text, points_text, table
 
@@ -28,7 +28,8 @@ from starfire_prune.runs.folder import exported_file, metrics_file, read_metrics
 from starfire_prune.utils.files import write_text
 
 _BLOCKS: Final = RESULTS / "cifar10_blocks"
-_EPOCHS: Final = 8
+_EPOCHS: Final = 8  # in floats; those of quantization follow
+_QUANTIZATION: Final = "quantization"
 _LIMIT: Final = 1.5  # points of top-1 that blocks may cost before they are not worth having
 _AMOUNTS: Final = (70, 80, 90)
 _SINGLE: Final = "1x1"
@@ -141,15 +142,27 @@ def _seeds_to_decide(difference: Mean) -> str:
 # Runs
 
 
-def kept_runs(variant: str) -> dict[int, Mapping[str, float]]:
-    """The last epoch of a variant's runs, by seed.
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The last epoch of a run in floats, and in int8 if it was quantized."""
+
+    floats: Row
+    int8: Row | None
+
+
+def kept_runs(variant: str) -> dict[int, _Run]:
+    """The last epochs of a variant's runs, by seed.
 
     Raises:
         ValueError: If a run has not all epochs, or is not of the sparsity in its name.
     """
     found = {}
     for folder in _BLOCKS.glob(f"{variant}-seed*"):
-        rows = read_metrics(folder)
+        epochs = read_metrics(folder)
+        rows = [row for row in epochs if row["phase"] != _QUANTIZATION]
         if len(rows) != _EPOCHS:
             raise ValueError(f"{folder.name} has {len(rows)} of {_EPOCHS} epochs")
         target = 100 * rows[-1]["target_sparsity"]
@@ -157,7 +170,8 @@ def kept_runs(variant: str) -> dict[int, Mapping[str, float]]:
             raise ValueError(
                 f"{folder.name} was pruned to {target:.0f} %, not to {_asked(variant)} %"
             )
-        found[int(folder.name.rpartition("-seed")[2])] = rows[-1]
+        int8 = epochs[-1] if epochs[-1]["phase"] == _QUANTIZATION else None
+        found[int(folder.name.rpartition("-seed")[2])] = _Run(rows[-1], int8)
     return dict(sorted(found.items()))
 
 
@@ -168,8 +182,8 @@ def _asked(variant: str) -> int:
 
 
 def top1_by_seed(variant: str) -> dict[int, float]:
-    """Top-1 in percent after the last epoch, by seed."""
-    return {seed: 100 * row["top1"] for seed, row in kept_runs(variant).items()}
+    """Top-1 in percent after the last epoch in floats, by seed."""
+    return {seed: 100 * run.floats["top1"] for seed, run in kept_runs(variant).items()}
 
 
 def paired(variant: str, other: str) -> list[float]:
@@ -205,11 +219,28 @@ def _row(variant: str, name: str, single: str) -> list[str]:
     runs = kept_runs(variant)
     if not runs:
         return [name, str(_asked(variant)), "0", *[""] * 5, "not measured yet"]
-    zeros = percent_text(statistics.mean(row["sparsity"] for row in runs.values())).strip(" %")
-    top1 = Mean.of([100 * row["top1"] for row in runs.values()])
+    zeros = percent_text(statistics.mean(run.floats["sparsity"] for run in runs.values())).strip(" %")
+    top1 = Mean.of([100 * run.floats["top1"] for run in runs.values()])
     to_dense = paired(variant, "dense") if variant != "dense" else []
     cells = [name, zeros, str(len(runs)), _with_interval(top1), _mean_points(to_dense)]
     return [*cells, *(_compared(paired(variant, single)) if variant != single else [""] * 4)]
+
+
+def quantized() -> str:
+    """Top-1 of the same networks before and after the epoch of quantization."""
+    rows = []
+    for variant in ("dense", *_variants()):
+        pairs = [(run.floats, run.int8) for run in kept_runs(variant).values() if run.int8]
+        if not pairs:
+            continue
+        before, after = (Mean.of([100 * pair[i]["top1"] for pair in pairs]) for i in (0, 1))
+        cost = Mean.of([100 * (int8["top1"] - floats["top1"]) for floats, int8 in pairs])
+        block = "dense" if variant == "dense" else f"`{_SHAPES[variant.rpartition('-')[2]]}`"
+        accuracies = [f"{before.value:.2f}", f"{after.value:.2f}", points_text(cost.value)]
+        interval = f"{points_text(cost.low)} to {points_text(cost.high)}" if cost.count > 1 else ""
+        rows.append([block, str(_asked(variant)), str(len(pairs)), *accuracies, interval])
+    header = ["block", "zeros [%]", "seeds", "top-1 in floats [%]", "in int8 [%]", "difference"]
+    return table([*header, "interval of 95 %"], rows)
 
 
 def _with_interval(mean: Mean) -> str:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from blocks import blocks, finished
+from blocks import blocks, finished, quantized
 from evidence import claims, tiny_accuracy, tiny_robustness, tiny_summary
 from logs import (
     RESULTS,
@@ -216,6 +216,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "tiny-summary": tiny_summary,
     "claims": claims,
     "blocks": blocks,
+    "blocks-int8": quantized,
     "sizes": lambda: sizes("fp32", "fp16", "bf16"),
     "loading": loading,
     "wire": wire,
