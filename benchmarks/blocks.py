@@ -219,7 +219,8 @@ def _row(variant: str, name: str, single: str) -> list[str]:
     runs = kept_runs(variant)
     if not runs:
         return [name, str(_asked(variant)), "0", *[""] * 5, "not measured yet"]
-    zeros = percent_text(statistics.mean(run.floats["sparsity"] for run in runs.values())).strip(" %")
+    share = statistics.mean(run.floats["sparsity"] for run in runs.values())
+    zeros = percent_text(share).strip(" %")
     top1 = Mean.of([100 * run.floats["top1"] for run in runs.values()])
     to_dense = paired(variant, "dense") if variant != "dense" else []
     cells = [name, zeros, str(len(runs)), _with_interval(top1), _mean_points(to_dense)]
