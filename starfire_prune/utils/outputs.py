@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["compare_outputs", "output_tensors"]
+__all__ = ["compare_outputs", "output_tensors", "rounding"]
 
 
 def compare_outputs(expected: Any, outputs: Any, tolerance: float) -> tuple[float, float]:
@@ -45,6 +48,34 @@ def compare_outputs(expected: Any, outputs: Any, tolerance: float) -> tuple[floa
     if not deviation <= tolerance * (largest or 1.0):
         raise ValueError(f"differ by {deviation:.2g}, where the largest is {largest:.2g}")
     return deviation, largest
+
+
+@torch.no_grad()
+def rounding(model: nn.Module, inputs: Sequence[Tensor]) -> float:
+    """How far a model's outputs are from those that it computes in float64.
+
+    Some models amplify the rounding of float32, so that no other engine can have their outputs.
+
+    Args:
+        model: A model in float32, which is not changed.
+        inputs: Its inputs, one call for each of them.
+
+    Returns:
+        The largest difference as a share of the largest output; 0 for a model that can't compute in
+        float64.
+    """
+    precise = copy.deepcopy(model).double()
+    try:
+        expected = [precise(each.double()) for each in inputs]
+        found = [tree_map_only(Tensor, _doubled, model(each)) for each in inputs]
+        deviation, largest = compare_outputs(expected, found, math.inf)
+    except (RuntimeError, TypeError, ValueError):
+        return 0.0
+    return deviation / (largest or 1.0)
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def output_tensors(output: Any) -> list[Tensor]:

@@ -480,3 +480,23 @@ def test_a_failed_check_is_not_reported_as_a_failed_write(
     with pytest.raises(RuntimeError, match=r"^of the forward pass$"):
         export(tmp_path / "model.onnx", external_from_bytes=external_from_bytes)
     assert list(tmp_path.iterdir()) == []
+
+
+class Amplifying(nn.Module):
+    """The sine of large numbers, which differ by rounding from engine to engine."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.factor = nn.Conv2d(3, 8, 16), factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sin(self.factor * self.conv(images)).mean((2, 3))
+
+
+def test_a_model_that_amplifies_rounding_is_exported(tmp_path, monkeypatch):
+    report = export_onnx(Amplifying(3e4), tmp_path / "model.onnx", (3, 16, 16))
+    assert report.deviation > 1e-3 * report.largest
+    monkeypatch.setattr(onnx_export, "_ROUNDINGS", 0)
+    with pytest.raises(ExportError, match="differ by"):
+        export_onnx(Amplifying(3e4), tmp_path / "other.onnx", (3, 16, 16))

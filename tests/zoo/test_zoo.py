@@ -15,9 +15,7 @@ from tests.zoo.results import read_results
 
 timm = pytest.importorskip("timm")
 
-KNOWN: dict[tuple[str, str], str] = {
-    ("rexnet_100", "onnx"): "the error names no layer: the outputs differ by 0.4 % in ONNX Runtime",
-}
+KNOWN: dict[tuple[str, str], str] = {}
 """Cells that are not as they should be yet, with the reason."""
 
 
