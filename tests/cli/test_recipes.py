@@ -104,7 +104,11 @@ def test_a_file_that_exists_wins(tmp_path):
 @pytest.mark.parametrize(
     ("find", "name", "message"),
     [
-        (find_recipe, "quickstrat", "no shipped recipe has this name; did you mean quickstart?"),
+        (
+            find_recipe,
+            "quickstrat",
+            "no shipped recipe has this name; did you mean quickstart or quickstart_int8?",
+        ),
         (find_recipe, "small.yml", "no shipped recipe has this name; did you mean small.yaml?"),
         (find_recipe, "table1", "table1 is a table of runs: starfire sweep table1"),
         (find_table, "resnet50_v15", "resnet50_v15 is a recipe: starfire train resnet50_v15"),

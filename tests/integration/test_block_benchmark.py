@@ -31,7 +31,13 @@ def log(tmp_path: Path) -> Log:
     def write(run: str, top1: float, target: float = 0.8, epochs: int = 8) -> None:
         (tmp_path / run).mkdir()
         rows = [
-            {"epoch": epoch, "top1": top1, "target_sparsity": target, "sparsity": target}
+            {
+                "epoch": epoch,
+                "phase": "fixed",
+                "top1": top1,
+                "target_sparsity": target,
+                "sparsity": target,
+            }
             for epoch in range(epochs)
         ]
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
@@ -159,3 +165,16 @@ def test_finished_runs_are_kept_without_the_paths_of_their_commands(module, log,
     source = tmp_path / "dense-seed1" / "metrics.jsonl"
     assert (kept / "metrics.jsonl").read_bytes() == source.read_bytes()
     assert not (tmp_path / "kept" / "dense-seed0").exists()
+
+
+def test_runs_that_were_quantized_are_compared_with_themselves(module, log, tmp_path):
+    for seed, (floats, int8) in enumerate(((0.70, 0.69), (0.72, 0.73))):
+        log(f"dense-seed{seed}", floats, target=0.0)
+        last = {"epoch": 8, "phase": "quantization", "top1": int8, "target_sparsity": 0.0}
+        path = tmp_path / f"dense-seed{seed}" / "metrics.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(last | {"sparsity": 0.0}) + "\n")
+    log("ck-80-1x1-seed0", 0.60)  # without such an epoch
+    (row,) = module.quantized().splitlines()[2:]
+    assert row.startswith("| dense | 0 | 2 | 71.00 | 71.00 | +0.00 |")
+    assert module.top1_by_seed("dense") == {0: 70.0, 1: 72.0}
