@@ -116,7 +116,7 @@ def chosen_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:
         raise EvaluationError(f"--device (={name}) can't be used: {first_line(error)}") from error
     return device
 

@@ -185,6 +185,11 @@ def _to_dense(variant: Variant, variants: Sequence[Variant]) -> str:
     return "" if above is None else f" ({number_text(above, sign=True)} points to dense)"
 
 
+def _named(variants: Sequence[Variant], belongs: Callable[[ReportedRun], bool]) -> list[str]:
+    """The names of the runs of which something is true."""
+    return [run.name for variant in variants for run in variant.runs if belongs(run)]
+
+
 def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iterator[str]:
     """Sentences on what limits a comparison of the runs."""
     yield from _unlike("data sets", variants, data_text, ": their accuracies can't be compared")
@@ -201,29 +206,19 @@ def _caveats(variants: Sequence[Variant], comparison: Comparison | None) -> Iter
             f"Not finished: {first_few(behind, 8)}. They count in means only if no run of their "
             f"variant is finished, with the epochs that are done."
         )
-    unpruned = [run.name for variant in variants for run in variant.runs if not run.is_pruned]
+    unpruned = _named(variants, lambda run: not run.is_pruned)
     if unpruned:
         yield (
             f"The pruning is not finished: {first_few(unpruned, 8)}. Their weights have not "
             f"reached the sparsity asked for."
         )
-    averaged = [
-        run.name
-        for variant in variants
-        for run in variant.runs
-        if run.numbers.average_top1 is not None
-    ]
+    averaged = _named(variants, lambda run: run.numbers.average_top1 is not None)
     if averaged:
         yield (
             f"Exported with a moving average of the weights: {first_few(averaged, 8)}. Its top-1 "
             f"is in the table of runs; curves and means are of the trained weights."
         )
-    quantized = [
-        run.name
-        for variant in variants
-        for run in variant.runs
-        if run.numbers.float_top1 is not None
-    ]
+    quantized = _named(variants, lambda run: run.numbers.float_top1 is not None)
     if quantized:
         yield (
             f"The last epochs are measured in int8, after training with its rounding: "

@@ -76,8 +76,10 @@ def resume_notices(folder: Path, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
+def forked_checkpoint(source: Path, recipe: Recipe) -> tuple[Path, Recipe]:
     """The last checkpoint of another run that the run of `recipe` would have written as well.
+
+    Returned with the other run's recipe.
 
     A run trains densely until its era. Runs that differ only in their pruning and quantization
     therefore share, bit for bit, the epochs before the first of their eras, and with the same
@@ -117,7 +119,7 @@ def forked_checkpoint(source: Path, recipe: Recipe) -> Path:
             f"--fork {source} has kept no checkpoint of the {shared} epochs that both train alike: "
             f"train it with training.keep_checkpoints=[{shared}], or leave out --fork"
         )
-    return found[-1]
+    return found[-1], other
 
 
 def _refuse_era_updates(source: Path, *recipes: Recipe) -> None:

@@ -31,7 +31,7 @@ def pack_taps(weight: Weights, geometry: Geometry, window: Window, rows: int) ->
     output channels of a work item.
 
     Args:
-        weight: The weight in lanes: in float32, or the quads of int8 weights in int32.
+        weight: The quads of the int8 weight, in int32.
         geometry: Layout of its input.
         window: Window of its taps.
         rows: Accumulators of 16 lanes per work item, at most `KERNEL_ROWS`.

@@ -13,7 +13,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from starfire_prune.engine.sparsity import format_table, measure_sparsity
-from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import load_checkpoint, save_checkpoint
 from starfire_prune.runs.environment import check_environment
@@ -140,8 +139,7 @@ def _find_start(
 ) -> _Start:
     start = _Start(checkpoint_to_resume(folder, recipe, resume=resume))
     if fork is not None and start.checkpoint is None:
-        checkpoint = forked_checkpoint(fork, recipe)
-        other = load_recipe(fork / "recipe.yaml")
+        checkpoint, other = forked_checkpoint(fork, recipe)
         start = _Start(checkpoint, fork, prunes_otherwise=other.pruning != recipe.pruning)
     if start.checkpoint is not None:
         check_environment(start.source or folder, accelerator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from starfire_prune.utils.modules import copied_module
 
 __all__ = ["compare_outputs", "output_tensors", "rounding"]
 
@@ -64,8 +65,8 @@ def rounding(model: nn.Module, inputs: Sequence[Tensor]) -> float:
         The largest difference as a share of the largest output; 0 for a model that can't compute in
         float64.
     """
-    precise = copy.deepcopy(model).double()
     try:
+        precise = copied_module(model).double()
         expected = [precise(each.double()) for each in inputs]
         found = [tree_map_only(Tensor, _doubled, model(each)) for each in inputs]
         deviation, largest = compare_outputs(expected, found, math.inf)

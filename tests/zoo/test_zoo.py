@@ -15,9 +15,6 @@ from tests.zoo.results import read_results
 
 timm = pytest.importorskip("timm")
 
-KNOWN: dict[tuple[str, str], str] = {}
-"""Cells that are not as they should be yet, with the reason."""
-
 
 def names_of_the_page() -> list[str]:
     return re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -45,7 +42,7 @@ def test_no_result_of_the_page_is_wrong_or_unclear():
         f"{name}: {cell}"
         for name, cells in found.items()
         for cell, outcome in cells.items()
-        if outcome["status"] in ("wrong", "unclear") and (name, cell) not in KNOWN
+        if outcome["status"] in ("wrong", "unclear")
     ]
     assert faults == []
 
@@ -56,9 +53,4 @@ def test_a_model_is_right_or_refused_in_a_sentence(name, native_kernels):
     outcomes = measure(ZOO[name])
     assert list(outcomes) == list(CELLS)
     bad = {cell: each for cell, each in outcomes.items() if each.status in ("wrong", "unclear")}
-    known = {cell: KNOWN[name, cell] for cell in CELLS if (name, cell) in KNOWN}
-    mended = [cell for cell in known if outcomes[cell].is_accepted]
-    assert mended == [], "mended: remove it from KNOWN"
-    assert {cell: each for cell, each in bad.items() if cell not in known} == {}
-    if known:
-        pytest.xfail("; ".join(known.values()))
+    assert bad == {}

@@ -187,6 +187,21 @@ INLINE void separate_quad(const BytePointwiseArguments& a, const QuadTile& tile,
   finish_quad(a, quad, VECTORS * LANES);
 }
 
+// Adds the products of vectors, `distance` lanes apart, to the sums of four output channels, each of
+// which has a weight.
+template <class Math, int VECTORS>
+INLINE void add_shared(Vector (&sums)[SHARED_OUTPUTS][VECTORS], const float* x, int64_t distance,
+                       const float* weights) {
+  typename Math::Factor factors[SHARED_OUTPUTS];
+  UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+    factors[k] = Math::factor(broadcast(weights[k]));
+  UNROLL for (int v = 0; v < VECTORS; ++v) {
+    Vector value = load(x + v * distance);
+    UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
+      Math::multiply_add(sums[k][v], factors[k], value);
+  }
+}
+
 // Four output channels with one list.
 template <class Math, int VECTORS>
 INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, int64_t quad) {
@@ -195,15 +210,8 @@ INLINE void shared_quad(const BytePointwiseArguments& a, const QuadTile& tile, i
   const float* weights = a.weights + tile.weights;
   Vector sums[4][VECTORS];
   UNROLL for (int j = 0; j < 4; ++j) start_sums(a, 4 * quad + j, sums[j]);
-  for (; indices < end; ++indices, weights += 4) {
-    const float* x = quad_at(a, *indices);
-    typename Math::Factor factors[4];
-    UNROLL for (int j = 0; j < 4; ++j) factors[j] = Math::factor(broadcast(weights[j]));
-    UNROLL for (int v = 0; v < VECTORS; ++v) {
-      Vector value = load(x + v * LANES);
-      UNROLL for (int j = 0; j < 4; ++j) Math::multiply_add(sums[j][v], factors[j], value);
-    }
-  }
+  for (; indices < end; ++indices, weights += 4)
+    add_shared<Math>(sums, quad_at(a, *indices), LANES, weights);
   UNROLL for (int j = 0; j < 4; ++j) store_sums(a, 4 * quad + j, sums[j]);
   finish_quad(a, quad, VECTORS * LANES);
 }

@@ -22,15 +22,7 @@ void taps(const float* source, int64_t distance, const int32_t* offsets, const f
     UNROLL for (int i = 0; i < ROWS; ++i)
       rows[k][i] = is_first ? splat(0.0f) : load(sums + k * SUMS + i * LANES);
   for (int64_t j = 0; j < count; ++j, weights += SHARED_OUTPUTS) {
-    const float* x = source + offsets[j];
-    typename Math::Factor factors[SHARED_OUTPUTS];
-    UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
-      factors[k] = Math::factor(broadcast(weights[k]));
-    UNROLL for (int i = 0; i < ROWS; ++i) {
-      Vector value = load(x + i * distance);
-      UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
-        Math::multiply_add(rows[k][i], factors[k], value);
-    }
+    add_shared<Math>(rows, source + offsets[j], distance, weights);
   }
   UNROLL for (int k = 0; k < SHARED_OUTPUTS; ++k)
     UNROLL for (int i = 0; i < ROWS; ++i) store(sums + k * SUMS + i * LANES, rows[k][i]);
