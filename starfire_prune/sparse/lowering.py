@@ -1,8 +1,8 @@
 """Lowers a graph to IR ops: folds batch norms, and fuses activations, additions and quantization.
 
-A layer multiplies integers if its source and its weight are quantized; maximum pooling keeps a
-value quantized, and means are computed of bytes. Other operations read floats: a quantized value is
-dequantized for them.
+A layer multiplies integers if its source and its weight are quantized, and if its sums fit into
+int32. Maximum pooling keeps a value quantized, and means are computed of bytes. Other operations
+read floats: a quantized value is dequantized for them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from starfire_prune.sparse.ir import (
     Value,
 )
 from starfire_prune.sparse.quantized import (
+    Constant,
     QuantizedWeight,
     is_dequantize,
     is_quantize,
@@ -163,7 +164,7 @@ class Lowering:
         source, output = self._stored(node), self._new_value(shape_of(node))
         constant: Any = self._constants[node.args[1]]  # type: ignore[index]
         parts: dict[str, Any] = {}
-        if isinstance(constant, QuantizedWeight) and source.quantization is not None:
+        if _multiplies_integers(source, constant):
             parts["weight"] = constant.values.numpy()
             parts["weight_scale"] = constant.scales.to(torch.float64).numpy()
         else:
@@ -249,6 +250,18 @@ class Lowering:
 
     def _alias(self, node: fx.Node) -> Value:
         return self._stored(node)
+
+
+def _multiplies_integers(source: Value, weight: Constant) -> bool:
+    """Whether both are quantized, and no sum of products exceeds int32.
+
+    Sums that exceed it only on the way are right in the end, since they wrap around.
+    """
+    if not isinstance(weight, QuantizedWeight) or source.quantization is None:
+        return False
+    rows = weight.values.reshape(len(weight.values), -1).to(torch.int64)
+    largest = max(int(part.sum(1).amax()) for part in (rows.clamp(min=0), -rows.clamp(max=0)))
+    return source.quantization.high * largest <= np.iinfo(np.int32).max
 
 
 def _count_users(node: fx.Node) -> int:

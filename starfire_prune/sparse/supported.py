@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from starfire_prune.sparse.layout import Window
+from starfire_prune.sparse.layout import Window, padded
 from starfire_prune.sparse.quantized import Constant, is_dequantize, is_quantize
 
 __all__ = [
@@ -38,7 +38,7 @@ BOUNDS: dict[Any, tuple[float, float]] = {  # defaults of activations
     ),
 }
 MAX_STRIDE = 4
-MAX_IMAGE_FLOATS = 2**29  # floats of padded images are counted in 32 bits
+MAX_IMAGE_FLOATS = 2**29  # bytes of padded images are counted in 32 bits, one of which is a sign
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 Constants = Mapping[fx.Node, Constant]
 
@@ -133,9 +133,10 @@ def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
 def _supports_convolution(node: fx.Node, constants: Constants) -> bool:
     if not _all_constant(node, constants, 1, 2) or len(shape_of(node)) != 4:
         return False
-    if math.prod(shape_of(node.args[0])[1:]) > MAX_IMAGE_FLOATS:
+    if max(_pair(argument_of(node, 3, "stride", 1))) > MAX_STRIDE:
         return False
-    return max(_pair(argument_of(node, 3, "stride", 1))) <= MAX_STRIDE
+    channels, height, width = shape_of(node.args[0])[1:]
+    return channels * padded(height, width, convolution_window(node)).channel <= MAX_IMAGE_FLOATS
 
 
 def _supports_linear(node: fx.Node, constants: Constants) -> bool:

@@ -107,6 +107,30 @@ def test_outputs_are_within_a_step_of_torchs(name):
     assert float((outputs - expected).abs().max()) <= 2 * 2.0**-4
 
 
+class Extreme(nn.Module):
+    """A linear layer whose sums are as large as they can be for its number of inputs."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.layer = Layer(inputs, 2, 1)
+        self.layer.weight.copy_(torch.tensor([127, -127]).reshape(2, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(rounded(x, zero_point=0))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("inputs", "in_integers"), [(66_311, True), (66_312, False)]
+)  # 66,312 * 127 * 255 > 2**31
+@torch.no_grad()
+def test_sums_that_exceed_int32_are_computed_in_floats(inputs, in_integers):
+    model, images = Extreme(inputs).eval(), torch.full((1, inputs, 1, 1), 255 * 2.0**-5)
+    compiled = sparse.compile(model, images)
+    assert (Opcode.BYTE_LINEAR in opcodes(compiled)) == in_integers
+    assert torch.allclose(compiled(images), model(images), rtol=1e-3)
+
+
 def opcodes(compiled: sparse.CompiledModel) -> list[Opcode]:
     """The operations of the only native part of a model, in their order."""
     (segment,) = compiled.segments

@@ -151,6 +151,13 @@ def test_images_too_large_for_32_bits_run_on_torch(monkeypatch):
     assert sparse.compile(Net(), IMAGES).segments == []
 
 
+@pytest.mark.parametrize(("limit", "segments"), [(14 * 16 * 3, 1), (14 * 16 * 3 - 1, 0)])
+def test_the_padding_counts_to_the_size_of_an_image(monkeypatch, limit, segments):
+    monkeypatch.setattr("starfire_prune.sparse.supported.MAX_IMAGE_FLOATS", limit)
+    convolution = nn.Conv2d(3, 4, 3, padding=1)
+    assert len(sparse.compile(convolution, torch.rand(1, 3, 12, 12)).segments) == segments
+
+
 # The operation
 
 
