@@ -22,6 +22,7 @@ from measured import record_of
 
 _RECORDS: Final = "inference/inference.json"
 _INT8_RECORDS: Final = "inference/int8.json"  # runs with quantized engines of this package
+_XEON_RECORDS: Final = "inference/int8_xeon.json"  # another machine, held to VNNI
 _AMX_RECORDS: Final = "inference/amx.json"  # the same machine, with its matrix instructions
 _AVX2_RECORDS: Final = "inference/avx2.json"  # held to AVX2
 _PEAKS: Final = "inference/peaks.json"
@@ -33,6 +34,7 @@ _RIVALS: Final = (
     "best dense int8",
 )
 _LABELS: Final = dict(zip(("float32", "default", "int8"), _RIVALS, strict=True))
+_BLOCKS_SHOWN: Final = ("1x4", "4x4")
 _RUN_HEADER: Final = ("network", "batch", "threads", "date", "CPU", "load average", "versions")
 _ORDER: Final = {name: number for number, name in enumerate((DENSE, *METHODS))}
 
@@ -71,35 +73,27 @@ def _rival_texts(run: Run) -> dict[str, str]:
     return texts
 
 
-def inference_summary() -> str:
-    """CK in a ResNet-50 beside the best dense engine of each precision that was timed."""
-    run = _run(_SHOWN)
-    measured = [number for number, row in enumerate(rivals(run).values()) if row is not None]
-    dense = list(_rival_texts(run).values())
-    rows = [["dense network", *(dense[number] for number in measured)]]
-    for row in _ours(run):
-        if row["method"].startswith(("ck-0.7", "ck-0.8", "ck-0.9")):
-            cells = shares(row, run)
-            rows.append([method_label(row["method"]), *(cells[number] for number in measured)])
-    return table(["ResNet-50", *(f"of the {_RIVALS[number]}" for number in measured)], rows)
-
-
 def _label(row: Row) -> str:
     """An engine of this package and what it skips."""
     return f"{ENGINES[row['engine']].label}, {method_label(row['method'])}"
 
 
-def int8_summary() -> str:
-    """ResNet-50s pruned in blocks and quantized, beside the best dense engine of each precision."""
+def inference_summary() -> str:
+    """Pruned ResNet-50s beside the best dense engine of each precision, in one run.
+
+    Those in float32 are pruned to 80 %.
+    """
     run = _run(_SHOWN, _INT8_RECORDS)
     measured = [number for number, row in enumerate(rivals(run).values()) if row is not None]
     dense = list(_rival_texts(run).values())
-    rows = [["dense network", *(dense[number] for number in measured)]]
+    rows = [["dense network", "", *(dense[number] for number in measured)]]
     for row in _ours(run):
-        if row["precision"] == INT8 and row["method"].endswith("x4"):  # blocks of input channels
+        wanted = ("ck-0.8-1x1", "ck-0.8-4x1") if row["precision"] == FLOAT32 else _BLOCKS_SHOWN
+        if row["method"].endswith(wanted):
             cells = shares(row, run)
-            rows.append([method_label(row["method"]), *(cells[number] for number in measured)])
-    header = ["ResNet-50 in int8", *(f"of the {_RIVALS[number]}" for number in measured)]
+            label = (method_label(row["method"]), row["precision"])
+            rows.append([*label, *(cells[number] for number in measured)])
+    header = ["ResNet-50", "precision", *(f"of the {_RIVALS[number]}" for number in measured)]
     return table(header, rows)
 
 
@@ -109,8 +103,9 @@ def int8_engines() -> str:
 
 
 def int8_places() -> str:
-    """Quantized networks of other sizes, batches and threads, beside dense int8 in the same run."""
-    runs = record_of(_INT8_RECORDS)
+    """Quantized networks, batches and threads on two CPUs, beside dense int8 in the same run."""
+    records = (record_of(name) for name in (_INT8_RECORDS, _XEON_RECORDS))
+    runs = [run for of_one_cpu in records for run in of_one_cpu]
     methods = [
         method
         for method in METHODS
@@ -118,14 +113,20 @@ def int8_places() -> str:
     ]
     rows = [
         [
-            *(MODELS[run["model"]], str(run["batch"]), str(run["threads"])),
+            *(_processor(run), MODELS[run["model"]], str(run["batch"]), str(run["threads"])),
             f"{rivals(run)['int8']['best_ms']:.2f}",  # type: ignore[index]
             *(f"{_int8_share(run, method):.2f}x" for method in methods),
         ]
         for run in runs
     ]
-    header = ["network", "batch", "threads", "dense int8 [ms]"]
+    header = ["CPU", "network", "batch", "threads", "dense int8 [ms]"]
     return table([*header, *(method_label(method) for method in methods)], rows)
+
+
+def _processor(run: Run) -> str:
+    """The processor of a run, without its features."""
+    name: str = run["cpu"].partition(",")[0]
+    return name.replace("(R)", "").removesuffix(" Processor")
 
 
 def _int8_share(run: Run, method: str) -> float | None:
@@ -149,7 +150,7 @@ def int8_avx2() -> str:
 
 def int8_runs() -> str:
     """When, where and with what the runs with quantized engines were measured."""
-    names = (_INT8_RECORDS, _AMX_RECORDS, _AVX2_RECORDS)
+    names = (_INT8_RECORDS, _XEON_RECORDS, _AMX_RECORDS, _AVX2_RECORDS)
     runs = [run for name in names for run in record_of(name)]
     return table(_RUN_HEADER, [_run_cells(run) for run in runs])
 

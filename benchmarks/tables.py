@@ -55,7 +55,6 @@ from runtimes import (
     int8_engines,
     int8_places,
     int8_runs,
-    int8_summary,
     peak,
     roofline,
     share_of_dense,
@@ -223,7 +222,6 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "overhead": overhead,
     "inference-summary": inference_summary,
     "inference-engines": inference_engines,
-    "int8-summary": int8_summary,
     "int8-engines": int8_engines,
     "int8-places": int8_places,
     "int8-amx": int8_amx,
@@ -253,7 +251,6 @@ NUMBERS: Final[Mapping[str, Callable[[], str]]] = {
         f"inference.{method}": partial(share_of_dense, "float32", method)
         for method in ("ck-0.8-4x1", "window-0.8-1x1")
     },
-    "inference.int8.ck-0.8-1x1": partial(share_of_dense, "int8", "ck-0.8-1x1"),
     "peak.matrix": partial(peak, 1, "matrix_gflop_per_s"),
     "peak.convolution": partial(peak, 1, "convolution_gflop_per_s"),
     "peak.copied": partial(peak, 1, "copied_gb_per_s"),

@@ -210,20 +210,20 @@ def runtimes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.import_module("runtimes")
     speeds = {"convolution_gflop_per_s": 500.0, "copied_gb_per_s": 10.0}
     peaks = [{"threads": threads, "cpu": "a CPU", **speeds} for threads in (1, 2)]
-    records = {module._RECORDS: [run(ROWS), run(ROWS[:1], threads=1)], module._PEAKS: peaks}
+    runs = [run(ROWS), run(ROWS[:1], threads=1)]
+    records = {module._RECORDS: runs, module._INT8_RECORDS: runs, module._PEAKS: peaks}
     monkeypatch.setattr(module, "record_of", records.__getitem__)
     return module
 
 
 def test_the_summary_compares_with_the_best_engine_of_each_precision(runtimes):
     assert runtimes.inference_summary().splitlines() == [
-        "| ResNet-50 | of the best dense float32 | of the dense default of OpenVINO "
+        "| ResNet-50 | precision | of the best dense float32 | of the dense default of OpenVINO "
         "| of the best dense int8 |",
-        "|---|---|---|---|",
-        "| dense network | 40.00 ms (ONNX Runtime) | 20.00 ms (bfloat16) "
+        "|---|---|---|---|---|",
+        "| dense network | | 40.00 ms (ONNX Runtime) | 20.00 ms (bfloat16) "
         "| 10.00 ms (OpenVINO, quantized by NNCF) |",
-        "| CK 80 % | 0.40x | 0.80x | 1.60x |",
-        "| CK 80 %, `block_size: [1, 4]` | 0.20x | 0.40x | 0.80x |",
+        "| CK 80 % | float32 | 0.40x | 0.80x | 1.60x |",
     ]
 
 
@@ -231,10 +231,10 @@ def test_the_summary_leaves_out_precisions_that_were_not_timed(runtimes, monkeyp
     only_float32 = [row("eager", 32.0), row("sparse", 16.0, "ck-0.8-1x1")]
     monkeypatch.setattr(runtimes, "record_of", lambda name: [run(only_float32)])
     assert runtimes.inference_summary().splitlines() == [
-        "| ResNet-50 | of the best dense float32 |",
-        "|---|---|",
-        "| dense network | 32.00 ms (torch, eager) |",
-        "| CK 80 % | 0.50x |",
+        "| ResNet-50 | precision | of the best dense float32 |",
+        "|---|---|---|",
+        "| dense network | | 32.00 ms (torch, eager) |",
+        "| CK 80 % | float32 | 0.50x |",
     ]
 
 
@@ -245,14 +245,16 @@ def test_the_summary_in_int8_has_blocks_of_input_channels_only(runtimes, monkeyp
         for time, method in ((12.0, "dense"), (9.0, "ck-0.8-4x1"), (6.0, "ck-0.8-1x4"))
     ]
     monkeypatch.setattr(runtimes, "record_of", lambda name: [run(rows)])
-    assert runtimes.int8_summary().splitlines()[2:] == [
-        "| dense network | 10.00 ms (OpenVINO, quantized by NNCF) |",
-        "| CK 80 %, `block_size: [1, 4]` | 0.60x |",
+    assert runtimes.inference_summary().splitlines()[2:] == [
+        "| dense network | | 10.00 ms (OpenVINO, quantized by NNCF) |",
+        "| CK 80 %, `block_size: [1, 4]` | int8 | 0.60x |",
     ]
 
 
 def test_places_are_compared_by_the_methods_that_all_of_them_have(runtimes, monkeypatch):
     def places(name: str) -> list[dict[str, Any]]:
+        if name != runtimes._INT8_RECORDS:
+            return []
         dense = row("openvino-int8", 10.0, precision="int8")
         one, other = (
             row("sparse-int8", time, method, "int8")
