@@ -40,16 +40,17 @@ class DenseFiles:
         calibration: Images of shape ``(images, 3, height, width)`` by which activations are scaled.
 
     Attributes:
+        folder: The folder.
         calibration: These images.
     """
 
     def __init__(self, folder: Path, calibration: Tensor) -> None:
-        self._folder = folder
+        self.folder = folder
         self.calibration = calibration
 
     def exported(self, name: str, model: nn.Module) -> Path:
         """The network as an ONNX file, for any batch size."""
-        path = self._folder / f"{name}.onnx"
+        path = self.folder / f"{name}.onnx"
         if not path.exists():
             shapes = ({0: torch.export.Dim("batch", min=1)},)
             export(model, self.calibration[:2], path, dynamic_shapes=shapes)
@@ -57,7 +58,7 @@ class DenseFiles:
 
     def quantized_by_nncf(self, name: str, model: nn.Module) -> Path:
         """The network as an OpenVINO file in int8: post-training, NNCF's defaults."""
-        path = self._folder / f"{name}-nncf.xml"
+        path = self.folder / f"{name}-nncf.xml"
         if not path.exists():
             import nncf
             import openvino as ov
@@ -69,12 +70,12 @@ class DenseFiles:
 
     def quantized_by_onnxruntime(self, name: str, model: nn.Module) -> Path:
         """The network as an ONNX file in int8: static, QDQ, a symmetric scale per channel."""
-        path = self._folder / f"{name}-qdq.onnx"
+        path = self.folder / f"{name}-qdq.onnx"
         if not path.exists():
             from onnxruntime import quantization
             from onnxruntime.quantization.shape_inference import quant_pre_process
 
-            prepared = self._folder / f"{name}-prepared.onnx"
+            prepared = self.folder / f"{name}-prepared.onnx"
             quant_pre_process(self.exported(name, model), prepared, skip_symbolic_shape=True)
             quantization.quantize_static(
                 prepared,
@@ -191,22 +192,23 @@ def _session(path: Path, case: Case) -> Run:
 
 def openvino(setting: Setting) -> Built:
     """OpenVINO's CPU plugin for latency, in the precision that it chooses."""
-    return _request(setting.files.exported(setting.case.place.model, setting.model), setting)
+    return openvino_file(setting.files.exported(setting.case.place.model, setting.model), setting)
 
 
 def openvino_f32(setting: Setting) -> Built:
     """OpenVINO's CPU plugin for latency, in single precision."""
     path = setting.files.exported(setting.case.place.model, setting.model)
-    return _request(path, setting, INFERENCE_PRECISION_HINT="f32")
+    return openvino_file(path, setting, INFERENCE_PRECISION_HINT="f32")
 
 
 def openvino_int8(setting: Setting) -> Built:
     """OpenVINO's CPU plugin for latency, with a network that NNCF quantized."""
     path = setting.files.quantized_by_nncf(setting.case.place.model, setting.model)
-    return _request(path, setting)
+    return openvino_file(path, setting)
 
 
-def _request(path: Path, setting: Setting, **more: str) -> Built:
+def openvino_file(path: Path, setting: Setting, **more: str) -> Built:
+    """OpenVINO's CPU plugin for latency, with the network in a file."""
     import openvino as ov
 
     threads = setting.case.place.threads

@@ -8,7 +8,6 @@ from inference_cases import (
     DENSE,
     ENGINES,
     FLOAT32,
-    INT8,
     METHODS,
     MODELS,
     SPARSE,

@@ -59,6 +59,7 @@ from runtimes import (
     roofline,
     share_of_dense,
 )
+from tradeoff_record import tradeoff
 
 from starfire_prune.utils.files import write_text
 
@@ -216,6 +217,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "claims": claims,
     "blocks": blocks,
     "blocks-int8": quantized,
+    "tradeoff": tradeoff,
     "sizes": lambda: sizes("fp32", "fp16", "bf16"),
     "loading": loading,
     "wire": wire,
