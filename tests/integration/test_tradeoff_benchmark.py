@@ -47,8 +47,11 @@ def log(folder: Path, name: str, floats: float, int8: float, sparsity: float) ->
     epochs = [("fixed", floats)] * 8 + [("quantization", int8)]
     rows = [
         {
-            **{"epoch": epoch, "phase": phase, "top1": top1},
-            **{"target_sparsity": sparsity, "sparsity": sparsity},
+            "epoch": epoch,
+            "phase": phase,
+            "top1": top1,
+            "target_sparsity": sparsity,
+            "sparsity": sparsity,
         }
         for epoch, (phase, top1) in enumerate(epochs)
     ]
