@@ -24,6 +24,7 @@ __all__ = ["BuildError", "built_library"]
 
 
 SOURCES = Path(__file__).with_name("native")
+FOLDERS = (SOURCES, SOURCES / "torch")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS_VARIABLE = "STARFIRE_SPARSE_FLAGS"  # more options, such as -fsanitize=address
@@ -93,7 +94,8 @@ def _options() -> list[str]:
 
 def _key(command: Sequence[str]) -> str:
     """Cache key: a hash of everything that the library depends on."""
-    sources = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+    files = [path for folder in FOLDERS for path in sorted(folder.iterdir()) if path.is_file()]
+    sources = [path.read_bytes() for path in files]
     version = _run([*_compiler(), "--version"]).stdout  # with ccache, of both
     machine = (platform.machine(), sysconfig.get_platform(), torch.__version__)
     facts = [*sources, *(os.fsencode(text) for text in (*command, version, *machine))]
@@ -134,7 +136,8 @@ def _check_cache(folder: Path) -> None:
 
 def _build(command: Sequence[str], folder: Path) -> Path:
     """Compile the sources in parallel and link them; returns the library."""
-    sources, library = [*SOURCES.glob("*.cpp")], folder / "library.so"
+    sources = [source for each in FOLDERS for source in each.glob("*.cpp")]
+    library = folder / "library.so"
     objects = [folder / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor() as threads:
         arguments = [["-c", str(source)] for source in sources]
