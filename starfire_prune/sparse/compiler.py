@@ -37,10 +37,10 @@ def compile(
 ) -> CompiledModel:
     """A copy of a sparse model for inference on the CPU, whose kernels skip zero weights.
 
-    Supported are convolutions and linear layers with the batch norms, ReLU and other bounds,
-    additions, concatenations, pooling and means around them, in single precision; a network of
-    these runs in one native call. Other operations, such as SiLU or products, are left to torch,
-    between several native calls: see `torch_operations`, `segments` and `reason` of the result.
+    Supported are convolutions and linear layers with the batch norms, activations, additions,
+    products, concatenations, pooling and means around them, in single precision; a network of these
+    runs in one native call. Other operations, such as softmax, are left to torch, between several
+    native calls: see `torch_operations`, `segments` and `reason` of the result.
     Outputs equal those of the model in eval mode up to rounding.
 
     A quantized model (`starfire_prune.quantization.quantize`) multiplies integers: of int8 weights

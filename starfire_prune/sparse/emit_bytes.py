@@ -30,6 +30,7 @@ from starfire_prune.sparse.program_format import (
     FLOATS,
     SATURATED_BYTES,
     SHARED_OUTPUTS,
+    Activation,
     Opcode,
 )
 from starfire_prune.sparse.spatial_tiling import spatial_fields
@@ -182,7 +183,8 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
         *views,
         values.constant(np.pad(result.shift, padding)),
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
-        *(result.low, result.high, values.constant(np.pad(result.scale, padding))),
+        *(result.low, result.high, Activation.NO_ACTIVATION),
+        values.constant(np.pad(result.scale, padding)),
         *(result.residual_scale, result.results, _is_narrow(op, packed.weights)),
         packed.shared,
         *_merged_fields(values, merged),

@@ -23,7 +23,10 @@ def _emit_copy(values: StoredValues, op: Copy) -> None:
     scale, shift = NONE, NONE
     if op.scale is not None:
         scale, shift = values.constant(op.scale), values.constant(op.shift)
-    values.program.add(Opcode.COPY, *views, *op.stride, scale, shift, op.low, op.high)
+    values.program.add(
+        *(Opcode.COPY, *views, values.factor_view(op), *op.stride, scale, shift),
+        *(op.low, op.high, op.activation),
+    )
 
 
 def _emit_convolution(values: StoredValues, op: Convolution) -> None:
@@ -48,7 +51,7 @@ def _emit_pointwise(values: StoredValues, op: Convolution) -> None:
         values.constant(packed.indices, np.uint16),
         values.constant(packed.weights),
         *(len(op.bias), packed.output_tile_size, packed.input_tile_size),
-        *(packed.index_lists, packed.outputs_per_list, op.low, op.high),
+        *(packed.index_lists, packed.outputs_per_list, op.low, op.high, op.activation),
     )
 
 
@@ -63,7 +66,7 @@ def _emit_spatial(values: StoredValues, op: Convolution) -> None:
         *views,
         values.constant(op.bias),
         *spatial_fields(values, packed, tiling, geometry, len(op.bias)),
-        *(op.low, op.high),
+        *(op.low, op.high, op.activation),
     )
 
 
@@ -77,7 +80,7 @@ def _emit_pooling(values: StoredValues, op: Pooling) -> None:
     columns = op.window.stride[1] // geometry.phases[1]
     values.program.add(
         *(Opcode.POOL, source, output, mode, offsets_at, len(offsets), columns, scale),
-        *(op.low, op.high),
+        *(op.low, op.high, op.activation),
     )
 
 
@@ -96,7 +99,7 @@ def _emit_linear(values: StoredValues, op: Layer) -> None:
     weights = values.constant(packed.weights)
     values.program.add(
         *(Opcode.LINEAR, source, output, bias, starts, indices, weights),
-        *(len(op.bias), op.low, op.high),
+        *(len(op.bias), op.low, op.high, op.activation),
     )
 
 

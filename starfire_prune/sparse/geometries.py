@@ -41,14 +41,16 @@ def _pooling_window(window: Window) -> Window:
 def choose_geometries(ops: Sequence[Op], outputs: Sequence[Value]) -> Mapping[Value, Geometry]:
     """A layout for each value that an op computes: the one that its first reader requires.
 
+    Parts of a value are stored in its layout: the one that its own first reader requires.
+
     Additions and copies prefer the layout of their output, which is chosen before that of their
     source because ops are visited from the last one to the first.
     """
-    required: dict[Value, list[Geometry]] = {value: [plain(*value.size)] for value in outputs}
+    required: dict[Value, list[Geometry]] = {value.root: [plain(*value.size)] for value in outputs}
     preferred: dict[Value, Geometry] = {}
     chosen: dict[Value, Geometry] = {}
     for op in reversed(ops):
-        value = op.output
+        value, source = op.output.root, op.source.root
         if value not in chosen:
             default = preferred.get(value, plain(*value.size))
             chosen[value] = required.get(value, [default])[-1]
@@ -56,13 +58,14 @@ def choose_geometries(ops: Sequence[Op], outputs: Sequence[Value]) -> Mapping[Va
                 chosen[value] = tiles(*value.size)
         geometry = required_geometry(op)
         if geometry is not None:
-            required.setdefault(op.source, []).append(geometry)
+            required.setdefault(source, []).append(geometry)
         elif isinstance(op, Mean):
-            preferred[op.source] = tiles(*op.source.size)
-        elif op.source.size == value.size:
-            preferred[op.source] = chosen[value]
-        if op.residual is not None:
-            preferred[op.residual] = chosen[value]
+            preferred[source] = tiles(*source.size)
+        elif source.size == value.size:
+            preferred[source] = chosen[value]
+        for operand in op.operands:
+            if operand.size == value.size:
+                preferred[operand.root] = chosen[value]
     return chosen
 
 

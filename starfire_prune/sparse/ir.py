@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starfire_prune.sparse.layout import Window
+from starfire_prune.sparse.program_format import Activation
 
 __all__ = [
     "Convolution",
@@ -58,12 +59,16 @@ class Value:
         height: Height in pixels.
         width: Width in pixels.
         quantization: The quantization, of a value that is stored in bytes; None if it is in floats.
+        whole: The value as a part of which it is stored; None if it is stored on its own.
+        first: Its first channel in the whole.
     """
 
     channels: int
     height: int = 1
     width: int = 1
     quantization: Quantization | None = None
+    whole: Value | None = None
+    first: int = 0
 
     @property
     def bytes_as(self) -> Quantization:
@@ -75,6 +80,16 @@ class Value:
         if self.quantization is None:
             raise ValueError(f"{self} is not quantized")
         return self.quantization
+
+    @property
+    def root(self) -> Value:
+        """The value in whose memory it is stored: itself, unless it is a part."""
+        return self if self.whole is None else self.whole.root
+
+    @property
+    def first_in_root(self) -> int:
+        """Its first channel in the root."""
+        return 0 if self.whole is None else self.first + self.whole.first_in_root
 
     @property
     def stored_channels(self) -> int:
@@ -95,8 +110,9 @@ class Op:
         source: The value it reads.
         output: The value it computes.
         residual: A value that is added to the result, of the output's shape.
-        low: Lower bound that the result is clamped to in the end.
+        low: Lower bound that the result is clamped to.
         high: Upper bound, likewise.
+        activation: What is computed of the clamped result in the end.
     """
 
     source: Value
@@ -104,11 +120,18 @@ class Op:
     residual: Value | None = None
     low: float = -math.inf
     high: float = math.inf
+    activation: Activation = Activation.NO_ACTIVATION
 
     @property
-    def is_clamped(self) -> bool:
-        """Whether there are bounds, after which nothing can be fused."""
-        return (self.low, self.high) != (-math.inf, math.inf)
+    def operands(self) -> list[Value]:
+        """The values that it reads beside its source."""
+        return [] if self.residual is None else [self.residual]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there are bounds or an activation, after which nothing can be fused."""
+        is_clamped = (self.low, self.high) != (-math.inf, math.inf)
+        return is_clamped or self.activation != Activation.NO_ACTIVATION
 
 
 @dataclasses.dataclass(eq=False)
@@ -194,19 +217,27 @@ class Flatten(Op):
 
 @dataclasses.dataclass(eq=False)
 class Copy(Op):
-    """Every `stride`-th pixel, times `scale`, plus `shift`.
+    """Every `stride`-th pixel, times `factor` and `scale`, plus `shift`.
 
     Attributes:
+        factor: A value that the source is multiplied by, of the output's shape, or of one pixel, or
+            None.
         stride: Vertical and horizontal stride.
         scale: Factor of each channel, `(C,)`, or None.
         shift: Summand of each channel, `(C,)`; None if `scale` is None.
         first: First channel of the output to write, if that has more channels than the source.
     """
 
+    factor: Value | None = None
     stride: tuple[int, int] = (1, 1)
     scale: NDArray[Any] | None = None
     shift: NDArray[Any] | None = None
     first: int = 0
+
+    @property
+    def operands(self) -> list[Value]:
+        """The values that it reads beside its source."""
+        return [*super().operands, *([] if self.factor is None else [self.factor])]
 
     def rescale(self, scale: NDArray[Any], shift: NDArray[Any]) -> None:
         """Multiply its channels by `scale` and add `shift`, both `(C,)`."""

@@ -39,11 +39,18 @@ from starfire_prune.sparse.quantized import (
     quantization_of,
 )
 from starfire_prune.sparse.supported import (
+    ACTIVATIONS,
     ALIASES,
     BATCH_NORM,
     BOUNDS,
     CONVOLUTIONS,
+    PRODUCTS,
+    SAME,
+    SUMS,
+    Affine,
     Constants,
+    activation_of,
+    affine_of,
     argument_of,
     aten,
     bounds,
@@ -140,7 +147,7 @@ class Lowering:
     def _fusable(self, node: Any) -> Any:
         """The op that computes a node's value, if the value's only user can be fused into it."""
         op = self._producer_for_one(node)
-        if not isinstance(op, (Layer, Copy, Pooling)) or op.is_clamped:
+        if not isinstance(op, (Layer, Copy, Pooling)) or op.is_finished:
             return None
         return op if op.output.quantization is None else None
 
@@ -186,36 +193,64 @@ class Lowering:
         scale = 1 / np.sqrt(var + node.args[6])  # type: ignore[operator]
         scale = scale if weight is None else scale * weight
         shift = (0.0 if bias is None else bias) - mean * scale  # type: ignore[operator]
-        op: Op | None = self._fusable(node.args[0])
+        source: Any = node.args[0]
+        return self._affine(Affine(source, scale, shift))
+
+    def _affine(self, affine: Affine) -> Value:
+        """A product and a sum with constants, as part of the op before them where possible."""
+        op: Op | None = self._fusable(affine.source)
         if not isinstance(op, (Layer, Copy)) or op.residual is not None:
-            source = self._source(node)
-            op = Copy(source, Value(source.channels, *source.size))
-            self._add(op)
-        op.rescale(scale, shift)
+            op = self._copy(affine.source)
+        op.rescale(affine.scale, affine.shift)
+        return op.output
+
+    def _copy(self, node: Any) -> Copy:
+        """A new copy of a node's value."""
+        source = self._floats(self.values[node])
+        op = Copy(source, Value(source.channels, *source.size))
+        self._add(op)
+        return op
+
+    def _bounds(self, node: fx.Node) -> Value:
+        op: Op = self._fusable(node.args[0]) or self._copy(node.args[0])
+        op.low, op.high = bounds(node)
         return op.output
 
     def _activation(self, node: fx.Node) -> Value:
         op: Op | None = self._fusable(node.args[0])
-        if op is None:
-            source = self._source(node)
-            op = Copy(source, Value(source.channels, *source.size))
-            self._add(op)
-        op.low, op.high = bounds(node)
+        if op is None or (isinstance(op, Layer) and op.weight_scale is not None):
+            op = self._copy(node.args[0])
+        op.activation = activation_of(node)
         return op.output
 
     def _sum(self, node: fx.Node) -> Value:
+        affine = affine_of(node, self._constants)
+        if affine is not None:
+            return self._affine(affine)
         one, other = node.args[:2]
         for summand, added in ((one, other), (other, one)):
             op = self._fusable(summand)
-            fusable = isinstance(op, Convolution) and op.residual is None
+            is_product = isinstance(op, Copy) and op.factor is not None
+            fusable = (isinstance(op, Convolution) or is_product) and op.residual is None
             if fusable and one is not other:
                 self.ops.remove(op)  # the added value may be computed after it
                 stored = self.values[added]  # type: ignore[index]
-                op.residual = stored if op.weight_scale is not None else self._floats(stored)
+                sums_bytes = isinstance(op, Layer) and op.weight_scale is not None
+                op.residual = stored if sums_bytes else self._floats(stored)
                 return self._add(op)
         source, residual = self._source(node), self._floats(self.values[other])  # type: ignore[index]
         output = Value(source.channels, *source.size)
         return self._add(Copy(source, output, residual))
+
+    def _product(self, node: fx.Node) -> Value:
+        affine = affine_of(node, self._constants)
+        if affine is not None:
+            return self._affine(affine)
+        operands: Any = node.args[:2]
+        source, factor = (self._floats(self.values[operand]) for operand in operands)
+        if shape_of(operands[0]) != shape_of(node):
+            source, factor = factor, source
+        return self._add(Copy(source, Value(source.channels, *source.size), factor=factor))
 
     def _concatenation(self, node: fx.Node) -> Value:
         output, first = self._new_value(shape_of(node)), 0
@@ -243,8 +278,8 @@ class Lowering:
     def _adaptive_pooling(self, node: fx.Node) -> Value:
         return self._mean(node) if shape_of(node)[2:] == (1, 1) else self._pooling(node)
 
-    def _flatten(self, node: fx.Node) -> Value:
-        if self._stored(node).size == (1, 1):
+    def _view(self, node: fx.Node) -> Value:
+        if self._stored(node).size == (1, 1) or shape_of(node) == shape_of(node.args[0]):
             return self._stored(node)
         return self._add(Flatten(self._source(node), self._new_value(shape_of(node))))
 
@@ -279,13 +314,16 @@ RULES: dict[Any, Callable[[Lowering, fx.Node], Value]] = {
     **dict.fromkeys((*CONVOLUTIONS, aten.linear.default), Lowering._layer),
     BATCH_NORM: Lowering._batch_norm,
     operator.getitem: Lowering._alias,
-    aten.add.Tensor: Lowering._sum,
+    **dict.fromkeys(SUMS, Lowering._sum),
+    **dict.fromkeys(PRODUCTS, Lowering._product),
+    aten.addcmul.default: Lowering._product,
     aten.cat.default: Lowering._concatenation,
     aten.max_pool2d.default: Lowering._pooling,
     aten.avg_pool2d.default: Lowering._pooling,
     aten.adaptive_avg_pool2d.default: Lowering._adaptive_pooling,
     aten.mean.dim: Lowering._mean,
-    aten.view.default: Lowering._flatten,
-    **dict.fromkeys(BOUNDS, Lowering._activation),
-    aten.clone.default: Lowering._alias,
+    aten.view.default: Lowering._view,
+    **dict.fromkeys(BOUNDS, Lowering._bounds),
+    **dict.fromkeys(ACTIVATIONS, Lowering._activation),
+    **dict.fromkeys(SAME, Lowering._alias),
 }

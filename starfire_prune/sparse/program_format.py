@@ -32,6 +32,7 @@ __all__ = [
     "SUM",
     "TILES",
     "WORKSPACE",
+    "Activation",
     "Opcode",
     "check_format",
 ]
@@ -48,6 +49,18 @@ PLANES, TILES = 0, 1  # kinds of layouts
 WORKSPACE, INPUT, OUTPUT = 0, 1, 2  # places of views
 MAXIMUM, SUM = 0, 1  # modes of pooling
 FLOATS, CLAMPED_BYTES, SATURATED_BYTES = 0, 1, 2  # results of layers that multiply bytes
+
+
+class Activation(enum.IntEnum):
+    """What is computed of the results of operations on floats."""
+
+    NO_ACTIVATION = 0
+    SILU = 1
+    HARD_SWISH = 2
+    HARD_SIGMOID = 3
+    SIGMOID = 4
+    GELU = 5
+    GELU_TANH = 6
 
 
 class Opcode(enum.IntEnum):
@@ -76,17 +89,17 @@ class Opcode(enum.IntEnum):
 
 HEADER_FIELDS, SLOT_FIELDS, VIEW_FIELDS = 6, 3, 16
 OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
-    Opcode.COPY: 9,
-    Opcode.POINTWISE: 14,
-    Opcode.SPATIAL: 16,
-    Opcode.POOL: 9,
+    Opcode.COPY: 11,
+    Opcode.POINTWISE: 15,
+    Opcode.SPATIAL: 17,
+    Opcode.POOL: 10,
     Opcode.MEAN: 2,
-    Opcode.LINEAR: 9,
+    Opcode.LINEAR: 10,
     Opcode.QUANTIZE: 6,
     Opcode.DEQUANTIZE: 4,
     Opcode.BYTE_COPY: 4,
     Opcode.BYTE_POINTWISE: 16,
-    Opcode.BYTE_SPATIAL: 27,
+    Opcode.BYTE_SPATIAL: 28,
     Opcode.BYTE_POOL: 5,
     Opcode.BYTE_LINEAR: 10,
     Opcode.BYTE_MEAN: 4,
@@ -123,6 +136,7 @@ FORMAT: Final[dict[str, int]] = {
     "CLAMPED_BYTES": CLAMPED_BYTES,
     "SATURATED_BYTES": SATURATED_BYTES,
     **{opcode.name: opcode.value for opcode in Opcode},
+    **{activation.name: activation.value for activation in Activation},
     "sizeof(Header)": 8 * HEADER_FIELDS,
     "sizeof(Slot)": 8 * SLOT_FIELDS,
     "sizeof(View)": 8 * VIEW_FIELDS,

@@ -22,6 +22,11 @@ __all__ = [
 ]
 
 
+aten = torch.ops.aten
+_VIEWS = (
+    *(aten.view.default, aten.reshape.default, aten.permute.default, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.squeeze.dims, aten.transpose.int, aten.alias.default),
+)
 _LIBRARY = "quantized_decomposed"
 _QUANTIZE = f"{_LIBRARY}.quantize_per_tensor.default"
 _DEQUANTIZE = f"{_LIBRARY}.dequantize_per_tensor.default"
@@ -71,14 +76,14 @@ def quantization_of(node: fx.Node) -> Quantization:
 
 
 def constants_of(graph: fx.GraphModule) -> dict[fx.Node, Constant]:
-    """The tensors that a graph's nodes refer to, and what quantization computes from them."""
+    """The tensors that a graph's nodes refer to, their views, and what quantization computes."""
     found: dict[fx.Node, Constant] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             value = operator.attrgetter(node.target)(graph)
             if isinstance(value, Tensor):
                 found[node] = value
-        elif str(node.target).startswith(_LIBRARY):
+        elif str(node.target).startswith(_LIBRARY) or node.target in _VIEWS:
             tensors = {source: found.get(source) for source in node.all_input_nodes}
             if tensors and all(isinstance(value, Tensor) for value in tensors.values()):
                 found[node] = _computed(node, tensors)

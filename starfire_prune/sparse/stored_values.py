@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from starfire_prune.sparse.geometries import required_geometry
 from starfire_prune.sparse.ir import Copy, Flatten, Op, Value
 from starfire_prune.sparse.layout import Geometry, plain
 from starfire_prune.sparse.program import Buffer, Program
-from starfire_prune.sparse.program_format import INPUT, OUTPUT, Opcode
+from starfire_prune.sparse.program_format import INPUT, OUTPUT, Activation, Opcode
 
 __all__ = ["NONE", "StoredValues", "geometry_of"]
 
@@ -26,6 +26,13 @@ def geometry_of(op: Op) -> Geometry:
     return required_geometry(op) or plain(*op.source.size)
 
 
+class _Place(NamedTuple):
+    """The memory of a value, which begins with that channel of it."""
+
+    buffer: Buffer
+    first: int = 0
+
+
 class StoredValues:
     """Where the values of a program are stored, and in which layouts.
 
@@ -36,12 +43,12 @@ class StoredValues:
     def __init__(self, geometries: Mapping[Value, Geometry]) -> None:
         self.program = Program()
         self._geometries = geometries
-        self._buffers: dict[Value, dict[Geometry, Buffer]] = {}
+        self._places: dict[Value, dict[Geometry, _Place]] = {}
 
     def add_input(self, value: Value, index: int) -> None:
         """Let a value be the caller's tensor with that index."""
         geometry = plain(*value.size)
-        self._buffers[value] = {geometry: Buffer(geometry, value.channels, INPUT, index)}
+        self._places[value] = {geometry: _Place(Buffer(geometry, value.channels, INPUT, index))}
         self.any_view(value)
 
     def add_output(self, value: Value, index: int) -> None:
@@ -52,54 +59,78 @@ class StoredValues:
 
     def any_view(self, value: Value) -> int:
         """A view of a value in any layout."""
-        geometry, buffer = next(iter(self._buffers[value].items()))
-        return self.program.view(buffer, geometry, value.stored_channels)
+        return self._view(value, next(iter(self._places_of(value))))
 
     def convert(self, value: Value, geometry: Geometry) -> None:
         """Convert a value to a layout in the workspace, unless it is there already."""
-        buffers = self._buffers[value]
-        if geometry not in buffers or buffers[geometry].place == INPUT:
+        places = self._places_of(value)
+        if geometry not in places or places[geometry].buffer.place == INPUT:
             source = self.any_view(value)
             buffer = Buffer(geometry, value.stored_channels)
             self._copy(value, source, self.program.view(buffer, geometry, value.stored_channels))
-            buffers[geometry] = buffer
+            self._places.setdefault(value, {})[geometry] = _Place(buffer)
 
     def views(self, op: Op, geometry: Geometry | None) -> tuple[int, int, int]:
-        """Views of an op's source, in a given or in any layout, of its output and its residual."""
-        target = self._geometries[op.output]
+        """Views of an op's source, in a given or in any layout, of its output and its residual.
+
+        Other operands of the output's size are converted to its layout too.
+        """
+        target = self._geometries[op.output.root]
         if geometry is not None:
             self.convert(op.source, geometry)
-        if op.residual is not None:
-            self.convert(op.residual, target)
-        source = self._view(op.source, geometry)
+        for operand in op.operands:
+            if operand.size == op.output.size:
+                self.convert(operand, target)
+        source = self.any_view(op.source) if geometry is None else self._view(op.source, geometry)
         residual = NONE if op.residual is None else self._view(op.residual, target)
         return source, self._output_view(op, target), residual
+
+    def factor_view(self, op: Copy) -> int:
+        """A view of a copy's factor: in the output's layout, or of one pixel; after `views`."""
+        if op.factor is None:
+            return NONE
+        if op.factor.size != op.output.size:
+            return self.any_view(op.factor)
+        return self._view(op.factor, self._geometries[op.output.root])
 
     def alias(self, op: Flatten) -> None:
         """Let a value be another one that is read in another shape."""
         geometry = plain(*op.source.size)
         self.convert(op.source, geometry)
-        self._buffers[op.output] = {plain(1, 1): self._buffers[op.source][geometry]}
+        buffer, first = self._places_of(op.source)[geometry]
+        self._places[op.output] = {plain(1, 1): _Place(buffer, first * geometry.channel)}
 
     def constant(self, values: Any, dtype: Any = np.float32) -> int:
         """Add constants to the program; returns their offset."""
         return self.program.constants.add(np.asarray(values, dtype))
 
-    def _view(self, value: Value, geometry: Geometry | None) -> int:
-        if geometry is None:
-            return self.any_view(value)
-        return self.program.view(self._buffers[value][geometry], geometry, value.stored_channels)
+    def _places_of(self, value: Value) -> Mapping[Geometry, _Place]:
+        """Where a value is stored, by layout: as a part of its root, or on its own."""
+        first = value.first_in_root
+        parts = {
+            geometry: _Place(buffer, start + first)
+            for geometry, (buffer, start) in self._places.get(value.root, {}).items()
+        }
+        return {**parts, **self._places.get(value, {})}
+
+    def _view(self, value: Value, geometry: Geometry) -> int:
+        buffer, first = self._places_of(value)[geometry]
+        return self.program.view(buffer, geometry, value.stored_channels, first)
 
     def _output_view(self, op: Op, geometry: Geometry) -> int:
-        value = op.output
-        buffers = self._buffers.setdefault(value, {})
-        buffer = buffers.setdefault(geometry, Buffer(geometry, value.stored_channels))
+        value, root = op.output, op.output.root
+        places = self._places.setdefault(root, {})
+        place = places.setdefault(geometry, _Place(Buffer(geometry, root.stored_channels)))
+        first = place.first + value.first_in_root
         if isinstance(op, Copy):
-            return self.program.view(buffer, geometry, op.source.stored_channels, op.first)
-        return self.program.view(buffer, geometry, value.stored_channels)
+            return self.program.view(
+                place.buffer, geometry, op.source.stored_channels, first + op.first
+            )
+        return self.program.view(place.buffer, geometry, value.stored_channels, first)
 
     def _copy(self, value: Value, source: int, destination: int) -> None:
         if value.quantization is None:
-            self.program.add(Opcode.COPY, source, destination, NONE, 1, 1, NONE, NONE, -INF, INF)
+            fields = (NONE, NONE, 1, 1, NONE, NONE, -INF, INF, Activation.NO_ACTIVATION)
+            self.program.add(Opcode.COPY, source, destination, *fields)
         else:
             self.program.add(Opcode.BYTE_COPY, source, destination, 1, 1)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from starfire_prune.sparse.layout import Window, padded
+from starfire_prune.sparse.program_format import Activation
 from starfire_prune.sparse.quantized import Constant, is_dequantize, is_quantize
 
 __all__ = [
+    "Affine",
+    "activation_of",
+    "affine_of",
     "argument_of",
     "bounds",
     "convolution_window",
@@ -27,7 +32,17 @@ __all__ = [
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-ALIASES = (operator.getitem, aten.view.default, aten.clone.default)  # their value is the source's
+SAME = (aten.clone.default, aten.alias.default)
+ALIASES = (operator.getitem, aten.view.default, *SAME)  # their value is the source's
+SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar)
+PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+ACTIVATIONS: dict[Any, Activation] = {
+    aten.silu.default: Activation.SILU,
+    aten.hardswish.default: Activation.HARD_SWISH,
+    aten.hardsigmoid.default: Activation.HARD_SIGMOID,
+    aten.sigmoid.default: Activation.SIGMOID,
+    aten.gelu.default: Activation.GELU,
+}
 BOUNDS: dict[Any, tuple[float, float]] = {  # defaults of activations
     aten.relu.default: (0.0, math.inf),
     aten.relu6.default: (0.0, 6.0),
@@ -70,6 +85,13 @@ def bounds(node: fx.Node) -> tuple[float, float]:
     high = given.get("max", given.get("max_val", high))
     low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
     return _to_float32(low), _to_float32(high)
+
+
+def activation_of(node: fx.Node) -> Activation:
+    """The activation that a node computes; one of `ACTIVATIONS`."""
+    if argument_of(node, 1, "approximate", "none") == "tanh":
+        return Activation.GELU_TANH
+    return ACTIVATIONS[node.target]
 
 
 def _to_float32(bound: float) -> float:
@@ -153,12 +175,94 @@ def _supports_getitem(node: fx.Node, constants: Constants) -> bool:
     return is_output and is_supported(source, constants)
 
 
+class Affine(NamedTuple):
+    """An operation on one value: `source * scale + shift`, with constants for each channel.
+
+    Attributes:
+        source: The node that computes the value.
+        scale: Factor of each channel, `(C,)` in float64.
+        shift: Summand of each channel, `(C,)` in float64.
+    """
+
+    source: fx.Node
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+
+
+def affine_of(node: fx.Node, constants: Constants) -> Affine | None:
+    """The operation on one value that a sum or a product with constants is; None if it is not."""
+    operands = list(node.args)
+    sources = [each for each in operands if isinstance(each, fx.Node) and each not in constants]
+    if node.kwargs or len(sources) != 1 or shape_of(sources[0]) != shape_of(node):
+        return None
+    source = sources[0]
+    values: list[Any] = [
+        None if each is source else _per_channel(each, node, constants) for each in operands
+    ]
+    if not _is_image(source) or sum(value is None for value in values) != 1:
+        return None
+    at, ones = operands.index(source), np.ones(shape_of(node)[1])
+    if node.target is aten.addcmul.default:
+        return None if at == 0 else Affine(source, ones * values[3 - at], ones * values[0])
+    if len(values) != 2:
+        return None
+    other = values[1 - at]
+    if node.target is aten.mul.Tensor:
+        return Affine(source, ones * other, 0 * ones)
+    if node.target is aten.div.Tensor and at == 0 and np.all(other != 0):
+        return Affine(source, ones / other, 0 * ones)
+    if node.target is aten.add.Tensor:
+        return Affine(source, ones, ones * other)
+    if node.target in (aten.sub.Tensor, aten.rsub.Scalar):
+        sign = 1 if (node.target is aten.sub.Tensor) == (at == 0) else -1
+        return Affine(source, ones * sign, -sign * ones * other)
+    return None
+
+
+def _per_channel(value: Any, node: fx.Node, constants: Constants) -> Any:
+    """A constant operand as a number for each channel, or for all of them; None if it isn't one."""
+    if isinstance(value, (int, float)):
+        return np.float64(value)
+    constant = constants.get(value) if isinstance(value, fx.Node) else None
+    if not isinstance(constant, Tensor) or constant.dtype != torch.float32:
+        return None
+    dims, channels = len(shape_of(node)), shape_of(node)[1]
+    shape = (*[1] * (dims - constant.ndim), *constant.shape)
+    if any(size != 1 for axis, size in enumerate(shape) if axis != 1) or len(shape) != dims:
+        return None
+    values = constant.detach().to(torch.float64).numpy().reshape(-1)
+    return values if len(values) in (1, channels) else None
+
+
 def _supports_sum(node: fx.Node, constants: Constants) -> bool:
-    one, other = node.args[:2]
-    if node.kwargs or one in constants or other in constants:
+    if affine_of(node, constants) is not None:
+        return True
+    if node.target is not aten.add.Tensor or not _joins_images(node, constants):
         return False
-    same_shape = shape_of(one) == shape_of(other) == shape_of(node)
-    return same_shape and _is_image(one) and _is_image(other)
+    return shape_of(node.args[0]) == shape_of(node.args[1])
+
+
+def _supports_product(node: fx.Node, constants: Constants) -> bool:
+    """Whether it is a product of images of one shape, or of an image by a number per channel."""
+    if affine_of(node, constants) is not None:
+        return True
+    if node.target is not aten.mul.Tensor or not _joins_images(node, constants):
+        return False
+    shapes = [shape_of(operand) for operand in node.args[:2]]
+    return all(shape in (shape_of(node), (*shape_of(node)[:2], 1, 1)) for shape in shapes)
+
+
+def _supports_addcmul(node: fx.Node, constants: Constants) -> bool:
+    return affine_of(node, constants) is not None
+
+
+def _joins_images(node: fx.Node, constants: Constants) -> bool:
+    """Whether it joins two values that aren't constant, to an image of the shape of one of them."""
+    operands = node.args[:2]
+    if node.kwargs or any(operand in constants for operand in operands):
+        return False
+    images = all(_is_image(operand) for operand in operands)
+    return images and shape_of(node) in [shape_of(operand) for operand in operands]
 
 
 def _supports_concatenation(node: fx.Node, constants: Constants) -> bool:
@@ -193,10 +297,11 @@ def _supports_adaptive_pooling(node: fx.Node, constants: Constants) -> bool:
     return outputs == (1, 1) or max(pooling_window(node).stride) <= MAX_STRIDE
 
 
-def _supports_flatten(node: fx.Node, constants: Constants) -> bool:
-    source: Any = node.args[0]
-    shape, result = shape_of(source), shape_of(node)
-    return len(shape) == 4 and len(result) == 2 and shape[0] == result[0]
+def _supports_view(node: fx.Node, constants: Constants) -> bool:
+    """Whether it flattens images to vectors, or makes images of one pixel of vectors."""
+    shape, result = shape_of(node.args[0]), shape_of(node)
+    flattens = len(shape) == 4 and len(result) == 2 and shape[0] == result[0]
+    return flattens or result == shape or result == (*shape, 1, 1)
 
 
 def _supports_any_image(node: fx.Node, constants: Constants) -> bool:
@@ -208,15 +313,16 @@ RULES: dict[Any, Callable[[fx.Node, Constants], bool]] = {
     aten.linear.default: _supports_linear,
     BATCH_NORM: _supports_batch_norm,
     operator.getitem: _supports_getitem,
-    aten.add.Tensor: _supports_sum,
+    **dict.fromkeys(SUMS, _supports_sum),
+    **dict.fromkeys(PRODUCTS, _supports_product),
+    aten.addcmul.default: _supports_addcmul,
     aten.cat.default: _supports_concatenation,
     aten.max_pool2d.default: _supports_pooling,
     aten.avg_pool2d.default: _supports_pooling,
     aten.adaptive_avg_pool2d.default: _supports_adaptive_pooling,
     aten.mean.dim: _supports_mean,
-    aten.view.default: _supports_flatten,
-    **dict.fromkeys(BOUNDS, _supports_any_image),
-    aten.clone.default: _supports_any_image,
+    aten.view.default: _supports_view,
+    **dict.fromkeys((*BOUNDS, *ACTIVATIONS, *SAME), _supports_any_image),
 }
 
 
@@ -234,6 +340,8 @@ def is_supported(node: fx.Node, constants: Constants) -> bool:
     rule = RULES.get(node.target)
     if node.op != "call_function" or rule is None:
         return False
+    if node.target in (*SUMS, *PRODUCTS, aten.addcmul.default):
+        return _is_image(node) and rule(node, constants)
     sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
     if any(source in constants for source in sources):  # type: ignore[union-attr]
         return False

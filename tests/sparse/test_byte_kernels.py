@@ -28,8 +28,8 @@ from starfire_prune.sparse.ir import (
 from starfire_prune.sparse.layout import padded
 from starfire_prune.sparse.pack_quads import is_narrow, quads_of
 from starfire_prune.sparse.pack_spatial import as_rectangles, merged, pack_byte_spatial, shared
-from tests.sparse.test_kernels import run
 from tests.support.convolutions import Case, convolutions, seeds
+from tests.support.native import run
 
 ISAS = (128, 256, 257, 512)  # 257: AVX2 with VNNI
 LOWEST, HIGHEST = -128, 127

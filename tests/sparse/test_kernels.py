@@ -23,34 +23,10 @@ from tests.support.convolutions import (
     seeds,
     value_of,
 )
-
-TOLERANCE = 1e-5  # of the largest output; the kernels add in another order
-ISAS = (128, 256, 512)
+from tests.support.native import ISAS, close, run
 
 pytestmark = pytest.mark.usefixtures("native_kernels", "two_threads")
 random_shapes = settings(max_examples=60, deadline=None)
-
-
-def run(ops: list[Op], inputs: dict[Value, Tensor], output: Value, isa: int) -> Tensor:
-    """The output of a program of the ops for the inputs."""
-    scheduled = schedule(ops, list(inputs), [output])
-    program = torch.from_numpy(scheduled.to_array())
-    constants = torch.from_numpy(scheduled.constants.to_array())
-    shape = [4, output.channels, output.height, output.width]
-    batch = len(next(iter(inputs.values())))
-    workspace = new_workspace(program, batch)
-    tensors = list(inputs.values())
-    first = sparse_inference(tensors, program, constants, shape, workspace, isa)[0]
-    again = sparse_inference(tensors, program, constants, shape, workspace, isa)[0]
-    assert torch.equal(first, again)  # the padding has kept its value
-    return first
-
-
-def close(output: Tensor, expected: Tensor, scale: float | None = None) -> bool:
-    scale = scale or float(expected.abs().max()) or 1.0
-    return output.shape == expected.shape and float((output - expected).abs().max()) <= (
-        TOLERANCE * scale
-    )
 
 
 @pytest.mark.parametrize("isa", ISAS)

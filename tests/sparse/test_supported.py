@@ -34,6 +34,8 @@ class Calls(nn.Module):
         return {name: function(layer(x)) for layer, (name, function) in pairs}
 
 
+CHANNELS = torch.linspace(-1, 2, 8)
+BIAS = torch.linspace(1, 0, 8).view(1, -1, 1, 1)
 NATIVE: dict[str, Function] = {
     "bounds that are whole numbers": lambda y: y.clamp(0, 1),
     "only an upper bound": lambda y: y.clamp(max=1),
@@ -57,10 +59,26 @@ NATIVE: dict[str, Function] = {
     "pooling that looks beyond the image": lambda y: functional.max_pool2d(y, 3, 2, ceil_mode=True),
     "pooling whose taps are apart": lambda y: functional.max_pool2d(y, 3, 2, 1, 2),
     "means of windows": lambda y: functional.avg_pool2d(y, (3, 2)),
+    "a number added": lambda y: (y + 1, 2 - y),
+    "products with numbers and constants": lambda y: 3 * y / 2 * CHANNELS.view(-1, 1, 1),
+    "sums with constants": lambda y: (CHANNELS[:, None, None] - y).relu() + 0.5 * y,
+    "a product of two images": lambda y: (y * y.relu(), y * y),
+    "a product with numbers for each channel": lambda y: y.mean((2, 3), True) * y,
+    "a product of vectors": lambda y: y.mean((2, 3)) * y.mean((2, 3)).relu(),
+    "a gated sum": lambda y: (y * y.mean((2, 3), True) + y).relu(),
+    "a sum and a product in one": lambda y: torch.addcmul(BIAS, CHANNELS.view(1, -1, 1, 1), y),
+    "a gate of linear layers": lambda y: y * y.mean((2, 3)).sigmoid().view(-1, 8, 1, 1),
+    "activations of convolutions": lambda y: functional.gelu(y),
+    "activations of activations": lambda y: functional.hardswish(functional.silu(y)).relu(),
+    "activations of vectors": lambda y: torch.sigmoid(y.mean((2, 3))),
+    "activations of pooled images": lambda y: functional.hardsigmoid(functional.max_pool2d(y, 3)),
+    "gelu by tanh": lambda y: functional.gelu(y, approximate="tanh"),
 }
 ON_TORCH: dict[str, Function] = {
     "a sum with a factor": lambda y: torch.add(y, y.relu(), alpha=2),
-    "a number added": lambda y: y + 1,
+    "sums with a constant image": lambda y: y + torch.ones(8, 32, 32),
+    "products with numbers for each pixel": lambda y: y * y.mean((2, 3), True)[:, :1],
+    "a number divided": lambda y: 1 / (y * y + 1),
     "batches joined": lambda y: torch.cat([y, y], 0),
     "means with padding": lambda y: functional.avg_pool2d(y, 3, 2, 1),
     "means at the edge": lambda y: functional.avg_pool2d(y, 3, 2, ceil_mode=True),
@@ -99,7 +117,7 @@ def test_unsupported_operations_run_on_torch(torch_calls, name):
     model, compiled = torch_calls
     with torch.no_grad():
         close(compiled(images())[name], model(images())[name])
-    assert len(compiled.torch_operations) == len(ON_TORCH)
+    assert len(compiled.torch_operations) >= len(ON_TORCH)
 
 
 class InvertedResidual(nn.Module):
@@ -150,10 +168,9 @@ def gated_network(activation: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish])
-def test_networks_whose_activations_run_on_torch(activation):
+def test_networks_of_gated_blocks_run_in_one_call(activation):
     model = sparse_network(partial(gated_network, activation), dtype=torch.float32)
     compiled = sparse.compile(model, images())
-    kinds = set(compiled.torch_operations)
-    gate = {nn.SiLU: ("silu", "sigmoid"), nn.Hardswish: ("hardswish", "hardsigmoid")}[activation]
-    assert kinds == {f"aten.{name}.default" for name in gate} | {"aten.mul.Tensor"}
+    assert compiled.torch_operations == []
+    assert len(compiled.segments) == 1
     assert difference(model, compiled, images()) < TOLERANCE

@@ -318,7 +318,7 @@ static void run_byte_linear(const Context& c, const ByteLinear& o, int64_t begin
   const View &source = c.views[o.source], &destination = c.views[o.destination];
   const float *scale = c.constants<float>(o.scale_at), *shift = c.constants<float>(o.shift_at);
   int64_t at = pixel_at(destination), lanes = o.row / 4;
-  Epilogue e = epilogue(o);
+  Epilogue e = epilogue(o.low, o.high);
   float* x = c.scratch(lanes);
   for (int64_t n = 0; n < c.batch; ++n) {
     const float* from = channel_of(source, c.image(o.source, n), 0);

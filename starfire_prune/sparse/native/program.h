@@ -66,9 +66,14 @@ enum Opcode : int64_t {
   BYTE_MEAN
 };
 
-// destination = clamp(source[stride_h * h, stride_w * w] * scale[c] + shift[c] + residual)
+// What is computed of each result of an operation on floats, after its bounds.
+enum Activation : int64_t { NO_ACTIVATION, SILU, HARD_SWISH, HARD_SIGMOID, SIGMOID, GELU, GELU_TANH };
+
+// destination = activation(clamp(source[stride_h * h, stride_w * w] * factor * scale[c] + shift[c] +
+// residual)). The factor has the destination's size, or one pixel.
 struct Copy {
-  int64_t source, destination, residual, stride_h, stride_w, scale_at, shift_at, low, high;
+  int64_t source, destination, residual, factor, stride_h, stride_w, scale_at, shift_at, low, high;
+  int64_t activation;
 };
 
 // A 1x1 convolution on tiles of pixels. For each pair of an output-channel tile and an
@@ -76,6 +81,7 @@ struct Copy {
 struct Pointwise {
   int64_t source, destination, residual, bias_at, tiles_at, indices_at, weights_at;
   int64_t channels, output_tile_size, input_tile_size, index_lists, outputs_per_list, low, high;
+  int64_t activation;
 };
 
 // Output channels whose sums are in registers together: `index_lists` lists of input channels, read
@@ -95,6 +101,7 @@ struct Spatial {
   int64_t row_stride;   // floats from the input of one accumulator to that of the next one
   int64_t image_rows;   // image rows per accumulator
   int64_t low, high;
+  int64_t activation;   // none in a ByteSpatial
 };
 
 // Rectangles of one shape that contribute to the same output channel.
@@ -105,10 +112,11 @@ struct RectangleRun {
 
 enum Pooling : int64_t { MAXIMUM, SUM };
 
-// destination = clamp(scale * pooled), over `count` taps at these offsets. Neighbouring outputs are
+// destination = activation(clamp(scale * pooled)), over `count` taps at these offsets. Neighbouring outputs are
 // `step` (1 or 2) columns apart in the phase.
 struct Pool {
   int64_t source, destination, mode, offsets_at, count, step, scale, low, high;
+  int64_t activation;
 };
 
 struct Mean {
@@ -118,6 +126,7 @@ struct Mean {
 // A linear layer: a dense matrix, or rows of (index, weight) where `starts_at` is not negative.
 struct Linear {
   int64_t source, destination, bias_at, starts_at, indices_at, weights_at, channels, low, high;
+  int64_t activation;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -196,5 +205,27 @@ struct ByteMean {
 struct ByteLinear {
   int64_t source, destination, shift_at, scale_at, weights_at, channels, row, low, high, narrow;
 };
+
+// ---------------------------------------------------------------------------------------------
+// What follows from the fields
+// ---------------------------------------------------------------------------------------------
+
+// Whether a copy's factor is a number for each channel.
+inline bool is_gated(const View* views, const Copy& o) {
+  if (o.factor < 0) return false;
+  const View &factor = views[o.factor], &destination = views[o.destination];
+  return factor.height != destination.height || factor.width != destination.width;
+}
+
+// Whether a copy's operands are equal tiles of pixels.
+inline bool is_of_tiles(const View* views, const Copy& o) {
+  const View& destination = views[o.destination];
+  const int64_t operands[] = {o.source, o.residual, is_gated(views, o) ? -1 : o.factor};
+  bool equal = destination.kind == TILES && o.stride_h == 1 && o.stride_w == 1;
+  for (int64_t operand : operands)
+    if (operand >= 0)
+      equal = equal && views[operand].kind == TILES && views[operand].tile == destination.tile;
+  return equal;
+}
 
 }  // namespace starfire

@@ -76,7 +76,9 @@ struct Epilogue {
   const float* scale;  // of this channel, or null
   const float* shift;
   const float* residual;
+  const float* factor;  // of each result, or null; like the residual, in the destination's layout
   Register low, high;
+  int64_t activation;
 };
 
 template <int STEP>
@@ -107,8 +109,13 @@ INLINE void store_segment(const Segment& s, const float* source, float* destinat
   const float* from = source + s.from;
   float* to = destination + s.to;
   const float* residual = e.residual ? e.residual + s.to : nullptr;
+  const float* factor = e.factor ? e.factor + s.to : nullptr;
   for (int64_t left = s.count; left > 0; left -= LANES) {
     Vector value = load_steps<STEP>(from, s.step, left);
+    if (factor) {
+      value = multiply(value, load(factor));
+      factor += LANES;
+    }
     if (e.scale) {
       Vector sum = splat(*e.shift);
       multiply_add(sum, broadcast(*e.scale), value);
@@ -150,6 +157,11 @@ INLINE void store_segments(const Segments& segments, const float* source, float*
     else
       store_segment<0>(segment, source, destination, e);
   }
+  if (e.activation == NO_ACTIVATION) return;
+  for (int i = 0; i < count; ++i) {
+    const Segment segment = segments.segment[i];
+    activate_floats(e.activation, destination + segment.to, segment.count);
+  }
 }
 
 INLINE float as_float(int64_t bits) {
@@ -158,9 +170,10 @@ INLINE float as_float(int64_t bits) {
   return value;
 }
 
-template <class Operation>
-INLINE Epilogue epilogue(const Operation& o) {
-  return {nullptr, nullptr, nullptr, broadcast(as_float(o.low)), broadcast(as_float(o.high))};
+// Of the bits of two bounds.
+INLINE Epilogue epilogue(int64_t low, int64_t high, int64_t activation = NO_ACTIVATION) {
+  return {nullptr, nullptr, nullptr, nullptr, broadcast(as_float(low)), broadcast(as_float(high)),
+          activation};
 }
 
 INLINE float clamped(float value, const Epilogue& e) {

@@ -17,6 +17,10 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
   const View& destination = c.views[fields[1]];
   switch (opcode) {
     case COPY:
+      if (is_of_tiles(c.views, *static_cast<const Copy*>(operation)))
+        return c.batch * destination.channels *
+               ceil_div(destination.height * destination.width, destination.tile);
+      return c.batch * destination.channels * destination.height;
     case POOL:
     case QUANTIZE:
     case DEQUANTIZE:

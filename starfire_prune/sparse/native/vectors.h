@@ -54,6 +54,12 @@ INLINE Vector add(const Vector& one, const Vector& other) {
   return sum;
 }
 
+INLINE Vector multiply(const Vector& one, const Vector& other) {
+  Vector product;
+  UNROLL for (int i = 0; i < PARTS; ++i) product.part[i] = one.part[i] * other.part[i];
+  return product;
+}
+
 INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where either input is NaN
   Vector result;
   UNROLL for (int i = 0; i < PARTS; ++i) {
