@@ -3,8 +3,8 @@
     python benchmarks/size.py [--sparsities 0.6 0.7 0.8] [--repeats 11] [--no-zstd] [--json PATH]
 
 Weights are timm's Kaiming-normal initial ones of a fixed seed, pruned in one step by the engine:
-their values deflate about as those of trained networks do. For each method, sparsity and dtype,
-the bytes of
+their values deflate about as those of trained networks do. Networks pruned by CK are quantized to
+int8 as well, after training. For each method, sparsity and dtype, the bytes of
 
 - the dense file, with all zeros, and of three of them under `zstd -19`, if that command is there;
 - CSR: values, an int32 column a value and an int32 pointer a row, other tensors dense;
@@ -36,7 +36,7 @@ import subprocess
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from starfire_prune import Pruner, load_pruned_model, save_pruned
+from starfire_prune.quantization import quantize
 from starfire_prune.runs.folder import existing_part
+from starfire_prune.serialization import save_quantized
 from starfire_prune.serialization.inspect import inspect_pruned
 from starfire_prune.utils.files import write_text
 
@@ -141,31 +143,47 @@ def size_rows(
         model = copy.deepcopy(pruned).to(DTYPES[dtype])
         for form, path in paths.items():
             save_pruned(model, path, pruner=pruner, **FORMS[form])
-        files = {form: inspect_pruned(path) for form, path in paths.items()}
-        bound = bound_bytes(model, pruner.masks(), method)
         is_shrunk = with_zstd and (method, sparsity) in LOADED and dtype == "fp32"
         yield {
-            "method": method,
-            "sparsity": sparsity,
-            "sparsity_reached": pruner.sparsity().network,
+            **sizes_of(paths, method, sparsity, pruner),
             "dtype": dtype,
-            "dense_bytes": files["dense"].size_bytes,
             "zstd19_bytes": zstd19_bytes(paths["dense"]) if is_shrunk else None,
-            "csr_bytes": csr_bytes(model, pruner.masks()),
-            "bound_bytes": bound,
-            "raw_bytes": files["raw"].size_bytes,
-            "deflated_bytes": files["deflated"].size_bytes,
-            "header_bytes": files["raw"].header_bytes,
-            "of_bound": (files["raw"].size_bytes - files["raw"].header_bytes) / bound,
-            "of_strict_bound": (files["raw"].size_bytes - files["raw"].header_bytes)
-            / (bound - surviving_bits(pruner.masks(), method) / 8),
         }
+    if method == "ck":
+        quantized = quantize(pruned, [torch.randn(2, 3, 224, 224)])
+        for form, path in paths.items():
+            save_quantized(quantized, path, **FORMS[form])
+        sizes = sizes_of(paths, method, sparsity, pruner)
+        yield {**sizes, "dtype": "int8", "zstd19_bytes": None}
 
 
-def bound_bytes(model: nn.Module, masks: dict[str, Tensor], method: str) -> float:
+def sizes_of(
+    paths: Mapping[str, Path], method: str, sparsity: float, pruner: Pruner
+) -> dict[str, Any]:
+    """The bytes of the files of a model in each form, and what they are compared with."""
+    files = {form: inspect_pruned(path) for form, path in paths.items()}
+    state = load_file(paths["dense"])
+    bound = bound_bytes(state, pruner.masks(), method)
+    of_tensors = files["raw"].size_bytes - files["raw"].header_bytes
+    return {
+        "method": method,
+        "sparsity": sparsity,
+        "sparsity_reached": pruner.sparsity().network,
+        "dense_bytes": files["dense"].size_bytes,
+        "csr_bytes": csr_bytes(state, pruner.masks()),
+        "bound_bytes": bound,
+        "raw_bytes": files["raw"].size_bytes,
+        "deflated_bytes": files["deflated"].size_bytes,
+        "header_bytes": files["raw"].header_bytes,
+        "of_bound": of_tensors / bound,
+        "of_strict_bound": of_tensors / (bound - surviving_bits(pruner.masks(), method) / 8),
+    }
+
+
+def bound_bytes(state: Mapping[str, Tensor], masks: dict[str, Tensor], method: str) -> float:
     """What the structure needs: see the module's docstring."""
     bits = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         mask, item_bits = masks.get(name), 8 * tensor.element_size()
         if mask is None:
             bits += tensor.numel() * item_bits
@@ -188,10 +206,10 @@ def surviving_bits(masks: dict[str, Tensor], method: str) -> int:
     )
 
 
-def csr_bytes(model: nn.Module, masks: dict[str, Tensor]) -> int:
+def csr_bytes(state: Mapping[str, Tensor], masks: dict[str, Tensor]) -> int:
     """Pruned weights as sparse matrices of shape `(K, the rest)`, with indices of four bytes."""
     total = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name in masks:
             kept = int(masks[name].sum())
             total += kept * (tensor.element_size() + 4) + 4 * (len(tensor) + 1)

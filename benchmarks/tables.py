@@ -218,7 +218,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "blocks": blocks,
     "blocks-int8": quantized,
     "tradeoff": tradeoff,
-    "sizes": lambda: sizes("fp32", "fp16", "bf16"),
+    "sizes": lambda: sizes("fp32", "fp16", "bf16", "int8"),
     "loading": loading,
     "wire": wire,
     "overhead": overhead,
