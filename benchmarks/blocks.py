@@ -28,7 +28,8 @@ from starfire_prune.runs.folder import exported_file, metrics_file, read_metrics
 from starfire_prune.utils.files import write_text
 
 _BLOCKS: Final = RESULTS / "cifar10_blocks"
-_EPOCHS: Final = 8  # in floats; those of quantization follow
+CALIBRATED: Final = _BLOCKS / "calibrated.json"  # top-1 in int8 by run, see calibrated.py
+EPOCHS: Final = 8  # in floats; those of quantization follow
 _QUANTIZATION: Final = "quantization"
 _LIMIT: Final = 1.5  # points of top-1 that blocks may cost before they are not worth having
 _AMOUNTS: Final = (70, 80, 90)
@@ -163,8 +164,8 @@ def kept_runs(variant: str) -> dict[int, _Run]:
     for folder in _BLOCKS.glob(f"{variant}-seed*"):
         epochs = read_metrics(folder)
         rows = [row for row in epochs if row["phase"] != _QUANTIZATION]
-        if len(rows) != _EPOCHS:
-            raise ValueError(f"{folder.name} has {len(rows)} of {_EPOCHS} epochs")
+        if len(rows) != EPOCHS:
+            raise ValueError(f"{folder.name} has {len(rows)} of {EPOCHS} epochs")
         target = 100 * rows[-1]["target_sparsity"]
         if not math.isclose(target, _asked(variant)):
             raise ValueError(
@@ -228,20 +229,33 @@ def _row(variant: str, name: str, single: str) -> list[str]:
 
 
 def quantized() -> str:
-    """Top-1 of the same networks before and after the epoch of quantization."""
+    """Top-1 of the same networks in floats, in int8 by calibration, and after training for it."""
+    calibrated = json.loads(CALIBRATED.read_text(encoding="utf-8")) if CALIBRATED.exists() else {}
     rows = []
     for variant in ("dense", *_variants()):
-        pairs = [(run.floats, run.int8) for run in kept_runs(variant).values() if run.int8]
-        if not pairs:
+        runs = {seed: run for seed, run in kept_runs(variant).items() if run.int8}
+        if not runs:
             continue
-        before, after = (Mean.of([100 * pair[i]["top1"] for pair in pairs]) for i in (0, 1))
-        cost = Mean.of([100 * (int8["top1"] - floats["top1"]) for floats, int8 in pairs])
+        floats = [100 * run.floats["top1"] for run in runs.values()]
+        trained = [100 * run.int8["top1"] for run in runs.values() if run.int8]
+        names = [f"{variant}-seed{seed}" for seed in runs]
+        by_calibration = [100 * calibrated[name] for name in names if name in calibrated]
         block = "dense" if variant == "dense" else f"`{_SHAPES[variant.rpartition('-')[2]]}`"
-        accuracies = [f"{before.value:.2f}", f"{after.value:.2f}", points_text(cost.value)]
-        interval = f"{points_text(cost.low)} to {points_text(cost.high)}" if cost.count > 1 else ""
-        rows.append([block, str(_asked(variant)), str(len(pairs)), *accuracies, interval])
-    header = ["block", "zeros [%]", "seeds", "top-1 in floats [%]", "in int8 [%]", "difference"]
-    return table([*header, "interval of 95 %"], rows)
+        cells = [block, str(_asked(variant)), str(len(runs)), f"{statistics.mean(floats):.2f}"]
+        complete = len(by_calibration) == len(runs)
+        cells += _cost_cells(floats, by_calibration) if complete else ["not measured", "", ""]
+        rows.append([*cells, *_cost_cells(floats, trained)])
+    header = ["block", "zeros [%]", "seeds", "top-1 in floats [%]"]
+    costs = ["difference", "interval of 95 %"]
+    calibration, training = ("in int8 by calibration [%]", "in int8 after training for it [%]")
+    return table([*header, calibration, *costs, training, *costs], rows)
+
+
+def _cost_cells(before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """The mean of accuracies, and the mean of their differences to others with its interval."""
+    cost = Mean.of([one - other for one, other in zip(after, before, strict=True)])
+    interval = f"{points_text(cost.low)} to {points_text(cost.high)}" if cost.count > 1 else ""
+    return [f"{statistics.mean(after):.2f}", points_text(cost.value), interval]
 
 
 def _with_interval(mean: Mean) -> str:

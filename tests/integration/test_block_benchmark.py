@@ -21,6 +21,7 @@ def module(tmp_path: Path) -> Iterator[ModuleType]:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         module = importlib.import_module("blocks")
         patch.setattr(module, "_BLOCKS", tmp_path)
+        patch.setattr(module, "CALIBRATED", tmp_path / "calibrated.json")
         yield module
 
 
@@ -176,5 +177,11 @@ def test_runs_that_were_quantized_are_compared_with_themselves(module, log, tmp_
             file.write(json.dumps(last | {"sparsity": 0.0}) + "\n")
     log("ck-80-1x1-seed0", 0.60)  # without such an epoch
     (row,) = module.quantized().splitlines()[2:]
-    assert row.startswith("| dense | 0 | 2 | 71.00 | 71.00 | +0.00 |")
+    without = "| dense | 0 | 2 | 71.00 | not measured | |  | 71.00 | +0.00 | -12.71 to +12.71 |"
+    assert row == without
+    calibrated = {"dense-seed0": 0.68, "dense-seed1": 0.72}
+    (tmp_path / "calibrated.json").write_text(json.dumps(calibrated), encoding="utf-8")
+    (row,) = module.quantized().splitlines()[2:]
+    by_calibration = "70.00 | -1.00 | -13.71 to +11.71 "
+    assert row == without.replace("not measured | |  ", by_calibration)
     assert module.top1_by_seed("dense") == {0: 70.0, 1: 72.0}
