@@ -24,13 +24,12 @@ from typing import Any, Final
 
 from logs import RESULTS, percent_text, points_text, table
 
-from starfire_prune.runs.folder import exported_file, metrics_file, read_metrics
+from starfire_prune.runs.folder import QUANTIZATION_PHASE, exported_file, metrics_file, read_metrics
 from starfire_prune.utils.files import write_text
 
 _BLOCKS: Final = RESULTS / "cifar10_blocks"
 CALIBRATED: Final = _BLOCKS / "calibrated.json"  # top-1 in int8 by run, see calibrated.py
 EPOCHS: Final = 8  # in floats; those of quantization follow
-_QUANTIZATION: Final = "quantization"
 _LIMIT: Final = 1.5  # points of top-1 that blocks may cost before they are not worth having
 _AMOUNTS: Final = (70, 80, 90)
 _SINGLE: Final = "1x1"
@@ -163,7 +162,7 @@ def kept_runs(variant: str) -> dict[int, _Run]:
     found = {}
     for folder in _BLOCKS.glob(f"{variant}-seed*"):
         epochs = read_metrics(folder)
-        rows = [row for row in epochs if row["phase"] != _QUANTIZATION]
+        rows = [row for row in epochs if row["phase"] != QUANTIZATION_PHASE]
         if len(rows) != EPOCHS:
             raise ValueError(f"{folder.name} has {len(rows)} of {EPOCHS} epochs")
         target = 100 * rows[-1]["target_sparsity"]
@@ -171,7 +170,7 @@ def kept_runs(variant: str) -> dict[int, _Run]:
             raise ValueError(
                 f"{folder.name} was pruned to {target:.0f} %, not to {_asked(variant)} %"
             )
-        int8 = epochs[-1] if epochs[-1]["phase"] == _QUANTIZATION else None
+        int8 = epochs[-1] if epochs[-1]["phase"] == QUANTIZATION_PHASE else None
         found[int(folder.name.rpartition("-seed")[2])] = _Run(rows[-1], int8)
     return dict(sorted(found.items()))
 

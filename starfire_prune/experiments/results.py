@@ -14,7 +14,7 @@ from starfire_prune.experiments.tables import Run, Table
 from starfire_prune.recipe.compare import differing_keys, resume_differences
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
-from starfire_prune.runs.folder import RunError, exported_file, read_metrics
+from starfire_prune.runs.folder import QUANTIZATION_PHASE, RunError, exported_file, read_metrics
 from starfire_prune.utils.settings import RecipeError
 from starfire_prune.utils.text import first_line, format_columns, mean_of, number_text, spread_text
 
@@ -58,7 +58,7 @@ class RunResult:
         """Percentage of zeros in all convolution and linear weights, once it is final."""
         last = self.metrics.get(self.epochs, {})
         is_final = (
-            last.get("phase") in ("fixed", "quantization")
+            last.get("phase") in ("fixed", QUANTIZATION_PHASE)
             or self.epochs == self.run.recipe.total_epochs
         )
         return self.numbers.reached if is_final else None

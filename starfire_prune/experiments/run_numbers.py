@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from starfire_prune.runs.folder import QUANTIZATION_PHASE
+
 __all__ = ["LAST_EPOCHS", "RunNumbers", "percent_of", "run_numbers"]
 
 
 LAST_EPOCHS: Final = 10
-_QUANTIZATION: Final = "quantization"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def run_numbers(metrics: Sequence[Mapping[str, Any]], asked: float) -> RunNumber
 
 
 def _float_top1(rows: Mapping[int, Mapping[str, Any]]) -> float | None:
-    floats = [epoch for epoch, row in rows.items() if row.get("phase") != _QUANTIZATION]
+    floats = [epoch for epoch, row in rows.items() if row.get("phase") != QUANTIZATION_PHASE]
     if not floats or len(floats) == len(rows):
         return None
     return percent_of(rows[max(floats)], "top1")

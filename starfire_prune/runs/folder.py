@@ -19,6 +19,7 @@ from starfire_prune.recipe.sections import Recipe
 from starfire_prune.utils.files import writing
 
 __all__ = [
+    "QUANTIZATION_PHASE",
     "RunError",
     "append_metrics",
     "check_recipe",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+QUANTIZATION_PHASE: Final = "quantization"  # in metrics; other phases are the pruner's
 _OWNER: Final = ".lock-owner"
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from starfire_prune.data.shards import PADDING_LABEL
 from starfire_prune.engine.sparsity import measure_sparsity
 from starfire_prune.engine.state import Phase
-from starfire_prune.runs.folder import read_metrics
+from starfire_prune.runs.folder import QUANTIZATION_PHASE, read_metrics
 from starfire_prune.training.learning_rate import recipe_factor
 from starfire_prune.training.setup import Batch, Run
 from starfire_prune.utils.modules import unwrap
@@ -88,7 +88,7 @@ def _phase_of(run: Run, epoch: int, before: Phase | None) -> str:
         before: The pruner's phase before the epoch.
     """
     if run.quantized is not None:
-        return "quantization"
+        return QUANTIZATION_PHASE
     if run.pruner is None:
         return "dense"
     era = run.pruner.pruning.era
@@ -166,7 +166,7 @@ def _progress(run: Run, epoch: int) -> Iterator[Batch]:
 def _status(run: Run, last: dict[str, Any]) -> dict[str, str]:
     status = {"top1": f"{last['top1']:.2%}"} if last else {}
     if run.pruner is not None:
-        status["phase"] = "quantization" if run.quantized else run.pruner.phase
+        status["phase"] = QUANTIZATION_PHASE if run.quantized else run.pruner.phase
         status["target_sparsity"] = f"{run.pruner.target_sparsity:.2%}"
         status["sparsity"] = f"{last.get('sparsity', 0.0):.2%}"
     return status

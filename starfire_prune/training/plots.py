@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from starfire_prune.runs.folder import QUANTIZATION_PHASE
 from starfire_prune.utils.files import replaced_file
 
 __all__ = ["plot_masks", "plot_training", "tiled_kernels"]
@@ -39,7 +40,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str =
     era = [row["epoch"] for row in metrics if row["phase"] == "era"]
     if era:
         accuracy.axvspan(era[0], era[-1] + 1, color="0.9", label="pruning era")
-    int8 = [row["epoch"] for row in metrics if row["phase"] == "quantization"]
+    int8 = [row["epoch"] for row in metrics if row["phase"] == QUANTIZATION_PHASE]
     if int8:
         accuracy.axvspan(int8[0], int8[-1] + 1, color="C2", alpha=0.15, label="in int8")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)

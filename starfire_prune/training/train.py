@@ -17,6 +17,7 @@ from starfire_prune.recipe.sections import Recipe
 from starfire_prune.runs.checkpoint import load_checkpoint, save_checkpoint
 from starfire_prune.runs.environment import check_environment
 from starfire_prune.runs.folder import (
+    QUANTIZATION_PHASE,
     RunError,
     append_metrics,
     check_writable,
@@ -289,7 +290,7 @@ def _accuracy_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     last = rows[-1]
     yield f"top-1 {last['top1']:.2%}, top-5 {last['top5']:.2%} after {last['epoch'] + 1} epochs"
-    before = [row for row in rows if row["phase"] != "quantization"]
+    before = [row for row in rows if row["phase"] != QUANTIZATION_PHASE]
     if len(before) < len(rows):
         yield f"that is in int8; in floating point before: top-1 {before[-1]['top1']:.2%}"
     if "ema_top1" in last:
