@@ -123,8 +123,13 @@ class MethodSection(Settings):
                 yield (option,), f"{reason} {got(section[option])}; remove it"
         elif isinstance(method, str):
             names = list(cls.methods())
-            suggestion = did_you_mean(method, names)
+            suggestion = cls.elsewhere(method) or did_you_mean(method, names)
             yield ("method",), f"must be one of {', '.join(names)} {got(method)}{suggestion}"
+
+    @classmethod
+    def elsewhere(cls, method: str) -> str:
+        """Where a method belongs that these layers don't have; empty if nowhere."""
+        return ""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -282,6 +282,15 @@ class Pruning(MethodSection):
             text = f"can't be given beside era {got(section['era_updates'])}; remove one of them"
             yield ("era_updates",), text
 
+    @classmethod
+    def elsewhere(cls, method: str) -> str:
+        """That a method for linear layers belongs into `fc`."""
+        return (
+            f"; {method} is for linear layers: give it as fc.method"
+            if method in Fc.methods()
+            else ""
+        )
+
     @property
     def mask_method(self) -> MaskMethod:
         """The method for convolutions, with the target as its amount."""

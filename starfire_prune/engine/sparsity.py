@@ -196,6 +196,10 @@ def format_table(sparsity: Sparsity) -> str:
         for layer in sparsity.layers
     ]
     lines = [format_columns(header, rows, left=range(3))]
+    if any(layer.dead_outputs for layer in sparsity.layers):
+        lines.append(
+            "dead outputs: channels whose weights are all zero, so that their value is constant"
+        )
     lines.append(
         f"sparsity: {sparsity.selected:.2%} of the pruned layers' weights, "
         f"{sparsity.network:.2%} of all convolution and linear weights"

@@ -148,6 +148,12 @@ def test_the_table():
     assert format_table(Sparsity((stem, head))) == TABLE
 
 
+def test_the_table_explains_dead_outputs_where_there_are_some():
+    head = LayerSparsity("head", "linear", (10, 64), 64, 640, 0, 1, True)
+    explained = "dead outputs: channels whose weights are all zero, so that their value is constant"
+    assert format_table(Sparsity((head,))).splitlines()[-2] == explained
+
+
 def test_the_table_ends_with_both_totals():
     model = network()
     ck_structured(model[0], amount=0.6)

@@ -372,6 +372,11 @@ def test_missing_key_says_what_it_is(file):
             "must be one of window, ck, intra, inter, magnitude, random, filter (got 'windows'); "
             "did you mean window?",
         ),
+        (
+            "pruning.method=block",
+            "must be one of window, ck, intra, inter, magnitude, random, filter (got 'block'); "
+            "block is for linear layers: give it as fc.method",
+        ),
         ("pruning.include=[]", "must be a list of at least one (got [])"),
         ("data.root=/data", "has no effect with data digits (got '/data'); remove it"),
         ("data.hflip=0.5", "has no effect with data digits (got 0.5); remove it"),
