@@ -158,7 +158,7 @@ def test_the_table_ends_with_both_totals():
     model = network()
     ck_structured(model[0], amount=0.6)
     lines = format_table(measure_sparsity(model, selected=["0"])).splitlines()
-    assert len(lines) == 7
+    assert [line.split()[0] for line in lines[2:6]] == ["0", "2", "3", "5"]
     assert lines[-1] == (
         "sparsity: 60.00% of the pruned layers' weights, "
         "22.19% of all convolution and linear weights"
