@@ -39,6 +39,7 @@ from starfire_prune.quantization.post_training import quantize
 from starfire_prune.quantization.training import QuantizedTraining
 from starfire_prune.recipe.load import load_recipe
 from starfire_prune.recipe.sections import Recipe
+from starfire_prune.serialization.program import save_program
 from starfire_prune.serialization.pruned import (
     convert_pruned,
     load_masks,
@@ -95,6 +96,7 @@ __all__ = [
     "random_unstructured",
     "register_method",
     "register_schedule",
+    "save_program",
     "save_pruned",
     "save_quantized",
     "window_mask",

@@ -33,13 +33,14 @@ def native_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     The processes of pytest-xdist share one build: the first one builds, the others wait.
     """
-    from starfire_prune.sparse import BuildError, build, load_kernels
+    from starfire_prune.sparse import BuildError, load_kernels
+    from starfire_prune.utils import cpp
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     with pytest.MonkeyPatch.context() as patch:
-        if not os.environ.get(build.CACHE_VARIABLE):
-            patch.setenv(build.CACHE_VARIABLE, str(shared / "kernels"))
+        if not os.environ.get(cpp.CACHE_VARIABLE):
+            patch.setenv(cpp.CACHE_VARIABLE, str(shared / "kernels"))
         try:
             with FileLock(shared / "kernels.lock"):
                 load_kernels()

@@ -15,7 +15,7 @@ from starfire_prune.cli.common import (
 
 __all__ = ["COMMAND"]
 
-FORMATS = ("dense", "compressed", "timm", "onnx", "compact")
+FORMATS = ("dense", "compressed", "timm", "onnx", "compact", "program")
 # The formats with which an option has an effect
 EFFECTS = {"fold_bn": ("onnx",), "compact": ("onnx",), "deflate": ("compressed", "compact")}
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,11 @@ from starfire_prune.export.input import ExportInput, find_input, load_input, wri
 from starfire_prune.export.onnx import data_files, export_onnx
 from starfire_prune.export.timm import CONFIG, WEIGHTS, is_folder_of, write_timm_folder
 from starfire_prune.runs.folder import RunError, existing_part
+from starfire_prune.runtime.program import load
 from starfire_prune.serialization import inspect
+from starfire_prune.serialization.program import save_program
+from starfire_prune.sparse.compiler import compile
+from starfire_prune.utils.errors import ExportError
 
 __all__ = ["run"]
 
@@ -59,7 +64,7 @@ def _exported(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.format in ("dense", "compressed"):
         return _weights(arguments, given)
     model = load_input(given)
-    formats = {"timm": _timm, "onnx": _onnx, "compact": _compact}
+    formats = {"timm": _timm, "onnx": _onnx, "compact": _compact, "program": _program}
     return formats[arguments.format](arguments, given, model)
 
 
@@ -175,6 +180,21 @@ def _compact(arguments: argparse.Namespace, given: ExportInput, model: nn.Module
     report = save_compact(model, arguments.output, example, architecture, **options)
     yield format_compaction(report)
     yield _size_line(arguments.output, dense_bytes)
+
+
+def _program(arguments: argparse.Namespace, given: ExportInput, model: nn.Module) -> Iterator[str]:
+    output: Path = arguments.output
+    size = given.input_size(model)
+    compiled = compile(model, _example(size), unfinished=arguments.unfinished)
+    save_program(compiled, output)
+    program, images = load(output), torch.rand(3, *size)
+    expected, results = compiled(images), program(images.numpy())
+    if not isinstance(results, list):
+        expected, results = [expected], [results]
+    if not all(np.array_equal(a.numpy(), b) for a, b in zip(expected, results, strict=True)):
+        raise ExportError(f"{output} has other outputs than sparse.compile: don't use it")
+    yield f"{output}: {output.stat().st_size:,} bytes, {program}"
+    yield "outputs are those of sparse.compile, bit for bit"
 
 
 def _example(input_size: tuple[int, int, int]) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from starfire_prune.sparse.build import BuildError
 from starfire_prune.sparse.lowering import Lowering
 from starfire_prune.sparse.module import CompiledModel, Segment
 from starfire_prune.sparse.ops import load_kernels
@@ -21,7 +20,7 @@ from starfire_prune.sparse.scheduling import schedule
 from starfire_prune.sparse.supported import is_supported, shape_of
 from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.graph import dense_copy, place_of, without_autocast
-from starfire_prune.utils.errors import TraceError
+from starfire_prune.utils.errors import BuildError, TraceError
 from starfire_prune.utils.marks import check_finished
 from starfire_prune.utils.modules import unwrap
 

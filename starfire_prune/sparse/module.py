@@ -79,6 +79,7 @@ class CompiledModel(nn.Module):
         network: The rewritten graph: segments run natively, other operations on torch.
         reason: Why no part of it is native, and what to do about it; None if some part is.
         names: Names of the model's arguments, by which inputs may be given as keywords.
+        expected: What each input must be.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class CompiledModel(nn.Module):
         self.reason = reason or (None if self.segments else NOTHING_SUPPORTED)
         self.names = tuple(names[: len(example)])
         leaves, self._structure = tree_flatten(tuple(example))
-        self._expected = [_expected(value) for value in leaves]
+        self.expected = [_expected(value) for value in leaves]
         self._any_batch = not self.torch_operations and bool(self.segments)
         self.training = False
 
@@ -154,11 +155,11 @@ class CompiledModel(nn.Module):
 
     def _check(self, inputs: Sequence[Any]) -> None:
         leaves, structure = tree_flatten(tuple(inputs))
-        if len(leaves) != len(self._expected) or structure != self._structure:
-            wanted = len(self._expected)
+        if len(leaves) != len(self.expected) or structure != self._structure:
+            wanted = len(self.expected)
             raise TypeError(f"there must be {wanted} inputs, as in the example, not {len(leaves)}")
         batches = []
-        for index, (value, expected) in enumerate(zip(leaves, self._expected, strict=True)):
+        for index, (value, expected) in enumerate(zip(leaves, self.expected, strict=True)):
             expected.check(index, value, self._any_batch)
             if isinstance(value, Tensor):
                 batches.append(value.shape[0] if value.ndim else 1)

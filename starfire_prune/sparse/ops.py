@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from starfire_prune.sparse.build import BuildError, built_library
+from starfire_prune.sparse.build import built_library
 from starfire_prune.sparse.program_format import check_format
+from starfire_prune.utils.errors import BuildError
 
 __all__ = ["load_kernels", "new_workspace", "sparse_inference"]
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from starfire_prune.sparse.build import BuildError
+from starfire_prune.utils.errors import BuildError
 
 __all__ = [
     "CLAMPED_BYTES",

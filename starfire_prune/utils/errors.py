@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BuildError",
     "CheckpointError",
     "CodecError",
     "DamageError",
@@ -15,6 +16,10 @@ __all__ = [
     "RanksError",
     "TraceError",
 ]
+
+
+class BuildError(RuntimeError):
+    """The native kernels can't be built or loaded on this machine."""
 
 
 class PruningError(RuntimeError):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from starfire_prune import Pruner, load_recipe, measure_sparsity
+from starfire_prune import Pruner, load_recipe, measure_sparsity, runtime
 from starfire_prune.compact.files import load_compact
 from starfire_prune.export.input import find_input, load_input
 from starfire_prune.models import create_model
@@ -166,7 +166,10 @@ def test_inspect_refuses_what_is_no_file_of_weights(name, tool, finished):
     ("arguments", "message"),
     [
         ([], "RUN_OR_FILE is missing: name the folder of a run or a safetensors file"),
-        (["RUN"], "--format is missing: name one of dense, compressed, timm, onnx, compact"),
+        (
+            ["RUN"],
+            "--format is missing: name one of dense, compressed, timm, onnx, compact, program",
+        ),
         (["RUN", "--format", "onnx"], "--output is missing: name the file or folder to write"),
         (
             ["RUN", "--inspect", "FILE"],
@@ -418,3 +421,18 @@ def test_the_help_names_every_option(tool):
     ended = tool("--help")
     options = ("--format", "--output", "--force", "--inspect", "--recipe", "--model", "--deflate")
     assert all(option in ended.stdout for option in options)
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_a_program_has_the_outputs_of_the_model(tool, finished, sparse, tmp_path):
+    output = tmp_path / "model.program"
+    ended = tool(finished, "--format", "program", "--output", output)
+    assert (ended.status, ended.stderr) == (0, "")
+    program = runtime.load(output)
+    lines = ended.stdout.splitlines()
+    assert lines[0] == f"{output}: {output.stat().st_size:,} bytes, {program}"
+    assert lines[1] == "outputs are those of sparse.compile, bit for bit"
+    x = torch.rand(3, *program.inputs[0].shape)
+    with torch.no_grad():
+        expected = sparse.eval()(x)
+    assert torch.allclose(torch.from_numpy(program(x.numpy())), expected, atol=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from starfire_prune.sparse import build
+from starfire_prune.utils import cpp
 from tests.support.paths import ROOT
 
 FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -16,7 +16,7 @@ FLAGS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 @pytest.mark.slow
 @pytest.mark.usefixtures("native_kernels")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
-    compiler = build._compiler()[0]
+    compiler = cpp.compiler_command()[0]
     runtimes = ("libasan.so", "libubsan.so")
     found = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True)
@@ -29,8 +29,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-        build.FLAGS_VARIABLE: FLAGS,
-        build.CACHE_VARIABLE: str(tmp_path),
+        cpp.FLAGS_VARIABLE: FLAGS,
+        cpp.CACHE_VARIABLE: str(tmp_path),
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     names = ("test_kernels", "test_activations", "test_byte_kernels", "test_compiler")

@@ -11,6 +11,7 @@ from torch import nn
 
 from starfire_prune import ck_structured, sparse
 from starfire_prune.sparse import BuildError, build, ops
+from starfire_prune.utils import cpp
 from tests.support.sparse_networks import difference, images
 
 FAKE = """#!/bin/sh
@@ -25,7 +26,7 @@ BUILDS = """echo "no library" > "$last" """  # whether to compile or to link
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache and a compiler that fails."""
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cpp.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compiler(tmp_path))
     return tmp_path
 
@@ -37,8 +38,8 @@ def compiler(folder: Path, version: str = "fake 1.0", build: str = FAILS) -> str
     return str(path)
 
 
-def command() -> list[str]:
-    return [*build._compiler(), *build._options()]
+def key() -> str:
+    return cpp.library_key(build.torch_library())
 
 
 def test_the_compilers_first_error_is_reported(fresh):
@@ -60,8 +61,8 @@ def test_a_compiler_that_writes_nothing_is_reported(fresh):
 
 
 def test_a_failed_build_names_the_users_flags(fresh, monkeypatch):
-    monkeypatch.setenv(build.FLAGS_VARIABLE, "-O9 -wrong")
-    expected = rf"set CXX to .*, or unset {build.FLAGS_VARIABLE} \(='-O9 -wrong'\)"
+    monkeypatch.setenv(cpp.FLAGS_VARIABLE, "-O9 -wrong")
+    expected = rf"set CXX to .*, or unset {cpp.FLAGS_VARIABLE} \(='-O9 -wrong'\)"
     with pytest.raises(BuildError, match=expected):
         build.built_library()
 
@@ -92,7 +93,7 @@ def test_without_any_compiler_three_are_named(fresh, monkeypatch):
         build.built_library()
 
 
-@pytest.mark.parametrize("variable", ["CXX", build.FLAGS_VARIABLE])
+@pytest.mark.parametrize("variable", ["CXX", cpp.FLAGS_VARIABLE])
 def test_quotes_that_do_not_end_are_reported(fresh, monkeypatch, variable):
     monkeypatch.setenv(variable, "'g++ -O1")
     expected = rf"""{variable} \(="'g\+\+ -O1"\) can't be split into words: No closing"""
@@ -101,16 +102,16 @@ def test_quotes_that_do_not_end_are_reported(fresh, monkeypatch, variable):
 
 
 def test_flags_may_be_invalid_unicode(fresh, monkeypatch):
-    key = build._key(command())
-    monkeypatch.setenv(build.FLAGS_VARIABLE, "-I\udcff")
-    assert build._key(command()) != key
+    before = key()
+    monkeypatch.setenv(cpp.FLAGS_VARIABLE, "-I\udcff")
+    assert key() != before
 
 
 @pytest.mark.parametrize("name", ["file/cache", "x" * 300], ids=["in a file", "too long"])
 def test_a_cache_that_cannot_be_written_is_named(fresh, monkeypatch, name):
     (fresh / "file").touch()
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(fresh / name))
-    with pytest.raises(BuildError, match=rf"set {build.CACHE_VARIABLE} to a folder"):
+    monkeypatch.setenv(cpp.CACHE_VARIABLE, str(fresh / name))
+    with pytest.raises(BuildError, match=rf"set {cpp.CACHE_VARIABLE} to a folder"):
         build.built_library()
 
 
@@ -118,25 +119,25 @@ def test_users_without_a_home_are_asked_to_set_a_cache(fresh, monkeypatch):
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv(build.CACHE_VARIABLE)
+    monkeypatch.delenv(cpp.CACHE_VARIABLE)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(BuildError, match=rf"home directory.*; set {build.CACHE_VARIABLE} to a"):
+    with pytest.raises(BuildError, match=rf"home directory.*; set {cpp.CACHE_VARIABLE} to a"):
         build.built_library()
 
 
 def test_a_home_that_does_not_exist_is_named(fresh, monkeypatch):
-    monkeypatch.setenv(build.CACHE_VARIABLE, "~no-such-user/cache")
-    with pytest.raises(BuildError, match=rf"{build.CACHE_VARIABLE} \(='~no-such-user/cache'\)"):
+    monkeypatch.setenv(cpp.CACHE_VARIABLE, "~no-such-user/cache")
+    with pytest.raises(BuildError, match=rf"{cpp.CACHE_VARIABLE} \(='~no-such-user/cache'\)"):
         build.built_library()
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        (build.CACHE_VARIABLE, ".", "."),
-        (build.CACHE_VARIABLE, "a/b", "a/b"),
-        (build.CACHE_VARIABLE, "~/kernels", "home/kernels"),
+        (cpp.CACHE_VARIABLE, ".", "."),
+        (cpp.CACHE_VARIABLE, "a/b", "a/b"),
+        (cpp.CACHE_VARIABLE, "~/kernels", "home/kernels"),
         ("XDG_CACHE_HOME", "{}/xdg", "xdg/starfire_prune"),
         ("XDG_CACHE_HOME", "xdg", "home/.cache/starfire_prune"),
         ("XDG_CACHE_HOME", "", "home/.cache/starfire_prune"),
@@ -145,15 +146,15 @@ def test_a_home_that_does_not_exist_is_named(fresh, monkeypatch):
 def test_the_cache_is_an_absolute_folder(tmp_path, monkeypatch, variable, value, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(build.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(cpp.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv(variable, value.format(tmp_path))
-    assert build._cache() == tmp_path / expected
+    assert cpp.cache_folder() == tmp_path / expected
 
 
 def cached(fresh: Path) -> Path:
     """A file that isn't a library, in the place of the cached one."""
     (fresh / "cache").mkdir(mode=0o700)
-    path = fresh / "cache" / f"{build._key(command())}.so"
+    path = fresh / "cache" / f"{key()}.so"
     path.write_text("no library")
     path.chmod(0o600)
     return path
@@ -176,7 +177,7 @@ def open_umask() -> Iterator[None]:
 @pytest.mark.usefixtures("open_umask")
 def test_others_cannot_write_what_is_built(fresh, monkeypatch):
     compiler(fresh, build=BUILDS)
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(fresh / "new" / "cache"))
+    monkeypatch.setenv(cpp.CACHE_VARIABLE, str(fresh / "new" / "cache"))
     build.built_library()
     folders = [fresh / "new", fresh / "new" / "cache"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700, 0o700]
@@ -194,7 +195,7 @@ def test_a_cache_that_others_can_write_is_refused(fresh, mode):
     )
     with pytest.raises(BuildError, match=expected) as info:
         build.built_library()
-    assert f"; set {build.CACHE_VARIABLE} to a folder that only you can write" in str(info.value)
+    assert f"; set {cpp.CACHE_VARIABLE} to a folder that only you can write" in str(info.value)
 
 
 def test_nothing_is_built_in_a_cache_that_others_can_write(fresh):
@@ -210,13 +211,13 @@ def test_nothing_is_built_in_a_cache_that_others_can_write(fresh):
 def test_a_cache_of_another_user_is_refused(fresh, monkeypatch, owner, user):
     set_owner(monkeypatch, owner, user)
     with pytest.raises(BuildError, match=rf"written by other users \(owner {owner}, mode 0700\)"):
-        build._check_cache(fresh)
+        cpp.check_cache(fresh)
 
 
 @pytest.mark.parametrize(("owner", "user"), [(0, 0), (0, 1000), (1000, 1000)])
 def test_a_cache_of_the_user_or_root_is_accepted(fresh, monkeypatch, owner, user):
     set_owner(monkeypatch, owner, user)
-    build._check_cache(fresh)
+    cpp.check_cache(fresh)
 
 
 def set_owner(monkeypatch: pytest.MonkeyPatch, owner: int, user: int) -> None:
@@ -235,28 +236,28 @@ def test_systems_without_user_numbers_accept_any_cache(fresh, monkeypatch):
 def test_the_key_depends_on_what_calls_the_compiler(fresh, monkeypatch):
     cache = compiler(fresh, "cache 1.0")
     monkeypatch.setenv("CXX", f"{cache} g++")
-    assert "g++" in build._run([*build._compiler(), "--version"]).stdout
-    keys = {build._key(["the", "same"])}
+    assert "g++" in cpp.run_compiler([*cpp.compiler_command(), "--version"]).stdout
+    keys = {cpp.library_key(cpp.Library(["the", "same"], [build.SOURCES]))}
     monkeypatch.setenv("CXX", f"{cache} clang++")
-    keys.add(build._key(["the", "same"]))
+    keys.add(cpp.library_key(cpp.Library(["the", "same"], [build.SOURCES])))
     assert len(keys) == 2
 
 
 def test_the_key_depends_on_the_compiler_and_its_flags(fresh, monkeypatch):
-    key = build._key(command())
-    assert build._key(command()) == key
-    monkeypatch.setenv(build.FLAGS_VARIABLE, "-O1")
-    assert build._key(command()) != key
-    monkeypatch.delenv(build.FLAGS_VARIABLE)
+    before = key()
+    assert key() == before
+    monkeypatch.setenv(cpp.FLAGS_VARIABLE, "-O1")
+    assert key() != before
+    monkeypatch.delenv(cpp.FLAGS_VARIABLE)
     monkeypatch.setenv("CXX", f"{fresh}/compiler")
     Path(compiler(fresh)).rename(fresh / "compiler")
-    other = build._key(command())
+    other = key()
     Path(compiler(fresh, "fake 2.0")).rename(fresh / "compiler")
-    assert build._key(command()) not in (key, other)
+    assert key() not in (before, other)
 
 
 def test_the_sources_are_part_of_the_package():
-    names = {path.name for folder in build.FOLDERS for path in folder.iterdir()}
+    names = {path.name for folder in build.torch_library().folders for path in folder.iterdir()}
     assert names >= {"sparse.cpp", "runner.cpp", "dispatch.cpp", "program.h", "spatial.h"}
 
 

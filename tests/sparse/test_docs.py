@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starfire_prune import ck_structured, sparse
-from starfire_prune.sparse import build
+from starfire_prune.utils import cpp
 from tests.support.paths import ROOT
 from tests.support.sparse_networks import difference
 
@@ -44,4 +44,4 @@ def test_links_lead_somewhere():
 
 
 def test_the_environment_variables_are_documented():
-    assert set(re.findall(r"STARFIRE_\w+", TEXT)) == {build.CACHE_VARIABLE, build.FLAGS_VARIABLE}
+    assert set(re.findall(r"STARFIRE_\w+", TEXT)) == {cpp.CACHE_VARIABLE, cpp.FLAGS_VARIABLE}

@@ -54,6 +54,8 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
   }
 }
 
+}  // namespace
+
 int64_t count_fields(int64_t opcode) {
   switch (opcode) {
     case COPY: return sizeof(Copy) / sizeof(int64_t);
@@ -74,14 +76,12 @@ int64_t count_fields(int64_t opcode) {
   }
 }
 
-}  // namespace
-
 bool Program::read(const int64_t* begin, int64_t length) {
   constexpr int64_t size = sizeof(Header) / sizeof(int64_t);
   header = reinterpret_cast<const Header*>(begin);
   if (length < size || header->magic != MAGIC) return false;
-  if (header->slots < 0 || header->slots > length || header->views < 0 || header->views > length)
-    return false;
+  auto outside = [&](int64_t count) { return count < 0 || count > length; };
+  if (outside(header->slots) || outside(header->views) || outside(header->operations)) return false;
   slots = reinterpret_cast<const Slot*>(header + 1);
   views = reinterpret_cast<const View*>(slots + header->slots);
   operations = reinterpret_cast<const int64_t*>(views + header->views);

@@ -12,6 +12,9 @@ namespace starfire {
 
 struct Context;
 
+// Number of fields of an operation after its opcode; -1 if there is no such operation.
+int64_t count_fields(int64_t opcode);
+
 // What a call reads and writes.
 struct Arguments {
   const float* const* inputs;  // the first image of each
