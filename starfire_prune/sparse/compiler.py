@@ -14,10 +14,12 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from starfire_prune.sparse.lowering import Lowering
 from starfire_prune.sparse.module import CompiledModel, Segment
+from starfire_prune.sparse.nodes import shape_of
 from starfire_prune.sparse.ops import load_kernels
 from starfire_prune.sparse.quantized import Constant, constants_of
+from starfire_prune.sparse.rewriting import rewrite
 from starfire_prune.sparse.scheduling import schedule
-from starfire_prune.sparse.supported import is_supported, shape_of
+from starfire_prune.sparse.supported import is_supported
 from starfire_prune.structure.exporting import exported_program
 from starfire_prune.structure.graph import dense_copy, place_of, without_autocast
 from starfire_prune.utils.errors import BuildError, TraceError
@@ -152,6 +154,7 @@ class _SupportedOperators(OperatorSupportBase):
 
 def _with_segments(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with all supported operations replaced by segments."""
+    rewrite(graph)
     partitioner = CapabilityBasedPartitioner(
         graph, _SupportedOperators(graph), allows_single_node_partition=True
     )

@@ -7,11 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from starfire_prune.sparse.ir import Convolution, Copy, Flatten, Layer, Linear, Mean, Op, Pooling
+from starfire_prune.sparse.ir import (
+    ChannelNorm,
+    Convolution,
+    Copy,
+    Flatten,
+    Layer,
+    Linear,
+    Mean,
+    Norm,
+    Op,
+    Pooling,
+    Response,
+    Upsampling,
+)
 from starfire_prune.sparse.layout import offset_of, plain
 from starfire_prune.sparse.pack_pointwise import pack_linear, pack_pointwise
 from starfire_prune.sparse.pack_rectangles import pack_rectangles
-from starfire_prune.sparse.program_format import MAX_ROWS, MAXIMUM, SUM, Opcode
+from starfire_prune.sparse.program_format import (
+    AVERAGE,
+    EUCLIDEAN,
+    MAX_ROWS,
+    MAXIMUM,
+    SUM,
+    Opcode,
+)
 from starfire_prune.sparse.spatial_tiling import spatial_fields, spatial_tiling
 from starfire_prune.sparse.stored_values import NONE, StoredValues, geometry_of
 
@@ -84,9 +104,26 @@ def _emit_pooling(values: StoredValues, op: Pooling) -> None:
     )
 
 
-def _emit_mean(values: StoredValues, op: Mean) -> None:
+def _emit_mean(values: StoredValues, op: Mean | Norm) -> None:
     source, output, _ = values.views(op, None)
-    values.program.add(Opcode.MEAN, source, output)
+    values.program.add(Opcode.MEAN, source, output, EUCLIDEAN if isinstance(op, Norm) else AVERAGE)
+
+
+def _emit_response(values: StoredValues, op: Response) -> None:
+    source, output, _ = values.views(op, None)
+    values.program.add(Opcode.RESPONSE, source, output, op.epsilon)
+
+
+def _emit_channel_norm(values: StoredValues, op: ChannelNorm) -> None:
+    source, output, _ = values.views(op, geometry_of(op))
+    parts = (values.constant(op.scale), values.constant(op.shift))
+    values.program.add(Opcode.CHANNEL_NORM, source, output, *parts, op.epsilon)
+
+
+def _emit_upsampling(values: StoredValues, op: Upsampling) -> None:
+    source, output, _ = values.views(op, None)
+    factors = (op.output.height // op.source.height, op.output.width // op.source.width)
+    values.program.add(Opcode.UPSAMPLE, source, output, *factors)
 
 
 def _emit_linear(values: StoredValues, op: Layer) -> None:
@@ -108,6 +145,10 @@ EMITTERS: Mapping[type[Op], Callable[[StoredValues, Any], None]] = {
     Copy: _emit_copy,
     Flatten: StoredValues.alias,
     Linear: _emit_linear,
+    ChannelNorm: _emit_channel_norm,
     Mean: _emit_mean,
+    Norm: _emit_mean,
     Pooling: _emit_pooling,
+    Response: _emit_response,
+    Upsampling: _emit_upsampling,
 }

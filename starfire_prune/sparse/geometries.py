@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from starfire_prune.sparse.ir import Convolution, Flatten, Layer, Mean, Op, Pooling, Value
+from starfire_prune.sparse.ir import (
+    ChannelNorm,
+    Convolution,
+    Flatten,
+    Layer,
+    Mean,
+    Norm,
+    Op,
+    Pooling,
+    Value,
+)
 from starfire_prune.sparse.layout import Geometry, Window, float_bits, padded, plain, tiles
 
 __all__ = ["choose_geometries", "required_geometry"]
@@ -13,6 +23,8 @@ __all__ = ["choose_geometries", "required_geometry"]
 def required_geometry(op: Op) -> Geometry | None:
     """The layout in which an op reads its source; None if it reads any."""
     size, quantization = op.source.size, op.source.quantization
+    if isinstance(op, ChannelNorm):
+        return tiles(*size)
     if isinstance(op, Convolution) and op.is_pointwise and not op.is_linear:
         return tiles(*size)
     if isinstance(op, (Layer, Flatten)) and not _is_spatial(op):
@@ -59,7 +71,7 @@ def choose_geometries(ops: Sequence[Op], outputs: Sequence[Value]) -> Mapping[Va
         geometry = required_geometry(op)
         if geometry is not None:
             required.setdefault(source, []).append(geometry)
-        elif isinstance(op, Mean):
+        elif isinstance(op, (Mean, Norm)):
             preferred[source] = tiles(*source.size)
         elif source.size == value.size:
             preferred[source] = chosen[value]

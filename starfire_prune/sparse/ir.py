@@ -13,6 +13,7 @@ from starfire_prune.sparse.layout import Window
 from starfire_prune.sparse.program_format import Activation
 
 __all__ = [
+    "ChannelNorm",
     "Convolution",
     "Copy",
     "Dequantize",
@@ -20,10 +21,13 @@ __all__ = [
     "Layer",
     "Linear",
     "Mean",
+    "Norm",
     "Op",
     "Pooling",
     "Quantization",
     "Quantize",
+    "Response",
+    "Upsampling",
     "Value",
 ]
 
@@ -199,8 +203,38 @@ class Pooling(Op):
     scale: float | None = dataclasses.field(kw_only=True)
 
 
+class Upsampling(Op):
+    """Each pixel repeated: an output has a multiple of the source's rows and columns."""
+
+
 class Mean(Op):
     """The mean of each channel."""
+
+
+class Norm(Op):
+    """The Euclidean norm of each channel."""
+
+
+@dataclasses.dataclass(eq=False)
+class Response(Op):
+    """Numbers for each channel, divided by their mean plus `epsilon`."""
+
+    epsilon: float = dataclasses.field(kw_only=True)
+
+
+@dataclasses.dataclass(eq=False)
+class ChannelNorm(Op):
+    """A layer norm over the channels of each pixel.
+
+    Attributes:
+        scale: Factor of each normalized channel, `(C,)`.
+        shift: Summand of each channel, `(C,)`.
+        epsilon: Summand of the variance.
+    """
+
+    scale: NDArray[Any] = dataclasses.field(kw_only=True)
+    shift: NDArray[Any] = dataclasses.field(kw_only=True)
+    epsilon: float = dataclasses.field(kw_only=True)
 
 
 class Quantize(Op):

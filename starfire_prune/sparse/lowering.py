@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
+from starfire_prune.sparse.affine import Affine, affine_of
 from starfire_prune.sparse.ir import (
+    ChannelNorm,
     Convolution,
     Copy,
     Dequantize,
@@ -25,11 +27,21 @@ from starfire_prune.sparse.ir import (
     Layer,
     Linear,
     Mean,
+    Norm,
     Op,
     Pooling,
     Quantization,
     Quantize,
+    Response,
+    Upsampling,
     Value,
+)
+from starfire_prune.sparse.nodes import (
+    SAME,
+    Constants,
+    argument_of,
+    count_users,
+    shape_of,
 )
 from starfire_prune.sparse.quantized import (
     Constant,
@@ -38,25 +50,22 @@ from starfire_prune.sparse.quantized import (
     is_quantize,
     quantization_of,
 )
+from starfire_prune.sparse.rewriting import channel_norm, global_response
 from starfire_prune.sparse.supported import (
     ACTIVATIONS,
-    ALIASES,
     BATCH_NORM,
     BOUNDS,
     CONVOLUTIONS,
     PRODUCTS,
-    SAME,
+    SPLITS,
     SUMS,
-    Affine,
-    Constants,
+    UPSAMPLINGS,
     activation_of,
-    affine_of,
-    argument_of,
     aten,
     bounds,
     convolution_window,
+    first_channel,
     pooling_window,
-    shape_of,
 )
 
 __all__ = ["Lowering"]
@@ -76,6 +85,7 @@ class Lowering:
         self._constants = constants
         self._producers: dict[Value, Op] = {}
         self._dequantized: dict[Value, Value] = {}
+        self._joins: set[Value] = set()  # concatenations
 
     def add_input(self, node: fx.Node) -> Value:
         """Make a node an input."""
@@ -153,7 +163,7 @@ class Lowering:
 
     def _producer_for_one(self, node: Any) -> Op | None:
         """The op that computes a node's value, if it has one user."""
-        return self._producers.get(self.values[node]) if _count_users(node) == 1 else None
+        return self._producers.get(self.values[node]) if count_users(node) == 1 else None
 
     def _quantized(self, node: fx.Node) -> Value:
         """A value in bytes: of the op that computes it where possible, or of one more op."""
@@ -255,11 +265,55 @@ class Lowering:
     def _concatenation(self, node: fx.Node) -> Value:
         output, first = self._new_value(shape_of(node)), 0
         sources: Any = node.args[0]
-        for each in sources:
-            source = self._floats(self.values[each])
-            self.ops.append(Copy(source, output, first=first))
+        for source in self._joined([self._floats(self.values[each]) for each in sources]):
+            if self._can_be_part(source):
+                source.whole, source.first = output, first
+            else:
+                self.ops.append(Copy(source, output, first=first))
             first += source.channels
+        self._joins.add(output)
         return output
+
+    def _joined(self, sources: list[Value]) -> list[Value]:
+        """The sources, with all parts of a value, one after the other, replaced by that value."""
+        found: list[Value] = []
+        while sources:
+            whole, parts, channels = sources[0].whole, 0, 0
+            for part in sources:
+                if whole is None or part.whole is not whole or part.first != channels:
+                    break
+                parts, channels = parts + 1, channels + part.channels
+            complete = whole is not None and channels == whole.channels
+            if whole is not None and complete and self._can_be_part(whole):
+                found.append(whole)
+            else:
+                found.append(sources[0])
+                parts = 1
+            sources = sources[parts:]
+        return found
+
+    def _can_be_part(self, value: Value) -> bool:
+        """Whether a value can be stored as a part of another one: an op computes it on its own."""
+        op = self._producers.get(value)
+        computed = value in self._joins or (op is not None and not isinstance(op, Flatten))
+        return computed and value.whole is None and value.quantization is None
+
+    def _part(self, node: fx.Node) -> Value:
+        """Some channels of a value."""
+        source = node.args[0]
+        if node.target is operator.getitem:
+            source = source.args[0]  # type: ignore[union-attr]
+        part = self._new_value(shape_of(node))
+        part.whole = self._floats(self.values[source])  # type: ignore[index]
+        part.first = first_channel(node)
+        return part
+
+    def _getitem(self, node: fx.Node) -> Value:
+        split: Any = node.args[0]
+        return self._part(node) if split.target in SPLITS else self._alias(node)
+
+    def _upsampling(self, node: fx.Node) -> Value:
+        return self._add(Upsampling(self._source(node), self._new_value(shape_of(node))))
 
     def _pooling(self, node: fx.Node) -> Value:
         window, source = pooling_window(node), self._stored(node)
@@ -271,6 +325,25 @@ class Lowering:
         scale = 1 / math.prod(window.size) if average else None
         output = self._new_value(shape_of(node), source.quantization)
         return self._add(Pooling(source, output, window=window, fill=fill, scale=scale))
+
+    def _norm(self, node: fx.Node) -> Value:
+        return self._add(Norm(self._source(node), self._new_value(shape_of(node))))
+
+    def _response(self, node: fx.Node) -> Value:
+        epsilon: Any = node.args[1]
+        return self._add(
+            Response(self._source(node), self._new_value(shape_of(node)), epsilon=epsilon)
+        )
+
+    def _channel_norm(self, node: fx.Node) -> Value:
+        weight, bias, epsilon = node.args[1:]
+        source = self._source(node)
+        scale, shift = self._constant(weight), self._constant(bias)
+        ones = np.ones(source.channels)
+        scale, shift = ones if scale is None else scale, 0 * ones if shift is None else shift
+        output = Value(source.channels, *source.size)
+        parts: dict[str, Any] = {"scale": scale, "shift": shift, "epsilon": epsilon}
+        return self._add(ChannelNorm(source, output, **parts))
 
     def _mean(self, node: fx.Node) -> Value:
         return self._add(Mean(self._stored(node), self._new_value(shape_of(node))))
@@ -299,21 +372,13 @@ def _multiplies_integers(source: Value, weight: Constant) -> bool:
     return source.quantization.high * largest <= np.iinfo(np.int32).max
 
 
-def _count_users(node: fx.Node) -> int:
-    """The number of operations that read a node's value, directly or through an alias."""
-    while node.target in ALIASES:
-        node = node.args[0]  # type: ignore[assignment]
-    return _count_users_below(node)
-
-
-def _count_users_below(node: fx.Node) -> int:
-    return sum(_count_users_below(user) if user.target in ALIASES else 1 for user in node.users)
-
-
 RULES: dict[Any, Callable[[Lowering, fx.Node], Value]] = {
     **dict.fromkeys((*CONVOLUTIONS, aten.linear.default), Lowering._layer),
     BATCH_NORM: Lowering._batch_norm,
-    operator.getitem: Lowering._alias,
+    operator.getitem: Lowering._getitem,
+    **dict.fromkeys(SPLITS, Lowering._alias),
+    aten.slice.Tensor: Lowering._part,
+    **dict.fromkeys(UPSAMPLINGS, Lowering._upsampling),
     **dict.fromkeys(SUMS, Lowering._sum),
     **dict.fromkeys(PRODUCTS, Lowering._product),
     aten.addcmul.default: Lowering._product,
@@ -322,6 +387,9 @@ RULES: dict[Any, Callable[[Lowering, fx.Node], Value]] = {
     aten.avg_pool2d.default: Lowering._pooling,
     aten.adaptive_avg_pool2d.default: Lowering._adaptive_pooling,
     aten.mean.dim: Lowering._mean,
+    aten.linalg_vector_norm.default: Lowering._norm,
+    channel_norm: Lowering._channel_norm,
+    global_response: Lowering._response,
     aten.view.default: Lowering._view,
     **dict.fromkeys(BOUNDS, Lowering._bounds),
     **dict.fromkeys(ACTIVATIONS, Lowering._activation),

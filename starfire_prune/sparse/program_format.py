@@ -11,7 +11,9 @@ import numpy as np
 from starfire_prune.utils.errors import BuildError
 
 __all__ = [
+    "AVERAGE",
     "CLAMPED_BYTES",
+    "EUCLIDEAN",
     "FLOATS",
     "FORMAT",
     "INPUT",
@@ -48,6 +50,7 @@ SHARED_OUTPUTS: Final = 4  # neighbouring output channels that may share taps
 PLANES, TILES = 0, 1  # kinds of layouts
 WORKSPACE, INPUT, OUTPUT = 0, 1, 2  # places of views
 MAXIMUM, SUM = 0, 1  # modes of pooling
+AVERAGE, EUCLIDEAN = 0, 1  # modes of means
 FLOATS, CLAMPED_BYTES, SATURATED_BYTES = 0, 1, 2  # results of layers that multiply bytes
 
 
@@ -80,6 +83,9 @@ class Opcode(enum.IntEnum):
     BYTE_POOL = 12
     BYTE_LINEAR = 13
     BYTE_MEAN = 14
+    UPSAMPLE = 15
+    CHANNEL_NORM = 16
+    RESPONSE = 17
 
     @property
     def structure(self) -> str:
@@ -93,7 +99,7 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.POINTWISE: 15,
     Opcode.SPATIAL: 17,
     Opcode.POOL: 10,
-    Opcode.MEAN: 2,
+    Opcode.MEAN: 3,
     Opcode.LINEAR: 10,
     Opcode.QUANTIZE: 6,
     Opcode.DEQUANTIZE: 4,
@@ -103,6 +109,9 @@ OPERATION_FIELDS: Final = {  # 64-bit integers after the opcode
     Opcode.BYTE_POOL: 5,
     Opcode.BYTE_LINEAR: 10,
     Opcode.BYTE_MEAN: 4,
+    Opcode.UPSAMPLE: 4,
+    Opcode.CHANNEL_NORM: 5,
+    Opcode.RESPONSE: 3,
 }
 REGISTER_TILE: Final = np.dtype([("channel", "<i4", 4), ("count", "<i8"), ("start", "<i8")])
 RECTANGLE_RUN: Final = np.dtype(
@@ -132,6 +141,8 @@ FORMAT: Final[dict[str, int]] = {
     "OUTPUT": OUTPUT,
     "MAXIMUM": MAXIMUM,
     "SUM": SUM,
+    "AVERAGE": AVERAGE,
+    "EUCLIDEAN": EUCLIDEAN,
     "FLOATS": FLOATS,
     "CLAMPED_BYTES": CLAMPED_BYTES,
     "SATURATED_BYTES": SATURATED_BYTES,

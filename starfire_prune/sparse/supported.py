@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import fx
 
+from starfire_prune.sparse.affine import affine_of
 from starfire_prune.sparse.layout import Window, padded
+from starfire_prune.sparse.nodes import SAME, Constants, argument_of, is_image, shape_of
 from starfire_prune.sparse.program_format import Activation
-from starfire_prune.sparse.quantized import Constant, is_dequantize, is_quantize
+from starfire_prune.sparse.quantized import is_dequantize, is_quantize
+from starfire_prune.sparse.rewriting import channel_norm, global_response
 
 __all__ = [
-    "Affine",
     "activation_of",
-    "affine_of",
-    "argument_of",
     "bounds",
     "convolution_window",
+    "first_channel",
     "is_supported",
     "pooling_window",
-    "shape_of",
 ]
 
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding)
-SAME = (aten.clone.default, aten.alias.default)
-ALIASES = (operator.getitem, aten.view.default, *SAME)  # their value is the source's
 SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar)
 PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+UPSAMPLINGS = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 ACTIVATIONS: dict[Any, Activation] = {
     aten.silu.default: Activation.SILU,
     aten.hardswish.default: Activation.HARD_SWISH,
@@ -55,18 +54,6 @@ BOUNDS: dict[Any, tuple[float, float]] = {  # defaults of activations
 MAX_STRIDE = 4
 MAX_IMAGE_FLOATS = 2**29  # bytes of padded images are counted in 32 bits, one of which is a sign
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-Constants = Mapping[fx.Node, Constant]
-
-
-def shape_of(node: Any) -> tuple[int, ...]:
-    """The shape of a node's tensor; empty if its value isn't a tensor."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def argument_of(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    """An argument of a node's operation, given by position or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -138,15 +125,6 @@ def pooling_window(node: fx.Node) -> Window:
 # ---------------------------------------------------------------------------------------------
 
 
-def _is_image(node: Any, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether it is a batch of images or vectors of a dtype on the CPU."""
-    shape = shape_of(node)
-    if len(shape) not in (2, 4) or 0 in shape:
-        return False
-    value: Tensor = node.meta["val"]
-    return value.dtype == dtype and value.device.type == "cpu"
-
-
 def _all_constant(node: fx.Node, constants: Constants, *indices: int) -> bool:
     arguments = [node.args[i] for i in indices if i < len(node.args)]
     return all(argument is None or argument in constants for argument in arguments)
@@ -166,72 +144,45 @@ def _supports_linear(node: fx.Node, constants: Constants) -> bool:
 
 
 def _supports_batch_norm(node: fx.Node, constants: Constants) -> bool:
-    return _all_constant(node, constants, 1, 2, 3, 4) and _is_image(node.args[0])
+    return _all_constant(node, constants, 1, 2, 3, 4) and is_image(node.args[0])
 
 
 def _supports_getitem(node: fx.Node, constants: Constants) -> bool:
     source: Any = node.args[0]
+    if source.target in SPLITS:
+        return is_image(node) and is_supported(source, constants)
     is_output = bool(source.target is BATCH_NORM and node.args[1] == 0)
     return is_output and is_supported(source, constants)
 
 
-class Affine(NamedTuple):
-    """An operation on one value: `source * scale + shift`, with constants for each channel.
-
-    Attributes:
-        source: The node that computes the value.
-        scale: Factor of each channel, `(C,)` in float64.
-        shift: Summand of each channel, `(C,)` in float64.
-    """
-
-    source: fx.Node
-    scale: NDArray[np.float64]
-    shift: NDArray[np.float64]
+def _supports_split(node: fx.Node, constants: Constants) -> bool:
+    """Whether it splits the channels of images."""
+    return len(shape_of(node.args[0])) == 4 and argument_of(node, 2, "dim", 0) % 4 == 1
 
 
-def affine_of(node: fx.Node, constants: Constants) -> Affine | None:
-    """The operation on one value that a sum or a product with constants is; None if it is not."""
-    operands = list(node.args)
-    sources = [each for each in operands if isinstance(each, fx.Node) and each not in constants]
-    if node.kwargs or len(sources) != 1 or shape_of(sources[0]) != shape_of(node):
-        return None
-    source = sources[0]
-    values: list[Any] = [
-        None if each is source else _per_channel(each, node, constants) for each in operands
-    ]
-    if not _is_image(source) or sum(value is None for value in values) != 1:
-        return None
-    at, ones = operands.index(source), np.ones(shape_of(node)[1])
-    if node.target is aten.addcmul.default:
-        return None if at == 0 else Affine(source, ones * values[3 - at], ones * values[0])
-    if len(values) != 2:
-        return None
-    other = values[1 - at]
-    if node.target is aten.mul.Tensor:
-        return Affine(source, ones * other, 0 * ones)
-    if node.target is aten.div.Tensor and at == 0 and np.all(other != 0):
-        return Affine(source, ones / other, 0 * ones)
-    if node.target is aten.add.Tensor:
-        return Affine(source, ones, ones * other)
-    if node.target in (aten.sub.Tensor, aten.rsub.Scalar):
-        sign = 1 if (node.target is aten.sub.Tensor) == (at == 0) else -1
-        return Affine(source, ones * sign, -sign * ones * other)
-    return None
+def _supports_slice(node: fx.Node, constants: Constants) -> bool:
+    """Whether it is a range of channels, without steps."""
+    axis, step = argument_of(node, 1, "dim", 0), argument_of(node, 4, "step", 1)
+    return len(shape_of(node)) == 4 and axis % 4 == 1 and step == 1
 
 
-def _per_channel(value: Any, node: fx.Node, constants: Constants) -> Any:
-    """A constant operand as a number for each channel, or for all of them; None if it isn't one."""
-    if isinstance(value, (int, float)):
-        return np.float64(value)
-    constant = constants.get(value) if isinstance(value, fx.Node) else None
-    if not isinstance(constant, Tensor) or constant.dtype != torch.float32:
-        return None
-    dims, channels = len(shape_of(node)), shape_of(node)[1]
-    shape = (*[1] * (dims - constant.ndim), *constant.shape)
-    if any(size != 1 for axis, size in enumerate(shape) if axis != 1) or len(shape) != dims:
-        return None
-    values = constant.detach().to(torch.float64).numpy().reshape(-1)
-    return values if len(values) in (1, channels) else None
+def first_channel(node: fx.Node) -> int:
+    """The first channel that an output of a split, or a slice, has of its source."""
+    if node.target is aten.slice.Tensor:
+        start, channels = argument_of(node, 2, "start", None) or 0, shape_of(node.args[0])[1]
+        return min(max(start + channels if start < 0 else start, 0), channels)
+    split, index = node.args
+    parts: Any = split.meta["val"]  # type: ignore[union-attr]
+    return sum(part.shape[1] for part in parts[:index])
+
+
+def _supports_upsampling(node: fx.Node, constants: Constants) -> bool:
+    """Whether each pixel is repeated, as often as the others."""
+    (height, width), (rows, columns) = shape_of(node.args[0])[2:], shape_of(node)[2:]
+    scales = _pair(node.args[2] if node.target is aten.upsample_nearest2d.vec else None)
+    given = [scale for scale in scales if scale is not None]
+    whole = rows % height == 0 and columns % width == 0
+    return whole and all(scale == int(scale) for scale in given)
 
 
 def _supports_sum(node: fx.Node, constants: Constants) -> bool:
@@ -261,13 +212,13 @@ def _joins_images(node: fx.Node, constants: Constants) -> bool:
     operands = node.args[:2]
     if node.kwargs or any(operand in constants for operand in operands):
         return False
-    images = all(_is_image(operand) for operand in operands)
+    images = all(is_image(operand) for operand in operands)
     return images and shape_of(node) in [shape_of(operand) for operand in operands]
 
 
 def _supports_concatenation(node: fx.Node, constants: Constants) -> bool:
     sources: Any = node.args[0]
-    images = all(_is_image(source) and source not in constants for source in sources)
+    images = all(is_image(source) and source not in constants for source in sources)
     return images and len(shape_of(node)) == 4 and argument_of(node, 1, "dim", 0) == 1
 
 
@@ -289,6 +240,17 @@ def _supports_mean(node: fx.Node, constants: Constants) -> bool:
     return {dim % 4 for dim in dims} == {2, 3}
 
 
+def _supports_norm(node: fx.Node, constants: Constants) -> bool:
+    """Whether it is the Euclidean norm of complete images, as images of one pixel."""
+    dims: Any = argument_of(node, 2, "dim", None) or ()
+    pixels = len(shape_of(node)) == 4 and {dim % 4 for dim in dims} == {2, 3}
+    return pixels and argument_of(node, 1, "ord", 2) == 2 and node.kwargs.get("dtype") is None
+
+
+def _supports_channel_norm(node: fx.Node, constants: Constants) -> bool:
+    return _all_constant(node, constants, 1, 2) and len(shape_of(node)) == 4
+
+
 def _supports_adaptive_pooling(node: fx.Node, constants: Constants) -> bool:
     """Whether it is the mean of the image, or the means of equal windows."""
     image, outputs = shape_of(node.args[0])[2:], shape_of(node)[2:]
@@ -305,7 +267,7 @@ def _supports_view(node: fx.Node, constants: Constants) -> bool:
 
 
 def _supports_any_image(node: fx.Node, constants: Constants) -> bool:
-    return _is_image(node.args[0])
+    return is_image(node.args[0])
 
 
 RULES: dict[Any, Callable[[fx.Node, Constants], bool]] = {
@@ -313,6 +275,9 @@ RULES: dict[Any, Callable[[fx.Node, Constants], bool]] = {
     aten.linear.default: _supports_linear,
     BATCH_NORM: _supports_batch_norm,
     operator.getitem: _supports_getitem,
+    **dict.fromkeys(SPLITS, _supports_split),
+    aten.slice.Tensor: _supports_slice,
+    **dict.fromkeys(UPSAMPLINGS, _supports_upsampling),
     **dict.fromkeys(SUMS, _supports_sum),
     **dict.fromkeys(PRODUCTS, _supports_product),
     aten.addcmul.default: _supports_addcmul,
@@ -321,6 +286,9 @@ RULES: dict[Any, Callable[[fx.Node, Constants], bool]] = {
     aten.avg_pool2d.default: _supports_pooling,
     aten.adaptive_avg_pool2d.default: _supports_adaptive_pooling,
     aten.mean.dim: _supports_mean,
+    aten.linalg_vector_norm.default: _supports_norm,
+    channel_norm: _supports_channel_norm,
+    global_response: _supports_any_image,
     aten.view.default: _supports_view,
     **dict.fromkeys((*BOUNDS, *ACTIVATIONS, *SAME), _supports_any_image),
 }
@@ -334,19 +302,19 @@ def is_supported(node: fx.Node, constants: Constants) -> bool:
         constants: The tensors of the nodes that are constant.
     """
     if is_quantize(node):
-        return _is_image(node, torch.uint8) and _is_image(node.args[0])
+        return is_image(node, torch.uint8) and is_image(node.args[0])
     if is_dequantize(node):
-        return _is_image(node) and _is_image(node.args[0], torch.uint8)
+        return is_image(node) and is_image(node.args[0], torch.uint8)
     rule = RULES.get(node.target)
     if node.op != "call_function" or rule is None:
         return False
     if node.target in (*SUMS, *PRODUCTS, aten.addcmul.default):
-        return _is_image(node) and rule(node, constants)
+        return is_image(node) and rule(node, constants)
     sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else node.args[0]
     if any(source in constants for source in sources):  # type: ignore[union-attr]
         return False
-    if node.target not in (operator.getitem, BATCH_NORM) and not _is_image(node):
+    if node.target not in (operator.getitem, BATCH_NORM, *SPLITS) and not is_image(node):
         return False
-    if node.target is not operator.getitem and not all(_is_image(s) for s in sources):  # type: ignore[union-attr]
+    if node.target is not operator.getitem and not all(is_image(s) for s in sources):  # type: ignore[union-attr]
         return False
     return rule(node, constants)

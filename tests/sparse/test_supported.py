@@ -35,6 +35,8 @@ class Calls(nn.Module):
 
 
 CHANNELS = torch.linspace(-1, 2, 8)
+EIGHT, FOUR = torch.linspace(0, 2, 8), torch.linspace(0, 1, 4)
+FOUR_BY_EIGHT = torch.linspace(-1, 1, 32).view(4, 8)
 BIAS = torch.linspace(1, 0, 8).view(1, -1, 1, 1)
 NATIVE: dict[str, Function] = {
     "bounds that are whole numbers": lambda y: y.clamp(0, 1),
@@ -72,6 +74,24 @@ NATIVE: dict[str, Function] = {
     "activations of activations": lambda y: functional.hardswish(functional.silu(y)).relu(),
     "activations of vectors": lambda y: torch.sigmoid(y.mean((2, 3))),
     "activations of pooled images": lambda y: functional.hardsigmoid(functional.max_pool2d(y, 3)),
+    "halves of the channels": lambda y: tuple(y.chunk(2, 1)),
+    "parts joined in another order": lambda y: torch.cat([y[:, 3:], y.relu(), y[:, :3]], 1),
+    "parts joined as they were": lambda y: (
+        torch.cat([*torch.split(y.relu(), [2, 1, 5], 1), y], 1) + 1
+    ),
+    "a join of joins": lambda y: torch.cat([torch.cat([y.relu(), y.sigmoid()], 1), y.relu()], 1),
+    "a part read as an image": lambda y: functional.max_pool2d(y[:, -4:-1], 3, 1, 1),
+    "a part as features": lambda y: y[:, 2:5].flatten(1),
+    "a part of a join as features": lambda y: (lambda z: torch.cat([z, z + 1], 1).flatten(1))(y),
+    "larger images": lambda y: functional.interpolate(y, scale_factor=(2, 3)),
+    "larger images of a given size": lambda y: functional.interpolate(y, (64, 32)).relu(),
+    "a layer norm over channels": lambda y: functional.layer_norm(
+        y.permute(0, 2, 3, 1), (8,), CHANNELS, EIGHT
+    ).permute(0, 3, 1, 2),
+    "linear layers of pixels": lambda y: functional.gelu(
+        functional.linear(y.permute(0, 2, 3, 1), FOUR_BY_EIGHT, FOUR)
+    ).permute(0, 3, 1, 2),
+    "norms of channels": lambda y: torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True),
     "gelu by tanh": lambda y: functional.gelu(y, approximate="tanh"),
 }
 ON_TORCH: dict[str, Function] = {
@@ -79,6 +99,15 @@ ON_TORCH: dict[str, Function] = {
     "sums with a constant image": lambda y: y + torch.ones(8, 32, 32),
     "products with numbers for each pixel": lambda y: y * y.mean((2, 3), True)[:, :1],
     "a number divided": lambda y: 1 / (y * y + 1),
+    "every other channel": lambda y: y[:, ::2],
+    "rows": lambda y: y[:, :, 3:9],
+    "larger images by other means": lambda y: functional.interpolate(
+        y, scale_factor=2, mode="bilinear"
+    ),
+    "images larger by a part": lambda y: functional.interpolate(y, scale_factor=1.5),
+    "channels last": lambda y: y.permute(0, 2, 3, 1),
+    "a layer norm over images": lambda y: functional.layer_norm(y, y.shape[1:]),
+    "sums of absolute values": lambda y: torch.linalg.vector_norm(y, 1, (2, 3), keepdim=True),
     "batches joined": lambda y: torch.cat([y, y], 0),
     "means with padding": lambda y: functional.avg_pool2d(y, 3, 2, 1),
     "means at the edge": lambda y: functional.avg_pool2d(y, 3, 2, ceil_mode=True),

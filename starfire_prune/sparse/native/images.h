@@ -87,37 +87,141 @@ static void run_copy(const Context& c, const Copy& o, int64_t begin, int64_t end
     copy_rows(c, o, begin, end);
 }
 
-// The sum of `count` floats; up to 15 after them are read.
-INLINE float sum_of(const float* from, int64_t count) {
+// The sum of `count` floats, or of their squares; up to 15 floats after them are read.
+INLINE float sum_of(const float* from, int64_t count, bool squares) {
   Vector sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  auto term = [&](const float* at) {
+    Vector value = load(at);
+    return squares ? multiply(value, value) : value;
+  };
   int64_t i = 0;
   for (; i + 4 * LANES <= count; i += 4 * LANES)
-    UNROLL for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], load(from + i + j * LANES));
-  for (; i + LANES <= count; i += LANES) sums[0] = add(sums[0], load(from + i));
+    UNROLL for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], term(from + i + j * LANES));
+  for (; i + LANES <= count; i += LANES) sums[0] = add(sums[0], term(from + i));
   float rest[LANES] = {};
   for (int64_t j = 0; i + j < count; ++j) rest[j] = from[i + j];
-  return total(add(add(sums[0], sums[1]), add(sums[2], add(sums[3], load(rest)))));
+  return total(add(add(sums[0], sums[1]), add(sums[2], add(sums[3], term(rest)))));
+}
+
+// The sum of a channel's pixels, or of their squares.
+static double channel_sum(const View& view, float* channel, bool squares, float* copy) {
+  double sum = 0.0;
+  int64_t pixels = view.height * view.width;
+  if (view.kind == TILES) {
+    for (int64_t pixel = 0; pixel < pixels; pixel += view.tile)
+      sum += sum_of(channel + pixel * view.total, minimum(view.tile, pixels - pixel), squares);
+  } else {
+    for (int64_t h = 0; h < view.height; ++h)
+      sum += sum_of(row_of(view, channel, h, copy), view.width, squares);
+  }
+  return sum;
 }
 
 static void run_mean(const Context& c, const Mean& o, int64_t begin, int64_t end) {
   const View &source = c.views[o.source], &destination = c.views[o.destination];
-  int64_t at = pixel_at(destination), pixels = source.height * source.width;
+  int64_t at = pixel_at(destination);
+  auto pixels = static_cast<double>(source.height * source.width);
   float* copy = c.scratch(source.width + 48);
   for (int64_t item = begin; item < end; ++item) {
     int64_t channel = item % source.channels, image = item / source.channels;
     float* from = channel_of(source, c.image(o.source, image), channel);
-    double sum = 0.0;
-    if (source.kind == TILES) {
-      for (int64_t pixel = 0; pixel < pixels; pixel += source.tile)
-        sum += sum_of(from + pixel * source.total, minimum(source.tile, pixels - pixel));
-    } else {
-      for (int64_t h = 0; h < source.height; ++h)
-        sum += sum_of(row_of(source, from, h, copy), source.width);
-    }
-    double mean = sum / static_cast<double>(pixels);
-    channel_of(destination, c.image(o.destination, image), channel)[at] = static_cast<float>(mean);
+    double sum = channel_sum(source, from, o.mode == EUCLIDEAN, copy);
+    double result = o.mode == EUCLIDEAN ? __builtin_sqrt(sum) : sum / pixels;
+    channel_of(destination, c.image(o.destination, image), channel)[at] = static_cast<float>(result);
   }
   c.release(copy);
+}
+
+// An item is an image.
+static void run_response(const Context& c, const Response& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  int64_t from = pixel_at(source), to = pixel_at(destination);
+  for (int64_t image = begin; image < end; ++image) {
+    double sum = 0.0;
+    for (int64_t k = 0; k < source.channels; ++k)
+      sum += channel_of(source, c.image(o.source, image), k)[from];
+    auto mean = static_cast<float>(sum / static_cast<double>(source.channels));
+    float factor = 1.0f / (mean + as_float(o.epsilon));
+    for (int64_t k = 0; k < source.channels; ++k)
+      channel_of(destination, c.image(o.destination, image), k)[to] =
+          channel_of(source, c.image(o.source, image), k)[from] * factor;
+  }
+}
+
+static void run_upsample(const Context& c, const Upsample& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  Epilogue e = epilogue(INFINITE_LOW, INFINITE_HIGH);
+  float *copy = c.scratch(source.width + 48), *repeated = c.scratch(destination.width + 48);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t h = item % destination.height, channel = item / destination.height;
+    int64_t image = channel / destination.channels;
+    channel %= destination.channels;
+    const float* row = row_of(source, channel_of(source, c.image(o.source, image), channel),
+                              h / o.factor_h, copy);
+    for (int64_t w = 0; w < source.width; ++w)
+      for (int64_t j = 0; j < o.factor_w; ++j) repeated[w * o.factor_w + j] = row[w];
+    float* to = channel_of(destination, c.image(o.destination, image), channel);
+    constexpr int64_t SEGMENT = LANES * 64;
+    for (int64_t w = 0; w < destination.width; w += SEGMENT) {
+      Segments segments;
+      row_segments(segments, destination, h, w, minimum(SEGMENT, destination.width - w), w, 1);
+      store_segments(segments, repeated, to, e);
+    }
+  }
+  c.release(copy);
+  c.release(repeated);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Layer norms over channels
+// ---------------------------------------------------------------------------------------------
+
+// The mean of sixteen pixels' channels, `distance` floats apart, or with `mean` their variance.
+INLINE Vector channel_mean(const float* from, int64_t channels, int64_t distance, const Vector* mean) {
+  Vector sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  auto term = [&](int64_t k) {
+    Vector value = load(from + k * distance);
+    if (!mean) return value;
+    value = subtract(value, *mean);
+    return multiply(value, value);
+  };
+  int64_t k = 0;
+  for (; k + 4 <= channels; k += 4)
+    UNROLL for (int j = 0; j < 4; ++j) sums[j] = add(sums[j], term(k + j));
+  for (; k < channels; ++k) sums[0] = add(sums[0], term(k));
+  Vector sum = add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+  return multiply(sum, splat(1.0f / static_cast<float>(channels)));
+}
+
+// An item is sixteen pixels of a tile.
+static void run_channel_norm(const Context& c, const ChannelNorm& o, int64_t begin, int64_t end) {
+  const View &source = c.views[o.source], &destination = c.views[o.destination];
+  const float *scale = c.constants<float>(o.scale_at), *shift = c.constants<float>(o.shift_at);
+  int64_t pixels = source.height * source.width, items = ceil_div(pixels, LANES);
+  bool direct = destination.kind == TILES && destination.tile == source.tile;
+  Epilogue e = epilogue(INFINITE_LOW, INFINITE_HIGH);
+  for (int64_t item = begin; item < end; ++item) {
+    int64_t image = item / items, pixel = item % items * LANES;
+    int64_t tile = pixel / source.tile, within = pixel % source.tile;
+    auto at = [&](const View& view, int64_t number, int64_t channel) {
+      return channel_of(view, c.image(number, image), channel);
+    };
+    const float* from = at(source, o.source, 0) + tile * source.total * source.tile + within;
+    Vector mean = channel_mean(from, source.channels, source.tile, nullptr);
+    Vector variance = channel_mean(from, source.channels, source.tile, &mean);
+    Vector factor = inverse_root(add(variance, splat(as_float(o.epsilon))));
+    Segments segments;
+    if (!direct) pixel_segments(segments, destination, pixel, minimum(LANES, pixels - pixel));
+    float* to = at(destination, o.destination, 0) + tile * destination.total * source.tile + within;
+    float row[LANES + 32];
+    for (int64_t k = 0; k < source.channels; ++k) {
+      Vector value = multiply(subtract(load(from + k * source.tile), mean), factor);
+      Vector sum = splat(shift[k]);
+      multiply_add(sum, broadcast(scale[k]), value);
+      store(direct ? to + k * source.tile : row, sum);
+      if (!direct) store_segments(segments, row, at(destination, o.destination, k), e);
+    }
+  }
 }
 
 }  // namespace STARFIRE_ISA

@@ -27,6 +27,13 @@ static void pointwise_tile(const Context& c, const Pointwise& o, const Pointwise
   }
 }
 
+// Whether an activation has to wait until results are in their place: something is added there.
+// Otherwise it is computed of the sums, whose vectors are complete.
+template <class Operation>
+INLINE bool ends_late(const Operation& o) {
+  return o.residual >= 0 || o.activation == NO_ACTIVATION;
+}
+
 // Replaces finished outputs, of `vectors` vectors of pixels of each channel, by their activations.
 static void activate_tile(int64_t activation, const PointwiseArguments& a, int64_t vectors) {
   if (vectors * LANES == a.size) return activate_floats(activation, a.target, a.channels * a.size);
@@ -38,9 +45,9 @@ static void run_pointwise(const Context& c, const Pointwise& o, int64_t begin, i
   const View &source = c.views[o.source], &destination = c.views[o.destination];
   int64_t output_tiles = ceil_div(o.channels, o.output_tile_size);
   int64_t pixels = source.height * source.width, pixel_tiles = ceil_div(pixels, source.tile);
-  bool direct = destination.kind == TILES;
+  bool direct = destination.kind == TILES, late = ends_late(o);
   alignas(64) float sums[MAX_OUTPUT_TILE * MAX_TILE + 48];
-  Epilogue e = epilogue(o.low, o.high, o.activation);
+  Epilogue e = epilogue(o.low, o.high, late ? o.activation : NO_ACTIVATION);
   Segments segments;
   PointwiseArguments a{};
   a.indices = c.constants<uint16_t>(o.indices_at), a.weights = c.constants<float>(o.weights_at);
@@ -64,6 +71,10 @@ static void run_pointwise(const Context& c, const Pointwise& o, int64_t begin, i
       if (o.activation != NO_ACTIVATION) activate_tile(o.activation, a, ceil_div(count, LANES));
       continue;
     }
+    if (!late) {
+      a.target = sums;
+      activate_tile(o.activation, a, ceil_div(count, LANES));
+    }
     if (tile != last) {
       segments.count = 0;
       pixel_segments(segments, destination, pixel, count);
@@ -78,7 +89,8 @@ static void run_pointwise(const Context& c, const Pointwise& o, int64_t begin, i
 
 static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64_t end) {
   alignas(64) float sums[MAX_SPILLED * SUMS + 48];
-  Epilogue e = epilogue(o.low, o.high, o.activation);
+  bool late = ends_late(o);
+  Epilogue e = epilogue(o.low, o.high, late ? o.activation : NO_ACTIVATION);
   SpatialItem item(c, o);
   for (int64_t i = begin; i < end; ++i) {
     item.move_to(i);
@@ -89,6 +101,7 @@ static void run_spatial(const Context& c, const Spatial& o, int64_t begin, int64
         spatial_channel<Floats>(c, o, item, input_tile, k, false, channel_sums);
         if (input_tile < o.input_tiles - 1) continue;
         if (o.residual >= 0) e.residual = item.channel(o.residual, k);
+        if (!late) activate_floats(o.activation, channel_sums, item.rows * LANES);
         store_segments(item.segments, channel_sums, item.channel(o.destination, k), e);
       }
     }
@@ -129,6 +142,10 @@ static void run_items(const Context& c, int64_t opcode, const void* operation, i
     case SPATIAL: return run_spatial(c, *static_cast<const Spatial*>(operation), begin, end);
     case POOL: return run_pool(c, *static_cast<const Pool*>(operation), begin, end);
     case MEAN: return run_mean(c, *static_cast<const Mean*>(operation), begin, end);
+    case UPSAMPLE: return run_upsample(c, *static_cast<const Upsample*>(operation), begin, end);
+    case CHANNEL_NORM:
+      return run_channel_norm(c, *static_cast<const ChannelNorm*>(operation), begin, end);
+    case RESPONSE: return run_response(c, *static_cast<const Response*>(operation), begin, end);
     case LINEAR: return run_linear(c, *static_cast<const Linear*>(operation), begin, end);
     default: return;
   }

@@ -63,10 +63,13 @@ enum Opcode : int64_t {
   BYTE_SPATIAL,
   BYTE_POOL,
   BYTE_LINEAR,
-  BYTE_MEAN
+  BYTE_MEAN,
+  UPSAMPLE,
+  CHANNEL_NORM,
+  RESPONSE
 };
 
-// What is computed of each result of an operation on floats, after its bounds.
+// What is computed of each result of an operation on floats, which has infinite bounds then.
 enum Activation : int64_t { NO_ACTIVATION, SILU, HARD_SWISH, HARD_SIGMOID, SIGMOID, GELU, GELU_TANH };
 
 // destination = activation(clamp(source[stride_h * h, stride_w * w] * factor * scale[c] + shift[c] +
@@ -119,14 +122,33 @@ struct Pool {
   int64_t activation;
 };
 
+enum Averaging : int64_t { AVERAGE, EUCLIDEAN };
+
+// The mean of each channel, or the square root of the sum of its squares.
 struct Mean {
-  int64_t source, destination;
+  int64_t source, destination, mode;
 };
 
 // A linear layer: a dense matrix, or rows of (index, weight) where `starts_at` is not negative.
 struct Linear {
   int64_t source, destination, bias_at, starts_at, indices_at, weights_at, channels, low, high;
   int64_t activation;
+};
+
+// destination = source[h / factor_h, w / factor_w]
+struct Upsample {
+  int64_t source, destination, factor_h, factor_w;
+};
+
+// Of each pixel, on tiles: destination = (source - mean) / √(variance + epsilon) * scale[c] + shift[c],
+// with the mean and the variance of all channels.
+struct ChannelNorm {
+  int64_t source, destination, scale_at, shift_at, epsilon;
+};
+
+// destination[c] = source[c] / (mean + epsilon), with the mean of all channels, of one pixel.
+struct Response {
+  int64_t source, destination, epsilon;
 };
 
 // ---------------------------------------------------------------------------------------------

@@ -170,6 +170,9 @@ INLINE float as_float(int64_t bits) {
   return value;
 }
 
+// The bits of floats.
+constexpr int64_t INFINITE_LOW = 0xff800000, INFINITE_HIGH = 0x7f800000;
+
 // Of the bits of two bounds.
 INLINE Epilogue epilogue(int64_t low, int64_t high, int64_t activation = NO_ACTIVATION) {
   return {nullptr, nullptr, nullptr, nullptr, broadcast(as_float(low)), broadcast(as_float(high)),

@@ -22,6 +22,7 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
                ceil_div(destination.height * destination.width, destination.tile);
       return c.batch * destination.channels * destination.height;
     case POOL:
+    case UPSAMPLE:
     case QUANTIZE:
     case DEQUANTIZE:
     case BYTE_COPY:
@@ -47,6 +48,10 @@ int64_t count_items(const Context& c, int64_t opcode, const int64_t* fields) {
     case MEAN:
     case BYTE_MEAN:
       return c.batch * source.channels;
+    case CHANNEL_NORM:
+      return c.batch * ceil_div(source.height * source.width, LANES);
+    case RESPONSE:
+      return c.batch;
     case BYTE_LINEAR:
       return static_cast<const ByteLinear*>(operation)->channels;
     default:
@@ -72,6 +77,9 @@ int64_t count_fields(int64_t opcode) {
     case BYTE_POOL: return sizeof(BytePool) / sizeof(int64_t);
     case BYTE_LINEAR: return sizeof(ByteLinear) / sizeof(int64_t);
     case BYTE_MEAN: return sizeof(ByteMean) / sizeof(int64_t);
+    case UPSAMPLE: return sizeof(Upsample) / sizeof(int64_t);
+    case CHANNEL_NORM: return sizeof(ChannelNorm) / sizeof(int64_t);
+    case RESPONSE: return sizeof(Response) / sizeof(int64_t);
     default: return -1;
   }
 }
@@ -145,7 +153,8 @@ void Program::run_share(Threads& all, const Context& context, int64_t isa, int64
     const int64_t* fields = at + 1;
     int64_t items = count_items(context, opcode, fields);
     int64_t begin = items * thread / threads, end = items * (thread + 1) / threads;
-    RunItems run_items = opcode < QUANTIZE ? on_floats : on_bytes;
+    bool is_on_bytes = opcode >= QUANTIZE && opcode <= BYTE_MEAN;
+    RunItems run_items = is_on_bytes ? on_bytes : on_floats;
     if (begin < end) run_items(context, opcode, fields, begin, end);
     if (threads > 1) all.barrier();
     at = fields + count_fields(opcode);

@@ -60,6 +60,21 @@ INLINE Vector multiply(const Vector& one, const Vector& other) {
   return product;
 }
 
+INLINE Vector subtract(const Vector& one, const Vector& other) {
+  Vector difference;
+  UNROLL for (int i = 0; i < PARTS; ++i) difference.part[i] = one.part[i] - other.part[i];
+  return difference;
+}
+
+INLINE Vector inverse_root(const Vector& vector) {  // 1 / √x
+  float values[LANES];
+  store(values, vector);
+  for (int i = 0; i < LANES; ++i) values[i] = __builtin_sqrtf(values[i]);
+  Vector roots = load(values), result;
+  UNROLL for (int i = 0; i < PARTS; ++i) result.part[i] = broadcast(1.0f) / roots.part[i];
+  return result;
+}
+
 INLINE Vector maximum(const Vector& one, const Vector& other) {  // NaN where either input is NaN
   Vector result;
   UNROLL for (int i = 0; i < PARTS; ++i) {
