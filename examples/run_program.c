@@ -36,6 +36,10 @@ int main(int count, char **arguments) {
   }
   long batch = strtol(arguments[2], NULL, 10);
   float value = strtof(arguments[3], NULL);
+  if (batch < 1) {
+    fprintf(stderr, "BATCH must be at least 1\n");
+    return 1;
+  }
   float *inputs[MAX_TENSORS], *outputs[MAX_TENSORS];
   for (int i = 0; i < starfire_count(program, STARFIRE_INPUT); ++i) {
     size_t floats = (size_t)batch * floats_of(program, STARFIRE_INPUT, i);
@@ -50,7 +54,8 @@ int main(int count, char **arguments) {
   }
   for (int i = 0; i < starfire_count(program, STARFIRE_OUTPUT); ++i) {
     size_t floats = (size_t)batch * floats_of(program, STARFIRE_OUTPUT, i);
-    for (size_t j = 0; j < floats; ++j) printf("%s[%zu] = %.9g\n", starfire_name(program, STARFIRE_OUTPUT, i), j, outputs[i][j]);
+    const char *name = starfire_name(program, STARFIRE_OUTPUT, i);
+    for (size_t j = 0; j < floats; ++j) printf("%s[%zu] = %.9g\n", name, j, outputs[i][j]);
     free(outputs[i]);
   }
   for (int i = 0; i < starfire_count(program, STARFIRE_INPUT); ++i) free(inputs[i]);

@@ -25,6 +25,7 @@ class Floats(nn.Module):
         self.norm = nn.BatchNorm2d(12)
         self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
         self.average = nn.AvgPool2d(2)
+        self.layer_norm = nn.LayerNorm(24)
         self.gate, self.wide = nn.Conv2d(24, 24, 1), nn.Conv2d(24, 70, 1)
         self.dense, self.head = nn.Linear(70, 30), nn.Linear(30, 10)
 
@@ -34,6 +35,8 @@ class Floats(nn.Module):
         z = torch.cat([self.depthwise(y), torch.relu(self.norm(y))], 1)
         z = self.average(z)
         z = z * torch.sigmoid(self.gate(z.mean((2, 3), keepdim=True)))
+        z = self.layer_norm(nn.functional.interpolate(z, scale_factor=2.0).permute(0, 2, 3, 1))
+        z = z.permute(0, 3, 1, 2)
         features = nn.functional.silu(self.wide(z)).mean((2, 3))
         return self.head(torch.relu(self.dense(features))), z
 

@@ -49,6 +49,7 @@ struct View {
   int64_t image;                       // floats from image to image
 };
 
+// A new one needs a check of its fields, in library/checks_floats.cpp or library/checks_bytes.cpp.
 enum Opcode : int64_t {
   COPY = 1,
   POINTWISE,

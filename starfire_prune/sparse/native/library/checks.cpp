@@ -235,10 +235,10 @@ void Checker::check_outputs() {
 }
 
 void Checker::check_operation(int64_t opcode, const int64_t* fields) {
-  if (opcode < QUANTIZE)
-    check_float_operation(*this, opcode, fields);
-  else
+  if (opcode >= QUANTIZE && opcode <= BYTE_MEAN)
     check_byte_operation(*this, opcode, fields);
+  else
+    check_float_operation(*this, opcode, fields);
 }
 
 void Checker::check() {

@@ -100,8 +100,44 @@ void check(Checker& checker, const Pool& o) {
 }
 
 void check(Checker& checker, const Mean& o) {
+  require_range(o.mode, AVERAGE, EUCLIDEAN, "mode");
   const View &source = checker.view(o.source), &destination = checker.view(o.destination);
   require(source.channels == destination.channels, "source and destination have other channels");
+  require_one_pixel(destination);
+  checker.reads_rows(o.source, 0);
+  checker.writes(o.destination, {o.source});
+}
+
+void check(Checker& checker, const Upsample& o) {
+  const View &source = checker.view(o.source), &destination = checker.view(o.destination);
+  require(source.channels == destination.channels, "source and destination have other channels");
+  require_range(o.factor_h, 1, MAX_ROW, "factor_h");
+  require_range(o.factor_w, 1, MAX_ROW, "factor_w");
+  require(Wide{source.height} * o.factor_h == destination.height &&
+              Wide{source.width} * o.factor_w == destination.width,
+          "its factors are not those of the images");
+  require_segments(destination, 1, LANES * 64);
+  checker.reads_rows(o.source, 0);
+  checker.writes(o.destination, {o.source});
+}
+
+void check(Checker& checker, const ChannelNorm& o) {
+  const View &source = checker.view(o.source), &destination = checker.view(o.destination);
+  require(source.kind == TILES, "its source must be tiles of pixels");
+  require(source.channels == destination.channels, "source and destination have other channels");
+  require_same_size(source, destination);
+  Wide rows = std::min<Wide>(destination.height, (LANES - 1) / destination.width + 2);
+  require_segments(destination, rows, LANES);
+  checker.array<float>(o.scale_at, source.channels, "scales");
+  checker.array<float>(o.shift_at, source.channels, "shifts");
+  checker.reads_rows(o.source, 0);
+  checker.writes(o.destination, {o.source});
+}
+
+void check(Checker& checker, const Response& o) {
+  const View &source = checker.view(o.source), &destination = checker.view(o.destination);
+  require(source.channels == destination.channels, "source and destination have other channels");
+  require_one_pixel(source);
   require_one_pixel(destination);
   checker.reads_rows(o.source, 0);
   checker.writes(o.destination, {o.source});
@@ -140,6 +176,9 @@ void check_float_operation(Checker& checker, int64_t opcode, const void* operati
     case SPATIAL: return check(checker, *static_cast<const Spatial*>(operation));
     case POOL: return check(checker, *static_cast<const Pool*>(operation));
     case MEAN: return check(checker, *static_cast<const Mean*>(operation));
+    case UPSAMPLE: return check(checker, *static_cast<const Upsample*>(operation));
+    case CHANNEL_NORM: return check(checker, *static_cast<const ChannelNorm*>(operation));
+    case RESPONSE: return check(checker, *static_cast<const Response*>(operation));
     case LINEAR: return check(checker, *static_cast<const Linear*>(operation));
     default: throw Refused("there is no check for it, so it can't be trusted");
   }

@@ -44,11 +44,11 @@ void* aligned_memory(size_t size) {
 
 // A file's bytes.
 std::vector<unsigned char> read_file(const char* path) {
+  errno = 0;
   std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path, "rb"), std::fclose);
   std::vector<unsigned char> content;
   unsigned char part[1 << 16];
   size_t size = 0;
-  errno = 0;
   while (file && (size = std::fread(part, 1, sizeof part, file.get())) > 0)
     content.insert(content.end(), part, part + size);
   if (!file || std::ferror(file.get())) throw Refused(std::strerror(errno));
