@@ -66,7 +66,8 @@ def tradeoff() -> str:
             own, dense = by_threads[threads][variant, precision], by_threads[threads]["dense", INT8]
             cells.append(f"{own.milliseconds:.3f}")
             cells.append(f"{own.milliseconds / dense.milliseconds:.2f}x")
-        accuracy = f"{point.top1.value:.2f} ± {point.top1.half:.2f}"
+        interval = f" ± {point.top1.half:.2f}" if point.top1.count > 1 else ""
+        accuracy = f"{point.top1.value:.2f}{interval}"
         above = points_text(point.top1.value - by_threads[1]["dense", precision].top1.value)
         rows.append([*cells, accuracy, above, str(point.top1.count)])
     header = ["network", "precision", "1 thread [ms]", "of dense int8", "2 threads [ms]"]
@@ -88,7 +89,7 @@ def draw(path: Path) -> None:
     axes.set_xlabel("time of an image on one thread [ms], the fastest engine (logarithmic)")
     axes.set_ylabel("top-1 on 10,000 test images [%]")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -110,7 +111,7 @@ def _draw_line(
     axes.errorbar(
         [point.milliseconds for _, point in own],
         [point.top1.value for _, point in own],
-        yerr=[point.top1.error for _, point in own],
+        yerr=[point.top1.error if point.top1.count > 1 else 0.0 for _, point in own],
         fmt=style,
         color=colour,
         lw=1.2,
