@@ -12,6 +12,9 @@ MODELS: Final = {
     "resnet18": "ResNet-18",
     "resnet50": "ResNet-50",
     "mobilenetv2_100": "MobileNetV2",
+    "mobilenetv3_large_100": "MobileNetV3-large",
+    "efficientnet_b0": "EfficientNet-B0",
+    "convnext_atto": "ConvNeXt-atto",
 }
 DENSE: Final = "dense"
 SPARSE: Final = "sparse"
