@@ -24,6 +24,7 @@ _INT8_RECORDS: Final = "inference/int8.json"  # runs with quantized engines of t
 _XEON_RECORDS: Final = "inference/int8_xeon.json"  # another machine, held to VNNI
 _AMX_RECORDS: Final = "inference/amx.json"  # the same machine, with its matrix instructions
 _AVX2_RECORDS: Final = "inference/avx2.json"  # held to AVX2
+_FAMILY_RECORDS: Final = "inference/families.json"  # networks that are not ResNets
 _PEAKS: Final = "inference/peaks.json"
 _SHOWN: Final = Place("resnet50", batch=1, threads=2)
 # What a time is a multiple of, in the order of `rivals`
@@ -137,6 +138,18 @@ def _int8_share(run: Run, method: str) -> float | None:
     return None
 
 
+def families() -> str:
+    """Pruned networks of other families beside the best dense engine in float32."""
+    rows = []
+    for run in record_of(_FAMILY_RECORDS):
+        dense = _rival_texts(run)["float32"]
+        place = (MODELS[run["model"]], str(run["batch"]), str(run["threads"]))
+        own = [(method_label(row["method"]), shares(row, run)[0]) for row in _ours(run)]
+        rows += [[*place, dense, *each] for each in own]
+    header = ["network", "batch", "threads", "best dense float32", "pruned", "of its time"]
+    return table(header, rows)
+
+
 def int8_amx() -> str:
     """The engines in int8 on a CPU with matrix instructions, which only OpenVINO uses."""
     return _engines_table(_run(_SHOWN, _AMX_RECORDS))
@@ -148,8 +161,8 @@ def int8_avx2() -> str:
 
 
 def int8_runs() -> str:
-    """When, where and with what the runs with quantized engines were measured."""
-    names = (_INT8_RECORDS, _XEON_RECORDS, _AMX_RECORDS, _AVX2_RECORDS)
+    """When, where and with what the runs of quantized engines and other families were measured."""
+    names = (_INT8_RECORDS, _FAMILY_RECORDS, _XEON_RECORDS, _AMX_RECORDS, _AVX2_RECORDS)
     runs = [run for name in names for run in record_of(name)]
     return table(_RUN_HEADER, [_run_cells(run) for run in runs])
 

@@ -46,6 +46,7 @@ from measured import (
     wire,
 )
 from runtimes import (
+    families,
     inference_engines,
     inference_of,
     inference_runs,
@@ -226,6 +227,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "inference-engines": inference_engines,
     "int8-engines": int8_engines,
     "int8-places": int8_places,
+    "families": families,
     "int8-amx": int8_amx,
     "int8-avx2": int8_avx2,
     "int8-runs": int8_runs,

@@ -270,6 +270,15 @@ def test_places_are_compared_by_the_methods_that_all_of_them_have(runtimes, monk
     ] * 2
 
 
+def test_other_families_are_compared_in_float32(runtimes, monkeypatch):
+    monkeypatch.setattr(runtimes, "record_of", lambda name: [run(ROWS)])
+    dense = "| ResNet-50 | 1 | 2 | 40.00 ms (ONNX Runtime) |"
+    assert runtimes.families().splitlines()[3:5] == [
+        f"{dense} CK 80 % | 0.40x |",
+        f"{dense} CK 80 %, `block_size: [1, 4]` | 0.20x |",
+    ]
+
+
 def test_a_network_has_a_column_for_each_run(runtimes):
     lines = runtimes.inference_of("resnet50").splitlines()
     assert lines[0] == "| ResNet-50 | batch 1, threads: 1 | batch 1, threads: 2 |"
