@@ -295,7 +295,9 @@ class Lowering:
     def _can_be_part(self, value: Value) -> bool:
         """Whether a value can be stored as a part of another one: an op computes it on its own."""
         op = self._producers.get(value)
+        adds = isinstance(op, Convolution) and op.residual is not None  # of tiles as far apart
         computed = value in self._joins or (op is not None and not isinstance(op, Flatten))
+        computed = computed and not adds
         return computed and value.whole is None and value.quantization is None
 
     def _part(self, node: fx.Node) -> Value:

@@ -12,7 +12,7 @@ from starfire_prune.sparse.geometries import required_geometry
 from starfire_prune.sparse.ir import Copy, Flatten, Op, Value
 from starfire_prune.sparse.layout import Geometry, plain
 from starfire_prune.sparse.program import Buffer, Program
-from starfire_prune.sparse.program_format import INPUT, OUTPUT, Activation, Opcode
+from starfire_prune.sparse.program_format import INPUT, OUTPUT, TILES, Activation, Opcode
 
 __all__ = ["NONE", "StoredValues", "geometry_of"]
 
@@ -81,6 +81,11 @@ class StoredValues:
         for operand in op.operands:
             if operand.size == op.output.size:
                 self.convert(operand, target)
+                if not self._is_like_output(operand, op) and isinstance(op, Copy):
+                    self.convert(op.source, target)
+                    geometry = target
+                elif not self._is_like_output(operand, op):
+                    self._separate(operand, target)
         source = self.any_view(op.source) if geometry is None else self._view(op.source, geometry)
         residual = NONE if op.residual is None else self._view(op.residual, target)
         return source, self._output_view(op, target), residual
@@ -116,6 +121,18 @@ class StoredValues:
     def _view(self, value: Value, geometry: Geometry) -> int:
         buffer, first = self._places_of(value)[geometry]
         return self.program.view(buffer, geometry, value.stored_channels, first)
+
+    def _is_like_output(self, operand: Value, op: Op) -> bool:
+        """Whether offsets of pixels are those of the output: tiles lie as far apart."""
+        target = self._geometries[op.output.root]
+        channels = self._places_of(operand)[target].buffer.channels
+        return target.kind != TILES or channels == op.output.root.stored_channels
+
+    def _separate(self, value: Value, geometry: Geometry) -> None:
+        """Copy a part of a value, so that its tiles are next to each other."""
+        source, buffer = self._view(value, geometry), Buffer(geometry, value.stored_channels)
+        self._copy(value, source, self.program.view(buffer, geometry, value.stored_channels))
+        self._places.setdefault(value, {})[geometry] = _Place(buffer)
 
     def _output_view(self, op: Op, geometry: Geometry) -> int:
         value, root = op.output, op.output.root

@@ -36,6 +36,8 @@ class Calls(nn.Module):
 
 CHANNELS = torch.linspace(-1, 2, 8)
 EIGHT, FOUR = torch.linspace(0, 2, 8), torch.linspace(0, 1, 4)
+POINTS, WINDOWS = (torch.linspace(-1, 1, 16 * n * n).view(4, 4, n, n) for n in (1, 3))
+FROM_JOINED = POINTS.repeat(1, 3, 1, 1)
 FOUR_BY_EIGHT = torch.linspace(-1, 1, 32).view(4, 8)
 BIAS = torch.linspace(1, 0, 8).view(1, -1, 1, 1)
 NATIVE: dict[str, Function] = {
@@ -80,6 +82,17 @@ NATIVE: dict[str, Function] = {
         torch.cat([*torch.split(y.relu(), [2, 1, 5], 1), y], 1) + 1
     ),
     "a join of joins": lambda y: torch.cat([torch.cat([y.relu(), y.sigmoid()], 1), y.relu()], 1),
+    "parts added to convolutions": lambda y: (
+        lambda a, b: torch.cat(
+            [functional.conv2d(a, POINTS) + b, functional.conv2d(b, POINTS).relu() + a], 1
+        )
+    )(*y.chunk(2, 1)),
+    "parts added to larger convolutions": lambda y: (
+        lambda a, b: functional.conv2d(
+            torch.cat([functional.conv2d(a, WINDOWS, padding=1) + b, a.relu() + b, a], 1),
+            FROM_JOINED,
+        )
+    )(*y.chunk(2, 1)),
     "a part read as an image": lambda y: functional.max_pool2d(y[:, -4:-1], 3, 1, 1),
     "a part as features": lambda y: y[:, 2:5].flatten(1),
     "a part of a join as features": lambda y: (lambda z: torch.cat([z, z + 1], 1).flatten(1))(y),
