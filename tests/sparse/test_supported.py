@@ -82,17 +82,24 @@ NATIVE: dict[str, Function] = {
         torch.cat([*torch.split(y.relu(), [2, 1, 5], 1), y], 1) + 1
     ),
     "a join of joins": lambda y: torch.cat([torch.cat([y.relu(), y.sigmoid()], 1), y.relu()], 1),
-    "parts added to convolutions": lambda y: (
-        lambda a, b: torch.cat(
-            [functional.conv2d(a, POINTS) + b, functional.conv2d(b, POINTS).relu() + a], 1
-        )
-    )(*y.chunk(2, 1)),
-    "parts added to larger convolutions": lambda y: (
-        lambda a, b: functional.conv2d(
-            torch.cat([functional.conv2d(a, WINDOWS, padding=1) + b, a.relu() + b, a], 1),
-            FROM_JOINED,
-        )
-    )(*y.chunk(2, 1)),
+    "parts added to convolutions": lambda y: torch.cat(
+        [
+            functional.conv2d(y[:, :4], POINTS) + y[:, 4:],
+            functional.conv2d(y[:, 4:], POINTS).relu() + y[:, :4],
+        ],
+        1,
+    ),
+    "parts added to larger convolutions": lambda y: functional.conv2d(
+        torch.cat(
+            [
+                functional.conv2d(y[:, :4], WINDOWS, padding=1) + y[:, 4:],
+                y[:, :4].relu() + y[:, 4:],
+                y[:, :4],
+            ],
+            1,
+        ),
+        FROM_JOINED,
+    ),
     "a part read as an image": lambda y: functional.max_pool2d(y[:, -4:-1], 3, 1, 1),
     "a part as features": lambda y: y[:, 2:5].flatten(1),
     "a part of a join as features": lambda y: (lambda z: torch.cat([z, z + 1], 1).flatten(1))(y),
