@@ -32,7 +32,7 @@ RESERVED = frozenset(dir(Settings)) | {
     *("method", "amount", "era", "era_updates", "schedule", "resolution", "prune_dead_inputs"),
     *("include", "exclude", "overrides", "fc", "layers"),
     *("kinds", "default_method", "option_classes", "inherited"),
-    *("methods", "method_of", "options", "mask_method", "schedule_function"),
+    *("methods", "method_of", "elsewhere", "options", "mask_method", "schedule_function"),
 }
 
 _METHODS: dict[str, type[MaskMethod]] = {}
